@@ -1,0 +1,31 @@
+# Two commands do everything: `make demo` and `make test`. Both make .venv first, and reuse it afterwards.
+
+PYTHON ?= python3
+BIN := .venv/bin
+CACHE ?= cache/mini_ta
+
+.PHONY: demo test lint clean
+
+# Installed anew only when the dependencies change.
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "probsurgery needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[mini,dev]'
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/probsurgery extract --arch mini --out $(CACHE)
+	$(BIN)/probsurgery fit --cache $(CACHE)
+	$(BIN)/probsurgery fit --cache $(CACHE) --head surgery
+	$(BIN)/probsurgery fit --cache $(CACHE) --head surgery --rank 128 --steps 5000
+	$(BIN)/probsurgery fit --cache $(CACHE) --head ridge
+	$(BIN)/probsurgery report --cache $(CACHE)
+
+test: .venv/installed
+	$(BIN)/python -m pytest -q
+
+lint: .venv/installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv build dist *.egg-info

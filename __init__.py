@@ -1,0 +1,74 @@
+"""probsurgery: representation surgery for merged CLIP encoders.
+
+Stage one, `extract`, writes the features of the merged and the individual encoders to a cache. Stage two, `fit`, trains heads
+on the cache. `report` says what they won back. The command `probsurgery` does the same.
+
+    cache = probsurgery.open_cache("cache/mini_ta")
+    head = probsurgery.load_head("cache/mini_ta/heads/prob-h128")
+    corrected = head(cache.features("mnist"), "mnist")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from probsurgery.pipeline.config import ExtractConfig, FitConfig, head_settings
+    from probsurgery.pipeline.errors import ProbsurgeryError
+    from probsurgery.pipeline.extract import extract
+    from probsurgery.pipeline.fit import fit
+    from probsurgery.pipeline.heads import Head, load_head
+    from probsurgery.pipeline.merging import merge
+    from probsurgery.pipeline.metrics import accuracy, representation_bias
+    from probsurgery.pipeline.report import report
+    from probsurgery.pipeline.store import Cache
+    from probsurgery.pipeline.store import Cache as open_cache
+
+__version__ = "0.1.0"
+
+# Loaded on first use, so that `probsurgery --help` does not wait for torch.
+_HOMES = {
+    "Cache": ("store", "Cache"),
+    "ExtractConfig": ("config", "ExtractConfig"),
+    "FitConfig": ("config", "FitConfig"),
+    "Head": ("heads", "Head"),
+    "ProbsurgeryError": ("errors", "ProbsurgeryError"),
+    "accuracy": ("metrics", "accuracy"),
+    "extract": ("extract", "extract"),
+    "fit": ("fit", "fit"),
+    "head_settings": ("config", "head_settings"),
+    "load_head": ("heads", "load_head"),
+    "merge": ("merging", "merge"),
+    "open_cache": ("store", "Cache"),
+    "report": ("report", "report"),
+    "representation_bias": ("metrics", "representation_bias"),
+}
+
+__all__ = [
+    "Cache",
+    "ExtractConfig",
+    "FitConfig",
+    "Head",
+    "ProbsurgeryError",
+    "accuracy",
+    "extract",
+    "fit",
+    "head_settings",
+    "load_head",
+    "merge",
+    "open_cache",
+    "report",
+    "representation_bias",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'probsurgery' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    return getattr(importlib.import_module(f"probsurgery.pipeline.{module}"), attribute)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

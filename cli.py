@@ -1,0 +1,413 @@
+"""The `probsurgery` command: parse, call a stage, render. No numerics; torch is imported inside the commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from probsurgery.pipeline.config import (
+    DTYPES,
+    HEAD_SETTINGS,
+    LOSSES,
+    PRECISIONS,
+    STORES,
+    ExtractConfig,
+    FitConfig,
+    ProbSettings,
+    SurgerySettings,
+    head_settings,
+)
+from probsurgery.pipeline.errors import InputError, ProbsurgeryError
+
+if TYPE_CHECKING:
+    from probsurgery.pipeline.report import Line, Report
+
+app = typer.Typer(
+    help="Representation surgery for merged CLIP encoders: extract features once, fit heads in seconds.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+cache_app = typer.Typer(help="Look into a cache, or check it for damage.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+
+_E = ExtractConfig(arch="mini")
+_F = FitConfig(cache=Path())
+_JSON = typer.Option("--json", help="Print a machine-readable result on standard output.")
+_CACHE = typer.Option("--cache", help="Folder of the cache, such as cache/mini_ta.")
+_CACHE_ARGUMENT = typer.Argument(metavar="CACHE", help="Folder of the cache.")
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    """A comma list as a tuple; an empty one is kept, for the stage to refuse by name."""
+    return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+@app.command("extract")
+def extract_command(
+    arch: Annotated[str, typer.Option(help="Architecture: mini, vitb32, vitb16 or vitl14.")],
+    merge: Annotated[
+        list[str] | None, typer.Option(help="wa, ta, ties, or the path of a merged checkpoint; may be repeated. [ta]")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks to merge and extract, a,b,... [all of the suite]")] = None,
+    only: Annotated[str | None, typer.Option(help="Those of the merged tasks to extract now, a,b,...")] = None,
+    checkpoints: Annotated[str | None, typer.Option(help="Folder of checkpoints. [the published ones]")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder of data sets (clip8). [the published ones]")] = None,
+    split: Annotated[str, typer.Option(help="test, train or both.")] = _E.split,
+    limit: Annotated[int | None, typer.Option(help="Take the first N images of each task.")] = _E.limit,
+    store: Annotated[str, typer.Option(help=" or ".join(STORES) + ".")] = _E.store,
+    dtype: Annotated[str, typer.Option(help="Features are kept in " + " or ".join(DTYPES) + ".")] = _E.dtype,
+    precision: Annotated[str, typer.Option(help="Encoders compute in " + ", ".join(PRECISIONS) + ".")] = _E.precision,
+    batch_size: Annotated[int, typer.Option(help="Images in a batch.")] = _E.batch_size,
+    workers: Annotated[int, typer.Option(help="Processes that decode images.")] = _E.workers,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = _E.device,
+    root: Annotated[Path, typer.Option(help="Folder in which caches get their default names.")] = _E.root,
+    out: Annotated[Path | None, typer.Option(help="Exactly this cache (one merge only).")] = _E.out,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained/--no-pretrained", help="Keep the pre-trained encoder's features too.")
+    ] = _E.pretrained,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Replace a cache of other settings, heads included.")] = False,
+    as_json: Annotated[bool, _JSON] = False,
+) -> None:
+    """Stage one: run the encoders over every image once and keep the features."""
+    config = ExtractConfig(
+        arch=arch,
+        merges=tuple(merge) if merge else _E.merges,
+        tasks=_names(tasks),
+        only=_names(only),
+        checkpoints=checkpoints,
+        data=data,
+        split=split,
+        limit=limit,
+        store=store,
+        dtype=dtype,
+        precision=precision,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        root=root,
+        out=out,
+        pretrained=pretrained,
+        fresh=fresh,
+    )
+    from probsurgery.pipeline.extract import extract
+
+    with _progress("images") as progress:
+        result = extract(config, progress)
+    if as_json:
+        _print_json({"caches": [str(path) for path in result.caches]} | asdict(result, dict_factory=_plain))
+        return
+    busy = sum(result.seconds.values())
+    if result.images:
+        phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
+        _note(f"{result.images:,} images at {result.images / busy:,.0f} images/s ({phases})")
+    for path in result.caches:
+        print(f"{path}: {'written' if result.images else 'complete already, nothing to do'}")
+
+
+def _plain(items: list[tuple[str, object]]) -> dict:
+    return {key: [str(v) for v in value] if key == "caches" else value for key, value in items}
+
+
+@app.command("fit")
+def fit_command(
+    cache: Annotated[Path, _CACHE],
+    head: Annotated[str, typer.Option(help="Kind of head: " + ", ".join(HEAD_SETTINGS) + ".")] = "prob",
+    hidden: Annotated[int | None, typer.Option(help=f"prob: width h. [{ProbSettings.hidden}]")] = None,
+    rank: Annotated[int | None, typer.Option(help=f"surgery: rank r. [{SurgerySettings.rank}]")] = None,
+    kl_weight: Annotated[float | None, typer.Option(help=f"prob: KL weight. [{ProbSettings.kl_weight:g}]")] = None,
+    samples: Annotated[int | None, typer.Option(help=f"prob: draws in a step. [{ProbSettings.samples}]")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help=f"Updates of each head. [prob {ProbSettings.steps}, surgery {SurgerySettings.steps}]"),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help=f"Rows in a step. [{ProbSettings.batch_size}]")] = None,
+    lr: Annotated[float | None, typer.Option(help=f"Adam's learning rate. [{ProbSettings.lr:g}]")] = None,
+    loss: Annotated[str | None, typer.Option(help=f"{', '.join(LOSSES)}. [{ProbSettings.loss}]")] = None,
+    penalty: Annotated[float | None, typer.Option(help="ridge: penalty. [by leave-one-out, without labels]")] = None,
+    shared: Annotated[bool, typer.Option("--shared", help="One head for all tasks.")] = _F.shared,
+    fraction: Annotated[float, typer.Option(help="Share of the rows that the fit may see.")] = _F.fraction,
+    holdout: Annotated[float, typer.Option(help="Share of the test rows kept from the fit to evaluate on.")] = _F.holdout,
+    fit_split: Annotated[str, typer.Option(help="Fit on test (the papers' protocol) or train images.")] = _F.fit_split,
+    seed: Annotated[int, typer.Option(help="Seed of row order, noise and starting weights.")] = _F.seed,
+    tasks: Annotated[str | None, typer.Option(help="Tasks to fit, a,b,... [all in the cache]")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = _F.device,
+    name: Annotated[str | None, typer.Option(help="Name of the head's folder. [from the settings]")] = _F.name,
+    results: Annotated[Path | None, typer.Option(help="Keep heads and results here. [in the cache]")] = _F.results,
+    as_json: Annotated[bool, _JSON] = False,
+) -> None:
+    """Stage two: fit a head for each task on the cached features."""
+    settings = head_settings(
+        head,
+        hidden=hidden,
+        rank=rank,
+        kl_weight=kl_weight,
+        samples=samples,
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        loss=loss,
+        penalty=penalty,
+    )
+    config = FitConfig(
+        cache=cache,
+        head=settings,
+        tasks=_names(tasks),
+        shared=shared,
+        fraction=fraction,
+        holdout=holdout,
+        fit_split=fit_split,
+        seed=seed,
+        device=device,
+        name=name,
+        results=results,
+    )
+    from probsurgery.pipeline.fit import fit
+
+    with _progress("head-steps") as progress:
+        result = fit(config, progress)
+    if as_json:
+        _print_json({"path": str(result.path), "repeated": result.repeated, "results": result.rows})
+        return
+    if result.repeated:
+        _note(f"{result.path} is there already, with the same settings; nothing to do")
+    _print_fit(result.path, result.rows)
+
+
+@app.command("report")
+def report_command(
+    cache: Annotated[Path, _CACHE],
+    results: Annotated[Path | None, typer.Option(help="Where heads and results were kept. [in the cache]")] = None,
+    as_json: Annotated[bool, _JSON] = False,
+) -> None:
+    """Tables of every result kept with a cache."""
+    from probsurgery.pipeline.report import report
+
+    reports = report(cache, results)
+    if as_json:
+        _print_json([asdict(one) for one in reports])
+        return
+    for one in reports:
+        _print_report(one)
+
+
+@cache_app.command("info")
+def cache_info(cache: Annotated[Path, _CACHE_ARGUMENT], as_json: Annotated[bool, _JSON] = False) -> None:
+    """What a cache is: its identity, its tasks, what is complete."""
+    from probsurgery.pipeline.store import Cache
+
+    opened = Cache(cache)
+    about = {"path": str(cache), "store": opened.manifest["store"], "fingerprint": opened.fingerprint}
+    about |= {"identity": opened.identity, "tasks": opened.manifest["tasks"], "software": opened.manifest["software"]}
+    if as_json:
+        _print_json(about)
+        return
+    identity = opened.identity
+    merge = identity["merge"]
+    settings = "".join(f" {name}={value:g}" for name, value in merge["settings"].items())
+    print(f"{cache}: {identity['arch']}, merged by {merge['method']}{settings}, d={opened.dim}, {identity['dtype']}")
+    print(f"store {opened.manifest['store']}, identity {opened.fingerprint[:16]}")
+    for requested in opened.manifest["requested"]:
+        split, task = requested.split("/")
+        missing, total = opened.missing_shards(task, split)
+        rows = opened.manifest["tasks"][task]["splits"][split]["rows"]
+        state = "complete" if total and not missing else f"{missing} of {total} shards missing" if total else "not begun"
+        print(f"  {task} ({split}): {rows:,} rows, {opened.manifest['tasks'][task]['classes']} classes, {state}")
+
+
+@cache_app.command("ls")
+def cache_ls(cache: Annotated[Path, _CACHE_ARGUMENT], as_json: Annotated[bool, _JSON] = False) -> None:
+    """The arrays of a cache."""
+    from probsurgery.pipeline.store import Cache
+
+    arrays = Cache(cache).manifest["arrays"]
+    if as_json:
+        _print_json({name: {"shape": spec["shape"], "dtype": spec["dtype"]} for name, spec in arrays.items()})
+        return
+    for name, spec in arrays.items():
+        whole = sum(shard is not None for shard in spec["shards"])
+        shape = " x ".join(map(str, spec["shape"]))
+        print(f"{name:<32} {shape:<12} {spec['dtype']:<8} {whole} of {len(spec['shards'])} shards")
+
+
+@cache_app.command("verify")
+def cache_verify(cache: Annotated[Path, _CACHE_ARGUMENT], as_json: Annotated[bool, _JSON] = False) -> None:
+    """Compare every shard with the manifest; exit status 1 if one is damaged."""
+    from probsurgery.pipeline.store import Cache
+
+    opened = Cache(cache)
+    damage = opened.damage()
+    if as_json:
+        _print_json({"path": str(cache), "damage": damage})
+    else:
+        for problem in damage:
+            print(problem)
+        shards = sum(shard is not None for spec in opened.manifest["arrays"].values() for shard in spec["shards"])
+        print(f"{cache}: {shards} shards checked, {len(damage)} damaged")
+    if damage:
+        raise typer.Exit(1)
+
+
+# Rendering
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=1))
+
+
+def _console():
+    from rich.console import Console
+
+    # A pipe has no width: give tables what they need instead of wrapping them at 80.
+    return Console() if sys.stdout.isatty() else Console(width=200, force_terminal=False)
+
+
+def _table(columns: list[str]):
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+    return table
+
+
+def _print_fit(path: Path, rows: list[dict]) -> None:
+    from statistics import fmean
+
+    one = rows[0]
+    table = _table(["task", "merged", "with head", "expert", "bias before", "after"])
+    figures = [
+        (
+            *(100 * row["accuracy"][kind] for kind in ("merged", "head", "individual")),
+            *(row["bias"][when] for when in ("before", "after")),
+        )
+        for row in rows
+    ]
+    averages = tuple(map(fmean, zip(*figures, strict=True)))
+    for task, (merged, head, expert, before, after) in zip(
+        [*(row["task"] for row in rows), "average"], [*figures, averages], strict=True
+    ):
+        table.add_row(task, f"{merged:.1f}", f"{head:.1f}", f"{expert:.1f}", f"{before:.3f}", f"{after:.3f}")
+    print(f"{path} ({one['protocol']})")
+    _console().print(table)
+    seconds = one["seconds"] if one["shared"] else sum(row["seconds"] for row in rows)
+    heads = 1 if one["shared"] else len(rows)
+    print(f"{heads} head{'s' * (heads > 1)}, {one['parameters']:,} parameters each, fitted in {seconds:.1f} s")
+
+
+def _print_report(one: Report) -> None:
+    where = f"{one.cache}: {one.arch}, {one.merge}, {one.protocol}"
+    accuracy = _table(["", *one.tasks, "Avg", "won back", "fit s"])
+    for line in one.accuracy:
+        won, seconds = one.won_back.get(line.label), one.seconds.get(line.label)
+        accuracy.add_row(
+            *_cells(line, one.tasks, ".1f"),
+            "" if won is None else f"{100 * won:.0f} %",
+            "" if seconds is None else f"{seconds:.1f}",
+        )
+    bias = _table(["", *one.tasks, "Avg"])
+    for line in one.bias:
+        bias.add_row(*_cells(line, one.tasks, ".3f"))
+    console = _console()
+    print(f"Accuracy in % ({where})")
+    console.print(accuracy)
+    print("won back: the share of what merging loses to the individual experts that the head regains, on average\n")
+    print("Bias: mean absolute difference to the expert's features")
+    console.print(bias)
+
+
+def _cells(line: Line, tasks: tuple[str, ...], form: str) -> list[str]:
+    figures = [line.values.get(task) for task in tasks] + [line.mean]
+    return [line.label, *("-" if value is None else format(value, form) for value in figures)]
+
+
+@contextmanager
+def _progress(unit: str) -> Iterator[Callable[..., None]]:
+    """A bar with a rate and an ETA on a terminal; elsewhere a plain line now and then. Both on standard error."""
+    if not sys.stderr.isatty():
+        yield _plain_progress(unit)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None, rate="")
+
+        def show(done: int, total: int, what: str = "") -> None:
+            speed = bar.tasks[0].speed
+            bar.update(
+                task, completed=done, total=total, description=what, rate=f"{speed:,.0f} {unit}/s" if speed else ""
+            )
+
+        yield show
+
+
+def _plain_progress(unit: str, every: float = 10.0) -> Callable[..., None]:
+    begun, already, last = 0.0, 0, 0.0
+
+    def show(done: int, total: int, what: str = "") -> None:
+        nonlocal begun, already, last
+        now = time.monotonic()
+        if not begun:
+            begun, already, last = now, done, now
+        if now - last < every:
+            return
+        last = now
+        rate = (done - already) / (now - begun)
+        left = (total - done) / rate
+        _note(f"{what + ': ' if what else ''}{done:,} of {total:,} {unit}, {rate:,.0f}/s, {left:,.0f} s left")
+
+    return show
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; every error becomes one line on standard error and an exit status."""
+    try:
+        status = app(arguments, prog_name="probsurgery", standalone_mode=False) or 0
+    except ProbsurgeryError as error:
+        status = _fail(str(error), error.exit_status)
+    except PermissionError as error:
+        status = _fail(f"no permission: {error.filename or error}", InputError.exit_status)
+    except BrokenPipeError:
+        # The reader of our output has gone; Python would complain of that at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except OSError as error:
+        status = _fail(f"{error.filename or 'system'}: {error.strerror or error}", 1)
+    except MemoryError:
+        status = _fail("out of memory; use a smaller --batch-size or fewer --tasks", 1)
+    except KeyboardInterrupt:
+        status = 130
+    except Exception as error:
+        # Typer's usage errors have no public base class; they all say their message so.
+        if not hasattr(error, "format_message"):
+            raise
+        status = 2
+        if type(error).__name__ == "NoArgsIsHelpError":
+            _note(error.format_message())
+        else:
+            _fail(error.format_message(), status)
+    if status == 130:
+        _note("interrupted; what was finished is kept, and the same command goes on from there")
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return status

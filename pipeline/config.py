@@ -1,0 +1,269 @@
+"""What a run is asked to do: frozen dataclasses that hold every default, and their fingerprints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from probsurgery.pipeline.errors import InputError, unknown
+
+LOSSES = ("l1", "mse", "smooth-l1", "cosine")
+DTYPES = ("float32", "float16")
+PRECISIONS = ("fp32", "bf16", "fp16")
+STORES = ("zarr", "hdf5")
+SPLITS = ("test", "train")
+
+
+def fingerprint(value: object) -> str:
+    """SHA-256 of a JSON-able value, the same on every machine."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
+    """Each leaf in which two nested dictionaries differ, as ``path: a's value / b's value``."""
+    found = []
+    for key in sorted(a.keys() | b.keys()):
+        x, y = a.get(key), b.get(key)
+        if isinstance(x, dict) and isinstance(y, dict):
+            found += differences(x, y, f"{prefix}{key}.")
+        elif x != y:
+            found.append(f"{prefix}{key}: {_brief(x)} / {_brief(y)}")
+    return found
+
+
+def _brief(value: object) -> str:
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _choice(what: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise unknown(what, value, allowed)
+
+
+def _integer(option: str, value: int, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InputError(f"{option} is {value}; it must be a whole number from {low} to {high:,}")
+
+
+def _number(option: str, value: float, low: float, high: float, *, above_low: bool = False) -> None:
+    if not math.isfinite(value) or not low <= value <= high or (above_low and value == low):
+        span = f"above {low:g} and at most {high:g}" if above_low else f"from {low:g} to {high:g}"
+        raise InputError(f"{option} is {value}; it must be {span}")
+
+
+@dataclass(frozen=True)
+class _GradientSettings:
+    """Settings of every head that is trained step by step. A step is one update of one head."""
+
+    steps: int = 1_000
+    """Updates of each head."""
+    batch_size: int = 16
+    """Rows in a step."""
+    lr: float = 1e-3
+    """Adam's learning rate; its betas are (0.9, 0.999)."""
+    loss: str = "l1"
+    """Distance to the expert's feature: one of `LOSSES`."""
+
+    def __post_init__(self) -> None:
+        _integer("--steps", self.steps, 1, 10_000_000)
+        _integer("--batch-size", self.batch_size, 1, 65_536)
+        _number("--lr", self.lr, 0, 10, above_low=True)
+        _choice("loss", self.loss, LOSSES)
+
+
+@dataclass(frozen=True)
+class SurgerySettings(_GradientSettings):
+    """Surgery (Yang et al., ICML 2024): a low-rank correction."""
+
+    rank: int = 16
+    """Rank r of the correction."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _integer("--rank", self.rank, 1, 16_384)
+
+
+@dataclass(frozen=True)
+class ProbSettings(_GradientSettings):
+    """ProbSurgery (Wei et al., ICML 2025): a Gaussian over the correction."""
+
+    steps: int = 5_000
+    hidden: int = 128
+    """Width h of the shared bottleneck."""
+    kl_weight: float = 1e-4
+    """Weight lambda of the KL divergence to the standard normal."""
+    samples: int = 1
+    """Draws of the correction in a step. The paper names 5, its public code draws 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _integer("--hidden", self.hidden, 1, 16_384)
+        _number("--kl-weight", self.kl_weight, 0, 1e6)
+        _integer("--samples", self.samples, 1, 1_024)
+
+
+@dataclass(frozen=True)
+class RidgeSettings:
+    """Ridge regression from merged to expert features, in closed form."""
+
+    penalty: float | None = None
+    """Penalty relative to the mean eigenvalue of the features' covariance; None: chosen by leave-one-out."""
+
+    def __post_init__(self) -> None:
+        if self.penalty is not None:
+            _number("--penalty", self.penalty, 0, 1e6, above_low=True)
+
+
+HeadSettings = SurgerySettings | ProbSettings | RidgeSettings
+HEAD_SETTINGS: dict[str, type] = {"prob": ProbSettings, "surgery": SurgerySettings, "ridge": RidgeSettings}
+_ABBREVIATIONS = {"hidden": "h", "rank": "r", "kl_weight": "kl", "batch_size": "batch"}
+
+
+def head_kind(settings: HeadSettings) -> str:
+    """The name under which a kind of head is asked for."""
+    return next(name for name, cls in HEAD_SETTINGS.items() if type(settings) is cls)
+
+
+def head_settings(head: str, **given: object) -> HeadSettings:
+    """Settings of a kind of head by its name; a value of None stands for the default.
+
+    Raises `InputError` for an unknown head, a setting that this kind does not have, or a value out of range.
+    """
+    if head not in HEAD_SETTINGS:
+        raise unknown("head", head, HEAD_SETTINGS)
+    cls = HEAD_SETTINGS[head]
+    given = {name: value for name, value in given.items() if value is not None}
+    allowed = [f.name for f in fields(cls)]
+    for name in given:
+        if name not in allowed:
+            flags = ", ".join("--" + n.replace("_", "-") for n in allowed)
+            raise InputError(f"--{name.replace('_', '-')} is not a setting of {head} heads; they take: {flags}")
+    return cls(**given)
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """One run of stage one."""
+
+    arch: str
+    """Architecture: a name in `encoders.ARCHS`."""
+    merges: tuple[str, ...] = ("ta",)
+    """Merging methods, each a name in `merging.METHODS` or the path of a merged checkpoint."""
+    tasks: tuple[str, ...] | None = None
+    """Tasks whose experts are merged, and which are extracted; None: all of the architecture's suite."""
+    only: tuple[str, ...] | None = None
+    """Those of the tasks to extract now; the rest can follow."""
+    checkpoints: str | None = None
+    """Folder of checkpoints; None: where the architecture's published ones are."""
+    data: str | None = None
+    """Folder of data sets; None: where the suite's published ones are."""
+    split: str = "test"
+    """`test`, `train` or `both`."""
+    limit: int | None = None
+    """Take the first rows of each task and split only."""
+    store: str = "zarr"
+    dtype: str = "float32"
+    """Type in which features are kept."""
+    precision: str = "fp32"
+    """Type in which the encoders compute."""
+    batch_size: int = 128
+    workers: int = 0
+    """Processes that decode images; 0: the main one."""
+    device: str = "auto"
+    root: Path = Path("cache")
+    """Folder in which caches get their default names."""
+    out: Path | None = None
+    """Exactly this cache."""
+    pretrained: bool = True
+    """Keep the pre-trained encoder's features too, for the report."""
+    fresh: bool = False
+    """Replace a cache that was written with other settings."""
+
+    def __post_init__(self) -> None:
+        _choice("split", self.split, (*SPLITS, "both"))
+        _choice("store", self.store, STORES)
+        _choice("dtype", self.dtype, DTYPES)
+        _choice("precision", self.precision, PRECISIONS)
+        _integer("--batch-size", self.batch_size, 1, 65_536)
+        _integer("--workers", self.workers, 0, 256)
+        if self.limit is not None:
+            _integer("--limit", self.limit, 1, 1_000_000_000)
+        if not self.merges:
+            raise InputError("no merge was asked for; give --merge at least once")
+        if len(set(self.merges)) < len(self.merges):
+            raise InputError(f"a merge is named twice: {', '.join(self.merges)}")
+        if self.out is not None and len(self.merges) > 1:
+            raise InputError("--out names one cache, but several merges were asked for; use --root instead")
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return SPLITS if self.split == "both" else (self.split,)
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """One run of stage two: one head for each task, or one for all."""
+
+    cache: Path
+    head: HeadSettings = ProbSettings()
+    tasks: tuple[str, ...] | None = None
+    """Tasks to fit; None: all that the cache holds."""
+    shared: bool = False
+    """One head for all tasks, their batches taken in turn; it takes `steps` updates for each task."""
+    fraction: float = 1.0
+    """Share of the rows that the fit may see."""
+    holdout: float = 0.0
+    """Share of the test rows kept from the fit and evaluated on; 0: evaluate on the rows that were fitted,
+    which is the papers' transductive protocol."""
+    fit_split: str = "test"
+    """Split whose images are fitted; evaluation is always on test images."""
+    seed: int = 0
+    device: str = "auto"
+    name: str | None = None
+    """Folder of the head under `heads/`; None: derived from the settings."""
+    results: Path | None = None
+    """Where heads and results go; None: into the cache."""
+
+    def __post_init__(self) -> None:
+        _choice("fit split", self.fit_split, SPLITS)
+        _number("--fraction", self.fraction, 0, 1, above_low=True)
+        _integer("--seed", self.seed, 0, 2**31 - 1)
+        if not 0 <= self.holdout < 1:
+            raise InputError(f"--holdout is {self.holdout}; it must be from 0 to below 1")
+        if self.holdout and self.fit_split == "train":
+            raise InputError("--holdout splits the test rows; with --fit-split train no test row is fitted anyway")
+        if self.shared and isinstance(self.head, RidgeSettings):
+            raise InputError("--shared is for heads trained step by step: prob, surgery")
+        if self.name is not None and (Path(self.name).name != self.name or self.name in ("", ".", "..")):
+            raise InputError(f"--name {self.name!r} is not a plain folder name")
+
+    @property
+    def protocol(self) -> str:
+        """How fitted and evaluated rows relate; kept with every result."""
+        if self.fit_split == "train":
+            how = "train"
+        else:
+            how = f"holdout {self.holdout:g}" if self.holdout else "transductive"
+        return how if self.fraction == 1 else f"{how}, fraction {self.fraction:g}"
+
+    def default_name(self) -> str:
+        """The head, its width, and whatever departs from the defaults."""
+        kind, defaults = head_kind(self.head), HEAD_SETTINGS[head_kind(self.head)]()
+        parts = [kind]
+        for name, value in sorted(asdict(self.head).items(), key=lambda item: item[0] not in ("hidden", "rank")):
+            if name in ("hidden", "rank") or value != getattr(defaults, name):
+                value = f"{value:g}" if isinstance(value, float) else str(value)
+                parts.append(_ABBREVIATIONS.get(name, name) + value)
+        if self.shared:
+            parts.append("shared")
+        if self.protocol != "transductive":
+            parts.append(self.protocol.replace(", ", "-").replace(" ", ""))
+        if self.tasks is not None:
+            parts.append("+".join(self.tasks))
+        if self.seed:
+            parts.append(f"seed{self.seed}")
+        return "-".join(parts)

@@ -1,0 +1,384 @@
+"""Stage one: every image once through every encoder that needs it; features go to the store.
+
+The path of an image: `_reader` decodes it, `_encode` maps it to features, `CacheWriter.write` keeps them. Several merges in
+one run share the decoding and the experts' features, and each has a cache of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from probsurgery.pipeline import encoders, merging
+from probsurgery.pipeline.checkpoints import StateDict, digest
+from probsurgery.pipeline.config import ExtractConfig
+from probsurgery.pipeline.errors import InputError, ProbsurgeryError
+from probsurgery.pipeline.store import SHARD_ROWS, CacheWriter, check_target
+from probsurgery.pipeline.tasks import Images, Task, check_names, open_images, select_tasks
+
+Progress = Callable[[int, int, str], None]
+"""Told how many images are done, how many there are in all, and what is being worked on."""
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Extraction:
+    """What a run of stage one did."""
+
+    caches: list[Path]
+    images: int = 0
+    """Images that were encoded; 0 if everything was there already."""
+    seconds: dict[str, float] = field(default_factory=lambda: {"read": 0.0, "encode": 0.0, "write": 0.0})
+    """Wall time spent waiting for images, encoding, and writing."""
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """One merged model and where its cache goes."""
+
+    name: str
+    path: Path
+    state: StateDict
+    about: dict
+    """Method, settings and digest, as kept in the identity."""
+
+
+@dataclass(frozen=True)
+class _Target:
+    """One array to be filled: which encoder's features, and which of its parts are lacking."""
+
+    writer: CacheWriter
+    array: str
+    encoder: str
+    parts: set[int]
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:n`. Raises `InputError` for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"unknown device {name!r}; choose from: auto, cpu, cuda, cuda:0 and so on")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {name} was asked for, but there are {torch.cuda.device_count()} CUDA devices; use cpu")
+    return device
+
+
+def extract(config: ExtractConfig, progress: Progress = lambda done, total, what: None) -> Extraction:
+    """Run stage one. Goes on where an interrupted run of the same settings stopped.
+
+    Raises `InputError` before anything is written if the request cannot be met, or if a cache of other settings is where
+    this one would go.
+    """
+    row = encoders.get_arch(config.arch)
+    tasks = select_tasks(row.suite, config.tasks)
+    if config.only is not None:
+        check_names(config.only, [task.name for task in tasks])
+    now = tuple(task for task in tasks if config.only is None or task.name in config.only)
+    paths = _cache_paths(config, tasks, whole_suite=len(tasks) == len(select_tasks(row.suite, None)))
+    device = choose_device(config.device)
+    weights = encoders.Weights(config.arch, config.checkpoints)
+    images = {(s, t.name): open_images(t, s, config.data, config.limit) for s in config.splits for t in now}
+    classifiers = weights.classifiers(now, device)
+
+    pretrained = weights.pretrained()
+    digests = {"pretrained": digest(pretrained)}
+    for task, expert in zip(tasks, weights.experts(tasks), strict=True):
+        digests[task.name] = digest(expert)
+    merges = [_merge(name, path, weights, pretrained, tasks) for name, path in paths.items()]
+    identities = [_identity(config, tasks, digests, merge) for merge in merges]
+    for merge, identity in zip(merges, identities, strict=True):
+        check_target(merge.path, identity, config.store, fresh=config.fresh)
+
+    result = Extraction([merge.path for merge in merges])
+    with contextlib.ExitStack() as stack:
+        writers = [
+            stack.enter_context(CacheWriter.open(merge.path, identity, config.store, fresh=config.fresh))
+            for merge, identity in zip(merges, identities, strict=True)
+        ]
+        for writer in writers:
+            _register(writer, now, images, classifiers)
+        work = [
+            (task, split, targets)
+            for task in now
+            for split in config.splits
+            if (targets := _targets(config, writers, merges, task, split, len(images[split, task.name])))
+        ]
+        total = sum(_rows_of(targets, len(images[s, t.name])) for t, s, targets in work)
+        towers: dict[str, nn.Module] = {}
+        for task, split, targets in work:
+            _load_towers(towers, targets, config.arch, merges, weights, pretrained, task, device)
+            opened = images[split, task.name]
+            _fill(config, opened, targets, towers, device, result, lambda n, t=task: progress(n, total, t.name))
+    return result
+
+
+def _cache_paths(config: ExtractConfig, tasks: Sequence[Task], *, whole_suite: bool) -> dict[str, Path]:
+    """Where each merge's cache goes, by the merge as it was asked for."""
+    paths = {}
+    for merge in config.merges:
+        if merge not in merging.METHODS and not Path(merge).is_file():
+            raise InputError(
+                f"unknown merge {merge!r}; choose from: {', '.join(merging.METHODS)}, or the path of a merged checkpoint"
+            )
+        name = merge if merge in merging.METHODS else Path(merge).stem
+        subset = "" if whole_suite else "_" + "+".join(task.name for task in tasks)
+        paths[merge] = config.out or config.root / f"{config.arch}_{name}{subset}"
+    if len(set(paths.values())) < len(paths):
+        raise InputError("two of the merges would go to one cache; rename one of the checkpoints")
+    return paths
+
+
+def _merge(
+    name: str, path: Path, weights: encoders.Weights, pretrained: StateDict, tasks: Sequence[Task]
+) -> _Merge:
+    if name in merging.METHODS:
+        state = merging.merge(name, pretrained, weights.experts(tasks))
+        about = {"method": name, "settings": merging.METHODS[name].settings}
+    else:
+        state, about = weights.load(Path(name)), {"method": "file", "settings": {}}
+    return _Merge(name, path, state, about | {"digest": digest(state)})
+
+
+def _identity(config: ExtractConfig, tasks: Sequence[Task], digests: dict[str, str], merge: _Merge) -> dict:
+    return {
+        "arch": config.arch,
+        "suite": tasks[0].suite,
+        "dim": encoders.model_config(config.arch)["embed_dim"],
+        "dtype": config.dtype,
+        "precision": config.precision,
+        "limit": config.limit,
+        "tasks": [task.name for task in tasks],
+        "checkpoints": digests,
+        "merge": merge.about,
+        "preprocessing": encoders.preprocessing(config.arch),
+    }
+
+
+def _register(
+    writer: CacheWriter,
+    tasks: Sequence[Task],
+    images: dict[tuple[str, str], Images],
+    classifiers: dict[str, Tensor],
+) -> None:
+    """Note in the manifest what this run adds, and refuse data that differ from what is there."""
+    for task in tasks:
+        about = writer.manifest["tasks"].setdefault(
+            task.name, {"classes": len(task.class_names), "class_names": list(task.class_names), "splits": {}}
+        )
+        classifier = classifiers[task.name]
+        mine = digest({"classifier": classifier})
+        if about.setdefault("classifier", mine) != mine:
+            raise InputError(f"{writer.path} was written with another classifier of {task.name}; use --fresh or --out")
+        for split in (split for split, name in images if name == task.name):
+            opened = images[split, task.name]
+            data = {"rows": len(opened), "fingerprint": opened.fingerprint}
+            if about["splits"].setdefault(split, data) != data:
+                raise InputError(f"{writer.path} was written from other images of {task.name}; use --fresh or --out")
+    writer.request([f"{split}/{name}" for split, name in images])
+    names = {f"classifiers/{task.name}": classifiers[task.name].numpy() for task in tasks}
+    writer.declare({name: {"shape": list(c.shape), "dtype": "float32"} for name, c in names.items()})
+    for name, classifier in names.items():
+        if writer.pending([name]):
+            writer.write(0, {name: classifier})
+
+
+def _targets(
+    config: ExtractConfig,
+    writers: Sequence[CacheWriter],
+    merges: Sequence[_Merge],
+    task: Task,
+    split: str,
+    rows: int,
+) -> list[_Target]:
+    """The arrays of one task and split that lack parts, over all caches."""
+    dim = encoders.model_config(config.arch)["embed_dim"]
+    targets = []
+    for writer, merge in zip(writers, merges, strict=True):
+        sources = {"merged": f"merged {merge.name}", "expert": "expert"}
+        if config.pretrained:
+            sources["pretrained"] = "pretrained"
+        prefix = f"{split}/{task.name}/"
+        arrays = {prefix + kind: {"shape": [rows, dim], "dtype": config.dtype} for kind in sources}
+        arrays[prefix + "labels"] = {"shape": [rows], "dtype": "int64"}
+        writer.declare(arrays)
+        for kind, encoder in (sources | {"labels": "labels"}).items():
+            parts = writer.pending([prefix + kind])
+            if parts:
+                targets.append(_Target(writer, prefix + kind, encoder, parts))
+    return targets
+
+
+def _load_towers(
+    towers: dict[str, nn.Module],
+    targets: Sequence[_Target],
+    arch: str,
+    merges: Sequence[_Merge],
+    weights: encoders.Weights,
+    pretrained: StateDict,
+    task: Task,
+    device: torch.device,
+) -> None:
+    """Have the towers ready that the targets need; the expert is the task's, the others stay from task to task."""
+    needed = {target.encoder for target in targets} - {"labels"}
+    towers.pop("expert", None)
+    if "expert" in needed:
+        towers["expert"] = encoders.build_visual(arch, weights.expert(task)).to(device)
+    states = {"pretrained": pretrained} | {f"merged {merge.name}": merge.state for merge in merges}
+    for name in needed & states.keys() - towers.keys():
+        towers[name] = encoders.build_visual(arch, states[name]).to(device)
+
+
+def _parts_of(targets: Sequence[_Target]) -> list[int]:
+    return sorted(set().union(*(target.parts for target in targets)))
+
+
+def _part_range(part: int, rows: int) -> range:
+    return range(part * SHARD_ROWS, min(rows, (part + 1) * SHARD_ROWS))
+
+
+def _rows_of(targets: Sequence[_Target], rows: int) -> int:
+    return sum(len(_part_range(part, rows)) for part in _parts_of(targets))
+
+
+def _fill(
+    config: ExtractConfig,
+    images: Images,
+    targets: Sequence[_Target],
+    towers: dict[str, nn.Module],
+    device: torch.device,
+    result: Extraction,
+    progress: Callable[[int], None],
+) -> None:
+    """Encode the lacking parts of one task and split and write them, part by part."""
+    parts = _parts_of(targets)
+    batches = _to_device(_reader(config, images, parts, device), device)
+    clock = time.perf_counter
+    for part in parts:
+        here = [target for target in targets if part in target.parts]
+        names = {target.encoder for target in here} - {"labels"}
+        encoded: dict[str, list[Tensor]] = {name: [] for name in names}
+        rows = _part_range(part, len(images))
+        for _ in range(0, len(rows), config.batch_size):
+            start = clock()
+            batch = next(batches)
+            result.seconds["read"] += clock() - start
+            start = clock()
+            for name in names:
+                encoded[name].append(_encode(towers[name], batch, config.precision))
+            result.seconds["encode"] += clock() - start
+            result.images += len(batch)
+            progress(result.images)
+        start = clock()
+        values = {name: torch.cat(blocks).cpu() for name, blocks in encoded.items()}
+        result.seconds["encode"] += clock() - start
+        start = clock()
+        for writer in {id(target.writer): target.writer for target in here}.values():
+            writer.write(
+                part,
+                {
+                    t.array: images.labels[rows.start : rows.stop]
+                    if t.encoder == "labels"
+                    else _for_store(values[t.encoder], config.dtype, t.array, rows.start)
+                    for t in here
+                    if t.writer is writer
+                },
+            )
+        result.seconds["write"] += clock() - start
+
+
+def _for_store(values: Tensor, dtype: str, array: str, first_row: int) -> np.ndarray:
+    """Features as they are kept. Raises `ProbsurgeryError` if the encoder, or the type, made one NaN or infinite."""
+    stored = values.numpy().astype(dtype)
+    bad = np.flatnonzero(~np.isfinite(stored).all(-1))
+    if len(bad):
+        raise ProbsurgeryError(
+            f"features {array} are NaN or infinite in row {first_row + bad[0]}; "
+            "try --precision fp32 and --dtype float32, and check that checkpoint"
+        )
+    return stored
+
+
+class _Decoded(Dataset):
+    """Images as the encoder takes them. An image that cannot be decoded becomes the text of the error."""
+
+    def __init__(self, images: Images, transform: Callable) -> None:
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> Tensor | str:
+        try:
+            return self.transform(self.images.get(row))
+        except (OSError, ValueError, SyntaxError) as error:
+            return f"image {row} cannot be decoded: {error}"
+
+
+def _collate(items: list[Tensor | str]) -> Tensor | str:
+    return next((item for item in items if isinstance(item, str)), None) or default_collate(items)
+
+
+def _reader(config: ExtractConfig, images: Images, parts: Sequence[int], device: torch.device) -> DataLoader:
+    """Batches of decoded images (B, 3, size, size), in order; no batch crosses a part."""
+    batches = []
+    for part in parts:
+        rows = _part_range(part, len(images))
+        batches += [list(rows[i : i + config.batch_size]) for i in range(0, len(rows), config.batch_size)]
+    return DataLoader(
+        _Decoded(images, encoders.image_transform(config.arch)),
+        batch_sampler=batches,
+        num_workers=config.workers,
+        collate_fn=_collate,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def _to_device(batches: DataLoader, device: torch.device) -> Iterator[Tensor]:
+    """Batches on the device. On CUDA each is copied on a stream of its own while the one before it is encoded."""
+    if device.type != "cuda":
+        for batch in batches:
+            yield _decoded(batch)
+        return
+    copying = torch.cuda.Stream(device)
+    waiting = None
+    for batch in batches:
+        with torch.cuda.stream(copying):
+            copied = _decoded(batch).to(device, non_blocking=True)
+        if waiting is not None:
+            yield waiting
+        torch.cuda.current_stream(device).wait_stream(copying)
+        copied.record_stream(torch.cuda.current_stream(device))
+        waiting = copied
+    if waiting is not None:
+        yield waiting
+
+
+def _decoded(batch: Tensor | str) -> Tensor:
+    if isinstance(batch, str):
+        raise ProbsurgeryError(batch)
+    return batch
+
+
+@torch.inference_mode()
+def _encode(tower: nn.Module, images: Tensor, precision: str) -> Tensor:
+    """Images (B, 3, size, size) -> features (B, d) in float32, not normalised."""
+    if precision == "fp32":
+        # cuDNN would else compute the patch embedding in TF32.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return tower(images).float()
+    with torch.autocast(images.device.type, _AUTOCAST[precision]):
+        return tower(images).float()

@@ -1,0 +1,256 @@
+"""Stage two: cached features -> heads and results. The encoders are never touched, and no label reaches the fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from probsurgery.pipeline.config import FitConfig, differences, head_kind
+from probsurgery.pipeline.errors import InputError
+from probsurgery.pipeline.extract import choose_device
+from probsurgery.pipeline.heads import Head, load_head, parameter_count, stack_params
+from probsurgery.pipeline.metrics import accuracy, representation_bias
+from probsurgery.pipeline.store import Cache, TaskData, load_task, require_writable, software
+from probsurgery.pipeline.tasks import check_names
+from probsurgery.pipeline.train import Fitted, Job, Rows, fit_heads, generator, head_steps
+
+Progress = Callable[[int, int], None]
+"""Told how many head-steps are done, and how many there are in all."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """A fitted head and how good it is on each task."""
+
+    head: Head
+    path: Path
+    rows: list[dict]
+    """One for each task, as in results.jsonl."""
+    repeated: bool = False
+    """The same head was there already, and nothing was done."""
+
+
+def fit(config: FitConfig, progress: Progress = lambda done, total: None) -> FitResult:
+    """Run stage two for one setting.
+
+    Raises `InputError` before anything is written if the cache lacks what is asked for, or if a head of that name exists with
+    other settings. The same request again returns what is there.
+    """
+    cache = Cache(config.cache)
+    tasks = _tasks(cache, config)
+    config = replace(config, tasks=tasks if config.tasks is not None else None)
+    name = config.name or config.default_name()
+    results = config.results or cache.path
+    folder = results / "heads" / name
+    request = _request(config, cache, tasks)
+    if folder.exists():
+        return _existing(folder, request, results)
+    require_writable(folder, "--results")
+    device = choose_device(config.device)
+
+    data = {task: load_task(cache, task) for task in tasks}
+    splits = {task: _split_rows(config, data[task]) for task in tasks}
+    jobs = _jobs(config, cache, data, splits)
+    total, done = sum(map(head_steps, jobs)), 0
+
+    def count(steps: int) -> None:
+        nonlocal done
+        done += steps
+        progress(done, total)
+
+    start = time.perf_counter()
+    fitted = fit_heads(jobs, device, count)
+    seconds = time.perf_counter() - start
+    head = Head(config.head, tasks, cache.dim, stack_params([f.params for f in fitted]), config.shared)
+    rows = [
+        _evaluate(head, data[task], splits[task][1])
+        | _about(config, cache, name, task, seconds / len(jobs))
+        | {"fit_rows": _fit_rows(config, cache, splits[task], task), "device": str(device)}
+        for task in tasks
+    ]
+    record = {"request": request, "results": rows, "fits": _fits(jobs, fitted), "software": software()}
+    record |= {"seconds": seconds, "threads": torch.get_num_threads()}
+    head = replace(head, record=record)
+    _write(head, folder)
+    _append(results, rows)
+    return FitResult(head, folder, rows)
+
+
+def _tasks(cache: Cache, config: FitConfig) -> tuple[str, ...]:
+    """The tasks to fit, in the order of the cache; each is whole in the splits that the fit needs."""
+    if config.tasks is None:
+        tasks = cache.tasks("test")
+        if not tasks:
+            raise InputError(f"{cache.path} holds no task; run `probsurgery extract`")
+    else:
+        check_names(config.tasks, cache.identity["tasks"])
+        tasks = tuple(task for task in cache.identity["tasks"] if task in config.tasks)
+    for task in tasks:
+        cache.require(task, "test")
+        cache.require(task, config.fit_split)
+    return tasks
+
+
+def _request(config: FitConfig, cache: Cache, tasks: Sequence[str]) -> dict:
+    """What determines a head: two requests that are equal here give the same head."""
+    return {
+        "head": head_kind(config.head),
+        "settings": asdict(config.head),
+        "tasks": list(tasks),
+        "shared": config.shared,
+        "seed": config.seed,
+        "protocol": config.protocol,
+        "cache": cache.fingerprint,
+    }
+
+
+def _existing(folder: Path, request: dict, results: Path) -> FitResult:
+    head = load_head(folder)
+    differ = differences(head.record.get("request", {}), request)
+    if differ:
+        raise InputError(
+            f"{folder} exists with other settings (there / asked): {'; '.join(differ[:3])}; choose another --name, or "
+            "delete it"
+        )
+    rows = head.record["results"]
+    kept = {(row["head"], row["task"], row["cache"]) for row in read_results(results)}
+    # A fit that was killed between the head and its rows left the rows in the head's record alone.
+    missing = [row for row in rows if (row["head"], row["task"], row["cache"]) not in kept]
+    if missing:
+        require_writable(results, "--results")
+        _append(results, missing)
+    return FitResult(head, folder, rows, repeated=True)
+
+
+def _split_rows(config: FitConfig, data: TaskData) -> tuple[Tensor, Tensor]:
+    """Numbers of the test rows that may be fitted, and of those that are evaluated on."""
+    rows = len(data.merged)
+    order = torch.randperm(rows, generator=generator(data.task, config.seed, "holdout"))
+    kept = round(config.holdout * rows)
+    if config.holdout and not 0 < kept < rows:
+        raise InputError(
+            f"--holdout {config.holdout:g} of the {rows} rows of task {data.task} leaves none to "
+            f"{'evaluate on' if not kept else 'fit'}"
+        )
+    seen, held_out = order[kept:].sort().values, order[:kept].sort().values
+    return _fraction(config, data.task, seen), held_out if kept else torch.arange(rows)
+
+
+def _fraction(config: FitConfig, task: str, rows: Tensor) -> Tensor:
+    if config.fraction == 1:
+        return rows
+    order = torch.randperm(len(rows), generator=generator(task, config.seed, "fraction"))
+    return rows[order[: max(1, round(config.fraction * len(rows)))].sort().values]
+
+
+def _jobs(
+    config: FitConfig, cache: Cache, data: dict[str, TaskData], splits: dict[str, tuple[Tensor, Tensor]]
+) -> list[Job]:
+    """One job for each head: merged and expert features only."""
+    rows = []
+    for task, its in data.items():
+        if config.fit_split == "train":
+            merged, expert = (cache.features(task, kind, "train") for kind in ("merged", "expert"))
+            seen = _fraction(config, task, torch.arange(len(merged)))
+        else:
+            merged, expert, seen = its.merged, its.expert, splits[task][0]
+        rows.append(Rows(task, merged[seen], expert[seen]))
+    groups = [tuple(rows)] if config.shared else [(r,) for r in rows]
+    return [Job(group, config.head, config.seed) for group in groups]
+
+
+def _fit_rows(config: FitConfig, cache: Cache, split: tuple[Tensor, Tensor], task: str) -> int:
+    if config.fit_split == "test":
+        return len(split[0])
+    return len(_fraction(config, task, torch.arange(cache.rows(task, "train"))))
+
+
+def _evaluate(head: Head, data: TaskData, rows: Tensor) -> dict:
+    """Accuracy in [0, 1] and bias of each kind of features on these rows."""
+    labels, expert, merged = data.labels[rows], data.expert[rows], data.merged[rows]
+    corrected = head(merged, data.task)
+    features = {"individual": expert, "merged": merged, "head": corrected}
+    if data.pretrained is not None:
+        features = {"pretrained": data.pretrained[rows]} | features
+    return {
+        "eval_rows": len(rows),
+        "accuracy": {kind: accuracy(values, data.classifier, labels) for kind, values in features.items()},
+        "bias": {
+            "before": representation_bias(merged, expert),
+            "after": representation_bias(corrected, expert),
+        },
+    }
+
+
+def _about(config: FitConfig, cache: Cache, name: str, task: str, seconds: float) -> dict:
+    identity = cache.identity
+    return {
+        "task": task,
+        "head": name,
+        "kind": head_kind(config.head),
+        "settings": asdict(config.head),
+        "shared": config.shared,
+        "seed": config.seed,
+        "protocol": config.protocol,
+        "cache": cache.fingerprint,
+        "arch": identity["arch"],
+        "merge": identity["merge"]["method"],
+        "parameters": parameter_count(config.head, cache.dim),
+        "seconds": seconds,
+    }
+
+
+def _fits(jobs: Sequence[Job], fitted: Sequence[Fitted]) -> list[dict]:
+    return [
+        {"tasks": [rows.task for rows in job.rows], "penalty": f.penalty, "loss_curve": f.curve}
+        for job, f in zip(jobs, fitted, strict=True)
+    ]
+
+
+def _write(head: Head, folder: Path) -> None:
+    """Write a head's folder so that it appears at once or not at all."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        head.save(partial)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _append(results: Path, rows: Sequence[dict]) -> None:
+    """Add rows to results.jsonl in one write; a torn last line, left by a kill, is closed first."""
+    file = results / "results.jsonl"
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    with file.open("a+b") as out:
+        if out.tell():
+            out.seek(-1, os.SEEK_END)
+            if out.read(1) != b"\n":
+                text = "\n" + text
+        out.write(text.encode())
+
+
+def read_results(folder: Path) -> list[dict]:
+    """Rows of results.jsonl; lines that a kill left torn are passed over. No file, no rows."""
+    try:
+        lines = (folder / "results.jsonl").read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and {"task", "head", "cache", "accuracy"} <= row.keys():
+            rows.append(row)
+    return rows

@@ -1,0 +1,132 @@
+"""Results -> tables: accuracy and bias of every head kept with a cache, beside the encoders they stand between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from probsurgery.pipeline.errors import InputError
+from probsurgery.pipeline.fit import read_results
+from probsurgery.pipeline.store import Cache
+
+BASELINES = ("pretrained", "individual", "merged")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a table: a model's figure for each task, and their mean if it has all tasks."""
+
+    label: str
+    values: dict[str, float]
+    mean: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one cache's results of one protocol say."""
+
+    cache: str
+    arch: str
+    merge: str
+    protocol: str
+    tasks: tuple[str, ...]
+    accuracy: tuple[Line, ...]
+    """In percent: the baselines, then the heads."""
+    bias: tuple[Line, ...]
+    """Mean absolute difference to the expert's features: merged, then each head."""
+    won_back: dict[str, float]
+    """For each head, the share of what merging loses to the experts that the head wins back, from the averages."""
+    seconds: dict[str, float]
+    """For each head, seconds to fit all its tasks."""
+
+
+def report(cache: str | Path, results: str | Path | None = None) -> list[Report]:
+    """Tables of every result kept with a cache, one for each protocol.
+
+    Results of another cache identity are left out. Raises `InputError` if there is no cache or no result.
+    """
+    opened = Cache(cache)
+    folder = Path(results) if results is not None else opened.path
+    rows = [row for row in read_results(folder) if row["cache"] == opened.fingerprint]
+    if not rows:
+        raise InputError(f"no results of this cache in {folder}; run `probsurgery fit --cache {opened.path}` first")
+    protocols = dict.fromkeys(row["protocol"] for row in rows)
+    return [_table(opened, p, [row for row in rows if row["protocol"] == p]) for p in protocols]
+
+
+def _table(cache: Cache, protocol: str, rows: Sequence[dict]) -> Report:
+    tasks = tuple(t for t in cache.identity["tasks"] if any(row["task"] == t for row in rows))
+    heads = {name: [row for row in rows if row["head"] == name] for name in dict.fromkeys(row["head"] for row in rows)}
+    labels = {name: head_label(its[0]) for name, its in heads.items()}
+    if len(set(labels.values())) < len(labels):
+        labels = {name: f"{label} [{name}]" for name, label in labels.items()}
+
+    accuracy = {
+        _baseline_label(kind, cache): _by_task(rows, tasks, lambda row, kind=kind: row["accuracy"].get(kind))
+        for kind in BASELINES
+    }
+    bias = {"merged (before)": _by_task(rows, tasks, lambda row: row["bias"]["before"])}
+    for name, its in heads.items():
+        accuracy[labels[name]] = _by_task(its, tasks, lambda row: row["accuracy"]["head"])
+        bias[labels[name]] = _by_task(its, tasks, lambda row: row["bias"]["after"])
+    accuracy = {label: {t: 100 * v for t, v in values.items()} for label, values in accuracy.items() if values}
+    lines = tuple(_line(label, values, tasks) for label, values in accuracy.items())
+    return Report(
+        str(cache.path),
+        cache.identity["arch"],
+        cache.identity["merge"]["method"],
+        protocol,
+        tasks,
+        lines,
+        tuple(_line(label, values, tasks) for label, values in bias.items()),
+        _won_back(lines, cache, labels),
+        {labels[name]: sum(row["seconds"] for row in _once(its)) for name, its in heads.items()},
+    )
+
+
+def _once(rows: Sequence[dict]) -> list[dict]:
+    """Rows to count time by: a shared head's is in each of its rows."""
+    return list(rows[:1]) if rows[0]["shared"] else list(rows)
+
+
+def _by_task(rows: Sequence[dict], tasks: Sequence[str], value) -> dict[str, float]:
+    found = {task: [v for row in rows if row["task"] == task and (v := value(row)) is not None] for task in tasks}
+    return {task: fmean(values) for task, values in found.items() if values}
+
+
+def _line(label: str, values: dict[str, float], tasks: Sequence[str]) -> Line:
+    return Line(label, values, fmean(values.values()) if len(values) == len(tasks) else None)
+
+
+def _won_back(lines: Sequence[Line], cache: Cache, labels: dict[str, str]) -> dict[str, float]:
+    means = {line.label: line.mean for line in lines}
+    merged, individual = (means.get(_baseline_label(kind, cache)) for kind in ("merged", "individual"))
+    if merged is None or individual is None or individual <= merged:
+        return {}
+    return {
+        label: (means[label] - merged) / (individual - merged) for label in labels.values() if means[label] is not None
+    }
+
+
+def _baseline_label(kind: str, cache: Cache) -> str:
+    method = cache.identity["merge"]["method"]
+    return {"individual": "individual experts", "merged": f"merged ({method})"}.get(kind, kind)
+
+
+def head_label(row: dict) -> str:
+    """A head as a line of a table: its kind, width, steps and what else departs from the default."""
+    settings = row["settings"]
+    match row["kind"]:
+        case "surgery":
+            about = [f"r={settings['rank']}", f"{settings['steps']} steps"]
+            name = "Surgery"
+        case "prob":
+            about = [f"h={settings['hidden']}", f"{settings['steps']} steps"]
+            name = "ProbSurgery"
+        case kind:
+            about, name = [], kind
+    about += ["shared"] if row["shared"] else []
+    about += [f"seed {row['seed']}"] if row["seed"] else []
+    return f"+ {name}" + (f" ({', '.join(about)})" if about else "")

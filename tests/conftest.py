@@ -1,0 +1,57 @@
+"""Fixtures. Shapes in annotations are checked from here on, so the hook comes before any import of the package."""
+
+from __future__ import annotations
+
+from jaxtyping import install_import_hook
+
+install_import_hook(
+    [f"probsurgery.pipeline.{module}" for module in ("heads", "objectives", "metrics", "train")], "beartype.beartype"
+)
+
+import numpy as np
+import pytest
+import torch
+from support import write_cache
+
+from probsurgery import cli
+from probsurgery.pipeline.store import Cache
+
+# The tests' tensors are tiny: a second thread gains nothing and waits for its core on a busy machine.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(params=["zarr", "hdf5"])
+def store(request):
+    return request.param
+
+
+@pytest.fixture
+def small_cache(tmp_path) -> Cache:
+    """Two tasks, a of 60 rows and b of 11, which is fewer than a batch."""
+    return Cache(write_cache(tmp_path / "small", {"a": 60, "b": 11}))
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command; gives (exit status, standard output, standard error)."""
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return ended.value.code or 0, out, err
+
+    return call

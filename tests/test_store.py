@@ -1,0 +1,258 @@
+"""Caches on disk: one set of tests over both stores, damage included."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import h5py
+import numpy as np
+import pytest
+import zarr
+from support import DIM, identity, synthetic, write_cache
+
+from probsurgery.pipeline.errors import DamagedCacheError, InputError
+from probsurgery.pipeline.store import SHARD_ROWS, Cache, CacheWriter, write_atomically
+
+ROWS = 2 * SHARD_ROWS + 100
+
+
+@pytest.fixture
+def cache(tmp_path, store):
+    return Cache(write_cache(tmp_path / "cache", {"a": ROWS, "b": 30}, store))
+
+
+def shard(cache, name="test/a/merged", part=1):
+    return cache._backend.file(name, part)
+
+
+def test_what_is_written_is_read(cache):
+    expected = synthetic(ROWS, seed=0)
+    for kind in ("merged", "expert", "pretrained"):
+        values = cache.features("a", kind)
+        assert values.dtype.is_floating_point
+        assert np.array_equal(values.numpy(), expected[kind])
+    assert np.array_equal(cache.labels("a").numpy(), expected["labels"])
+    assert np.array_equal(cache.classifier("a").numpy(), expected["classifier"])
+    assert cache.tasks() == ("a", "b")
+    assert cache.rows("a") == ROWS
+    assert cache.damage() == []
+
+
+def test_float16_is_kept_as_such_and_read_as_float32(tmp_path, store):
+    cache = Cache(write_cache(tmp_path / "half", {"a": 50}, store, dtype="float16"))
+    assert cache.manifest["arrays"]["test/a/merged"]["dtype"] == "float16"
+    values = cache.features("a").numpy()
+    assert values.dtype == np.float32
+    assert np.array_equal(values, synthetic(50)["merged"].astype("float16").astype("float32"))
+
+
+def plain(cache, name):
+    """The array as a user of plain zarr or h5py reads it."""
+    if cache.manifest["store"] == "zarr":
+        return zarr.open(str(cache.path / "features.zarr"))[name][:]
+    with h5py.File(cache.path / "features.h5") as file:
+        return file[name][:]
+
+
+def test_plain_zarr_and_h5py_read_it_wherever_it_is_moved(cache, tmp_path):
+    moved = Cache(cache.path.rename(tmp_path / "moved"))
+    expected = synthetic(ROWS, seed=0)
+    assert np.array_equal(plain(moved, "test/a/merged"), expected["merged"])
+    assert np.array_equal(plain(moved, "test/a/labels"), expected["labels"])
+    assert np.array_equal(plain(moved, "classifiers/a"), expected["classifier"])
+
+
+@pytest.mark.parametrize("position", [100, 5_000, -40])
+def test_a_flipped_byte_is_found_and_named(cache, position):
+    path = shard(cache)
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamagedCacheError, match="was changed") as caught:
+        cache.features("a")
+    assert str(path) in str(caught.value)
+    assert len(cache.damage()) == 1
+    assert str(path) in cache.damage()[0]
+    assert cache.features("a", "expert").shape == (ROWS, DIM)
+
+
+def test_the_formats_own_checksum_stops_plain_readers(cache):
+    path = shard(cache)
+    content = bytearray(path.read_bytes())
+    at = content.find(synthetic(ROWS, seed=0)["merged"][SHARD_ROWS + 7].tobytes())
+    assert at > 0
+    content[at + 5] ^= 0x10
+    path.write_bytes(content)
+    with pytest.raises((OSError, ValueError)):
+        plain(cache, "test/a/merged")
+
+
+def test_a_deleted_shard_is_found_and_plain_readers_see_no_zeros(cache):
+    shard(cache).unlink()
+    with pytest.raises(DamagedCacheError, match="is missing"):
+        cache.features("a")
+    assert "is missing" in cache.damage()[0]
+    assert np.isnan(plain(cache, "test/a/merged")[SHARD_ROWS : 2 * SHARD_ROWS]).all()
+    shard(cache, "test/a/labels").unlink()
+    assert (plain(cache, "test/a/labels")[SHARD_ROWS : 2 * SHARD_ROWS] == -1).all()
+
+
+def test_a_truncated_shard_is_found(cache):
+    path = shard(cache)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(DamagedCacheError, match="bytes instead of"):
+        cache.features("a")
+
+
+def test_a_shard_in_anothers_place_is_found(cache):
+    shard(cache, part=1).write_bytes(shard(cache, part=0).read_bytes())
+    with pytest.raises(DamagedCacheError, match="was changed"):
+        cache.features("a")
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_constant_chunk_is_written_and_its_loss_noticed(tmp_path, store, value):
+    def blank(task, arrays):
+        arrays["merged"][:] = value
+        return arrays
+
+    cache = Cache(write_cache(tmp_path / "blank", {"a": 300}, store, change=blank))
+    assert shard(cache, part=0).stat().st_size > 300 * DIM * 4
+    if value == 0:
+        assert cache.features("a").abs().sum() == 0
+    shard(cache, part=0).unlink()
+    with pytest.raises(DamagedCacheError, match="is missing"):
+        cache.features("a")
+
+
+def test_nan_features_are_named_by_task_and_row(tmp_path, store):
+    def spoil(task, arrays):
+        arrays["expert"][SHARD_ROWS + 3, 2] = np.inf
+        return arrays
+
+    cache = Cache(write_cache(tmp_path / "nan", {"a": ROWS}, store, change=spoil))
+    with pytest.raises(InputError, match=f"expert features of task a .* in 1 rows, first in row {SHARD_ROWS + 3}"):
+        cache.features("a", "expert")
+
+
+def test_a_cache_of_other_settings_is_refused_with_the_difference(cache, store):
+    before = sorted((p, p.stat().st_mtime_ns) for p in cache.path.rglob("*"))
+    for change, words in [
+        ({"dtype": "float16"}, "dtype: float32 / float16"),
+        ({"dim": 32}, "dim: 16 / 32"),
+        ({"merge": {"method": "wa", "settings": {}, "digest": "0"}}, "merge.method: ta / wa"),
+    ]:
+        other = identity(["a", "b"]) | change
+        with pytest.raises(InputError, match=words), CacheWriter.open(cache.path, other, store):
+            pass
+    other_store = {"zarr": "hdf5", "hdf5": "zarr"}[store]
+    with pytest.raises(InputError, match="store: "), CacheWriter.open(cache.path, cache.identity, other_store):
+        pass
+    assert sorted((p, p.stat().st_mtime_ns) for p in cache.path.rglob("*")) == before
+
+
+def test_fresh_replaces_a_cache_and_its_heads(cache, store):
+    (cache.path / "heads").mkdir()
+    (cache.path / "results.jsonl").write_text("{}\n")
+    with CacheWriter.open(cache.path, identity(["c"]), store, fresh=True):
+        pass
+    again = Cache(cache.path)
+    assert again.identity["tasks"] == ["c"]
+    assert not again.manifest["arrays"]
+    assert not (cache.path / "heads").exists()
+    assert not (cache.path / "results.jsonl").exists()
+
+
+def test_no_folder_but_a_cache_is_written_into(tmp_path, store):
+    (tmp_path / "thesis.tex").write_text("mine")
+    for fresh in (False, True):
+        with pytest.raises(InputError, match="not a cache"), CacheWriter.open(tmp_path, identity(["a"]), store, fresh=fresh):
+            pass
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(InputError, match="is a file"), CacheWriter.open(
+        tmp_path / "thesis.tex" / "cache", identity(["a"]), store
+    ):
+        pass
+
+
+def test_two_writers_do_not_meet(cache, store):
+    with (
+        CacheWriter.open(cache.path, cache.identity, store),
+        pytest.raises(InputError, match="another process is writing"),
+        CacheWriter.open(cache.path, cache.identity, store),
+    ):
+        pass
+
+
+def test_an_unfinished_cache_says_what_is_missing(tmp_path, store):
+    path = tmp_path / "cache"
+    with CacheWriter.open(path, identity(["a", "b"]), store) as writer:
+        writer.request(["test/a", "test/b"])
+        writer.declare({"test/a/merged": {"shape": [ROWS, DIM], "dtype": "float32"}})
+        writer.write(0, {"test/a/merged": np.zeros((SHARD_ROWS, DIM), "float32")})
+    cache = Cache(path)
+    with pytest.raises(InputError, match="unfinished: a .*2 of 3 shards are missing"):
+        cache.tasks()
+    with pytest.raises(InputError, match="unfinished: b .*not begun"):
+        cache.features("b")
+    assert np.isnan(plain(cache, "test/a/merged")[SHARD_ROWS:]).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m | {"schema": 99}, "newer version"),
+        (lambda m: m | {"schema": "one"}, "does not describe a cache"),
+        (lambda m: {k: v for k, v in m.items() if k != "arrays"}, "incomplete"),
+        (lambda m: m | {"store": "csv"}, "incomplete"),
+        (lambda m: [m], "does not describe a cache"),
+    ],
+)
+def test_strange_manifests_are_refused(cache, change, words):
+    write_atomically(cache.path / "manifest.json", json.dumps(change(cache.manifest)))
+    with pytest.raises(InputError, match=words):
+        Cache(cache.path)
+
+
+def test_places_without_a_cache_are_refused(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        Cache(tmp_path / "nothing")
+    with pytest.raises(InputError, match=r"no manifest\.json"):
+        Cache(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"schema": 1, "arr')
+    with pytest.raises(DamagedCacheError, match="not valid JSON"):
+        Cache(tmp_path)
+
+
+def test_a_kill_between_any_two_system_calls_leaves_no_torn_shard(tmp_path, store):
+    """A writer is killed at random moments; what the manifest counts must then be whole, and a later run completes it."""
+    script = textwrap.dedent(
+        """
+        import sys; from pathlib import Path; import numpy as np
+        sys.path.insert(0, sys.argv[3])
+        from support import identity, DIM
+        from probsurgery.pipeline.store import CacheWriter, SHARD_ROWS
+        with CacheWriter.open(Path(sys.argv[1]), identity(["a"]), sys.argv[2]) as writer:
+            writer.request(["test/a"])
+            writer.declare({"test/a/merged": {"shape": [40 * SHARD_ROWS, DIM], "dtype": "float32"}})
+            print("ready", flush=True)
+            for part in sorted(writer.pending(["test/a/merged"])):
+                writer.write(part, {"test/a/merged": np.full((SHARD_ROWS, DIM), part, "float32")})
+        """
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "cache"), store, str(__import__("pathlib").Path(__file__).parent)]
+    for delay in (0.01, 0.05, 0.11):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        process.stdout.readline()
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(delay)
+        process.kill()
+        process.wait()
+        assert Cache(tmp_path / "cache").damage() == []
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    cache = Cache(tmp_path / "cache")
+    values = plain(cache, "test/a/merged")
+    assert (values == np.repeat(np.arange(40), SHARD_ROWS)[:, None]).all()
+    assert cache.missing_shards("a", "test") == (0, 40)
+    assert not list(cache.path.rglob("*.partial"))

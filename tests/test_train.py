@@ -1,0 +1,210 @@
+"""The trainer against an independent loop of plain autograd, written here; its randomness; ridge against its formula."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from probsurgery.pipeline.config import LOSSES, ProbSettings, RidgeSettings, SurgerySettings
+from probsurgery.pipeline.errors import InputError, ProbsurgeryError
+from probsurgery.pipeline.heads import HEADS
+from probsurgery.pipeline.train import BLOCK, Job, Rows, Stream, fit_heads, generator
+
+DIM = 24
+
+
+def rows(task, n, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    merged = torch.randn(n, DIM, generator=g) * 2
+    return Rows(task, merged, merged + torch.tanh(merged.roll(1, -1)) + 0.3)
+
+
+class PlainHead(nn.Module):
+    """Modules and names of its own: a bias estimate from two or three bias-free linear layers."""
+
+    def __init__(self, start):
+        super().__init__()
+        for name, weight in start.items():
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            layer.weight.data.copy_(weight)
+            self.add_module(name, layer)
+
+    def loss(self, settings, z, target, noises):
+        error = {
+            "l1": F.l1_loss,
+            "mse": F.mse_loss,
+            "smooth-l1": F.smooth_l1_loss,
+            "cosine": lambda a, b: (1 - F.cosine_similarity(a, b)).mean(),
+        }[settings.loss]
+        if isinstance(settings, SurgerySettings):
+            return error(z - self.up(F.relu(self.down(z))), target)
+        u = F.relu(self.hidden(z))
+        mu, log_var = self.mu(u), self.log_var(u)
+        terms = [error(z - (mu + noise * torch.exp(0.5 * log_var)), target) for noise in noises]
+        kl = (-0.5 * torch.sum(1 + log_var - mu**2 - torch.exp(log_var), dim=1)).mean()
+        return sum(terms) / len(terms) + settings.kl_weight * kl
+
+
+def plain_loop(job):
+    """One head, one loop, torch's default Adam; rows and noise are injected from the documented streams."""
+    name = {SurgerySettings: "surgery", ProbSettings: "prob"}[type(job.settings)]
+    samples = getattr(job.settings, "samples", 0)
+    tasks = [r.task for r in job.rows]
+    stream_name = tasks[0] if len(tasks) == 1 else "shared " + "+".join(tasks)
+    start = HEADS[name].init(job.settings, DIM, generator(stream_name, job.seed, "init"))
+    head = PlainHead(start)
+    optimizer = torch.optim.Adam(head.parameters(), lr=job.settings.lr)
+    batch = job.settings.batch_size
+    streams = [Stream(r.task, job.seed, len(r.merged), batch, DIM, samples) for r in job.rows]
+    done = 0
+    while done < job.settings.steps:
+        orders = [stream.batches() for stream in streams]
+        noises = [stream.noise() if samples else None for stream in streams]
+        for step in range(min(BLOCK, job.settings.steps - done)):
+            for data, order, noise in zip(job.rows, orders, noises, strict=True):
+                picked = order[step]
+                drawn = noise[step] if samples else None
+                optimizer.zero_grad()
+                head.loss(job.settings, data.merged[picked], data.expert[picked], drawn).backward()
+                optimizer.step()
+        done += BLOCK
+    return {n: p.detach() for n, p in ((n.removesuffix(".weight"), p) for n, p in head.named_parameters())}
+
+
+def assert_parity(jobs):
+    for job, fitted in zip(jobs, fit_heads(jobs), strict=True):
+        for name, weight in plain_loop(job).items():
+            assert torch.allclose(fitted.params[name][0], weight, atol=1e-5, rtol=0), name
+
+
+@pytest.mark.parametrize("settings", [SurgerySettings(steps=250), ProbSettings(steps=250, hidden=32)])
+def test_a_stack_of_heads_takes_the_steps_of_plain_loops(settings):
+    assert_parity([Job((rows("a", 200),), settings), Job((rows("b", 37, 1),), settings, seed=3)])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_parity_for_every_loss_and_several_samples(loss):
+    assert_parity([Job((rows("a", 90),), ProbSettings(steps=100, hidden=16, loss=loss, samples=3, kl_weight=1e-2))])
+
+
+def test_parity_of_a_shared_head_that_takes_its_tasks_in_turn():
+    job = Job((rows("a", 90), rows("b", 40, 1), rows("c", 9, 2)), ProbSettings(steps=80, hidden=16))
+    assert_parity([job])
+    (fitted,) = fit_heads([job])
+    assert fitted.curve[-1][0] == 3 * 80
+
+
+def test_parity_has_a_negative_control():
+    job = Job((rows("a", 200),), ProbSettings(steps=250, hidden=32))
+    other = Job(job.rows, ProbSettings(steps=250, hidden=32, kl_weight=2e-4))
+    fitted = fit_heads([job])[0].params["mu"][0]
+    assert not torch.allclose(fitted, plain_loop(other)["mu"], atol=1e-5, rtol=0)
+
+
+def test_at_many_steps_the_plain_loop_ends_at_the_same_loss():
+    data = rows("a", 300)
+    job = Job((data,), SurgerySettings(steps=2_000, rank=8))
+    ours = fit_heads([job])[0].params
+    plain = plain_loop(job)
+
+    def bias(down, up):
+        return (data.merged - torch.relu(data.merged @ down.T) @ up.T - data.expert).abs().mean().item()
+
+    start = (data.merged - data.expert).abs().mean().item()
+    assert bias(ours["down"][0], ours["up"][0]) < 0.8 * start
+    assert bias(ours["down"][0], ours["up"][0]) == pytest.approx(bias(plain["down"], plain["up"]), rel=0.01)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not():
+    jobs = [Job((rows("a", 50),), ProbSettings(steps=70, hidden=8), seed) for seed in (0, 0, 1)]
+    first, second, other = (fit_heads([job])[0].params for job in jobs)
+    assert all(first[n].numpy().tobytes() == second[n].numpy().tobytes() for n in first)
+    assert not torch.equal(first["hidden"], other["hidden"])
+
+
+def test_what_else_is_trained_changes_a_head_by_float_noise_at_most():
+    job = Job((rows("a", 50),), ProbSettings(steps=128, hidden=8))
+    others = [Job((rows("b", 70, 1),), job.settings), Job((rows("a", 50),), SurgerySettings(steps=10))]
+    alone, among = fit_heads([job])[0].params, fit_heads([*others, job])[2].params
+    assert all(torch.allclose(alone[n], among[n], atol=1e-5) for n in alone)
+
+
+def test_fewer_rows_than_a_batch_fill_it_from_the_next_permutation():
+    batches = Stream("a", 0, rows=11, batch_size=16, dim=2, samples=0).batches().flatten()
+    for epoch in range(5):
+        assert sorted(batches[11 * epoch : 11 * (epoch + 1)].tolist()) == list(range(11))
+
+
+def test_order_carries_over_from_block_to_block_and_noise_is_shared_by_settings():
+    stream = Stream("a", 0, rows=1_000, batch_size=16, dim=2, samples=1)
+    taken = torch.cat([stream.batches().flatten() for _ in range(3)])
+    assert sorted(taken[:1_000].tolist()) == list(range(1_000))
+    one, five = (Stream("a", 0, 10, 4, 3, samples).noise() for samples in (1, 5))
+    assert torch.equal(one[:, 0], five[:, 0])
+    assert not torch.equal(five[:, 0], five[:, 1])
+    assert not torch.equal(one, Stream("b", 0, 10, 4, 3, 1).noise())
+    assert not torch.equal(one, Stream("a", 1, 10, 4, 3, 1).noise())
+
+
+def test_ridge_solves_the_penalised_normal_equations():
+    data = rows("a", 80)
+    penalty = 0.05
+    params = fit_heads([Job((data,), RidgeSettings(penalty))])[0].params
+    x, y = data.merged.double(), data.expert.double()
+    centred = x - x.mean(0)
+    covariance = centred.T @ centred / len(x)
+    strength = penalty * covariance.trace() / DIM
+    weight = torch.linalg.solve(covariance + strength * torch.eye(DIM), centred.T @ (y - y.mean(0)) / len(x)).T
+    assert torch.allclose(params["weight"][0], weight.float(), atol=1e-5)
+    assert torch.allclose(params["bias"][0], (y.mean(0) - weight @ x.mean(0)).float(), atol=1e-5)
+
+
+def test_ridge_recovers_an_affine_map_and_chooses_its_penalty_by_leaving_one_out():
+    g = torch.Generator().manual_seed(0)
+    merged, weight, bias = (torch.randn(s, generator=g) for s in ((200, DIM), (DIM, DIM), (DIM,)))
+    exact = fit_heads([Job((Rows("a", merged, merged @ weight.T + bias),), RidgeSettings())])[0]
+    assert torch.allclose(exact.params["weight"][0], weight, atol=1e-3)
+
+    few, noisy = merged[:40], merged[:40] @ weight.T + 5 * torch.randn(40, DIM, generator=g)
+    chosen = fit_heads([Job((Rows("a", few, noisy),), RidgeSettings())])[0].penalty
+
+    def left_out_error(penalty):
+        total = 0.0
+        for i in range(len(few)):
+            kept = torch.arange(len(few)) != i
+            # The penalty is relative to what it is among all rows, so that leaving one out keeps it as it was.
+            full = few - few.mean(0)
+            x, y = few[kept].double(), noisy[kept].double()
+            c = x - x.mean(0)
+            strength = penalty * (full.double() ** 2).sum() / DIM
+            w = torch.linalg.solve(c.T @ c + strength * torch.eye(DIM), c.T @ (y - y.mean(0))).T
+            total += ((w @ (few[i].double() - x.mean(0)) + y.mean(0) - noisy[i]) ** 2).sum().item()
+        return total
+
+    errors = {p: left_out_error(p) for p in (chosen / 10**0.5, chosen, chosen * 10**0.5)}
+    assert min(errors, key=errors.get) == chosen
+    assert exact.penalty < chosen
+
+
+def test_bad_rows_are_refused_by_task_and_row():
+    good = rows("a", 20)
+    spoilt = good.merged.clone()
+    spoilt[7, 3] = float("nan")
+    with pytest.raises(InputError, match="merged features of task a are NaN or infinite in row 7"):
+        fit_heads([Job((Rows("a", spoilt, good.expert),), SurgerySettings())])
+    with pytest.raises(InputError, match="task a has no rows"):
+        fit_heads([Job((Rows("a", good.merged[:0], good.expert[:0]),), SurgerySettings())])
+    with pytest.raises(InputError, match="both must be"):
+        fit_heads([Job((Rows("a", good.merged, good.expert[:, :4]),), SurgerySettings())])
+
+
+def test_a_loss_that_leaves_the_numbers_is_an_error_and_no_head():
+    with pytest.raises(ProbsurgeryError, match="the loss of the head for a is"):
+        fit_heads([Job((rows("a", 20),), ProbSettings(lr=10.0, steps=500, kl_weight=1e6))])
+
+
+@pytest.mark.gpu
+def test_cuda_agrees_with_the_cpu():
+    job = Job((rows("a", 200),), ProbSettings(steps=250, hidden=32))
+    cpu, cuda = (fit_heads([job], device)[0].params for device in ("cpu", "cuda"))
+    assert all(torch.allclose(cpu[n], cuda[n], atol=1e-4) for n in cpu)
