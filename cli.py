@@ -365,7 +365,7 @@ def _plain_progress(unit: str, every: float = 10.0) -> Callable[..., None]:
         nonlocal begun, already, last
         now = time.monotonic()
         if not begun:
-            begun, already, last = now, done, now
+            begun, already, last = now, done, now - every + 1
         if now - last < every:
             return
         last = now

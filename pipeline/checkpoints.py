@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from probsurgery.pipeline.errors import InputError
+from probsurgery.pipeline.errors import InputError, first_line
 
 StateDict = dict[str, Tensor]
 
@@ -40,14 +40,16 @@ def read_tensors(path: Path) -> StateDict:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the pickle protocol; what cannot be read is refused below
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise InputError(
             f"{path} holds pickled objects, which are not read because unpickling runs code; "
             "save its state dict as .safetensors"
         ) from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
-        raise InputError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a torn file can raise anything in either reader
+        raise InputError(f"{path} is not a readable checkpoint: {first_line(error)}") from None
     if not isinstance(state, dict):
         raise InputError(f"{path} holds a {type(state).__name__}, not a state dict")
     state = state.get("state_dict", state)
@@ -79,9 +81,18 @@ def to_visual(state: StateDict, projection: Tensor | None = None) -> StateDict:
     for prefix in ("model.visual.", "visual."):
         if any(name.startswith(prefix) for name in state):
             state = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-    if any(name.removeprefix("vision_model.").startswith("embeddings.") for name in state):
+    if _is_hugging_face(state):
         state = _from_hugging_face(state, projection)
     return {name: tensor.float() for name, tensor in state.items() if tensor.is_floating_point()}
+
+
+def _is_hugging_face(state: StateDict) -> bool:
+    return any(name.removeprefix("vision_model.").startswith("embeddings.") for name in state)
+
+
+def lacks_projection(state: StateDict) -> bool:
+    """Whether these are a Hugging Face `CLIPVisionModel`'s tensors, which leave the visual projection out."""
+    return _is_hugging_face(state) and "visual_projection.weight" not in state
 
 
 def _from_hugging_face(state: StateDict, projection: Tensor | None) -> StateDict:

@@ -14,10 +14,11 @@ from probsurgery.pipeline.checkpoints import (
     StateDict,
     check_state,
     find_checkpoint,
+    lacks_projection,
     read_tensors,
     to_visual,
 )
-from probsurgery.pipeline.errors import InputError, unknown
+from probsurgery.pipeline.errors import InputError, first_line, unknown
 from probsurgery.pipeline.tasks import Task
 
 MINI = Path(__file__).parent / "mini"
@@ -147,14 +148,13 @@ class Weights:
 
     def load(self, path: Path) -> StateDict:
         """Any checkpoint of this architecture, in open_clip's names and float32."""
-        state = to_visual(read_tensors(path))
-        if "proj" not in state and "proj" in self._shapes:
-            state["proj"] = self._projection()
+        held = read_tensors(path)
+        state = to_visual(held, self._projection() if lacks_projection(held) else None)
         check_state(state, self._shapes, str(path))
         return state
 
     def _projection(self) -> Tensor:
-        """The pre-trained visual projection, which Hugging Face's `CLIPVisionModel` experts leave out."""
+        """The pre-trained visual projection (width, d)."""
         path = self._file("pretrained", self.row.pretrained_repo)
         state = to_visual(read_tensors(path))
         if "proj" not in state:
@@ -197,9 +197,8 @@ def _download(repo: str) -> Path:
         except Exception as error:  # the hub client raises its own, httpx's and the OS's errors for one cause: no file
             problem = error
             break
-    reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
     raise InputError(
-        f"cannot get the checkpoint {repo} from Hugging Face ({reason}); check the connection, or give "
+        f"cannot get the checkpoint {repo} from Hugging Face ({first_line(problem)}); check the connection, or give "
         "--checkpoints FOLDER"
     )
 
@@ -217,9 +216,8 @@ def text_classifiers(arch: str, tasks: Sequence[Task], device: torch.device) -> 
     try:
         model = open_clip.create_model(row.open_clip, pretrained="openai", device=device)
     except Exception as error:  # as in `_download`
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"cannot get OpenAI's text tower for {arch} ({reason}); check the connection, or put "
+            f"cannot get OpenAI's text tower for {arch} ({first_line(error)}); check the connection, or put "
             "classifiers.safetensors into --checkpoints FOLDER"
         ) from None
     tokenizer = open_clip.get_tokenizer(row.open_clip)

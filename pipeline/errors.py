@@ -20,3 +20,8 @@ class DamagedCacheError(InputError):
 def unknown(what: str, given: str, allowed) -> InputError:
     """The error for a name that is not in a table: it lists the names that are."""
     return InputError(f"unknown {what} {given!r}; choose from: {', '.join(allowed)}")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of another library's error, or its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

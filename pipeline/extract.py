@@ -302,7 +302,8 @@ def _fill(
 
 def _for_store(values: Tensor, dtype: str, array: str, first_row: int) -> np.ndarray:
     """Features as they are kept. Raises `ProbsurgeryError` if the encoder, or the type, made one NaN or infinite."""
-    stored = values.numpy().astype(dtype)
+    with np.errstate(over="ignore"):
+        stored = values.numpy().astype(dtype)
     bad = np.flatnonzero(~np.isfinite(stored).all(-1))
     if len(bad):
         raise ProbsurgeryError(

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from probsurgery.pipeline.config import differences, fingerprint
-from probsurgery.pipeline.errors import DamagedCacheError, InputError
+from probsurgery.pipeline.errors import DamagedCacheError, InputError, first_line
 
 SCHEMA = 1
 SHARD_ROWS = 2048
@@ -316,7 +316,7 @@ class Cache:
             try:
                 return self._backend.read(name, part)
             except (OSError, ValueError, KeyError) as error:
-                problem = f"cannot be decoded ({str(error).splitlines()[0]})"
+                problem = f"cannot be decoded ({first_line(error)})"
         raise DamagedCacheError(
             f"{self._backend.file(name, part)} {problem}; the cache is damaged: delete that file and extract again"
         )

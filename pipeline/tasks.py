@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from probsurgery.pipeline.errors import InputError, unknown
+from probsurgery.pipeline.errors import InputError, first_line, unknown
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,8 @@ def _open_hub(task: Task, split: str, source: str | None) -> Images:
     try:
         table = datasets.load_dataset(path, config, split=hub["split"][split])
     except Exception as error:  # the library raises its own, the hub client's and the OS's errors alike
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"cannot load the data set {path}, split {hub['split'][split]} ({reason}); check the connection, or give "
+            f"cannot load the data set {path}, split {hub['split'][split]} ({first_line(error)}); check the connection, or give "
             "--data FOLDER"
         ) from None
     for column in (hub["image"], hub["label"]):

@@ -1,0 +1,298 @@
+"""The command as a person uses it, the bad input above all: one line, exit status 2, nothing left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from safetensors.torch import save_file
+from support import refused, write_cache
+
+from probsurgery.pipeline import store
+from probsurgery.pipeline.store import Cache, write_atomically
+
+FEW = ("--hidden", 8, "--steps", 20)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder to work in."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.mark.parametrize("command", [[], ["extract"], ["fit"], ["report"], ["cache"], ["cache", "info"], ["cache", "ls"], ["cache", "verify"]])
+def test_every_command_has_help(run, command):
+    status, out, _ = run(*command, "--help")
+    assert status == 0
+    assert "Usage: probsurgery" in out
+
+
+def test_no_command_shows_the_help(run):
+    status, _, err = run()
+    assert status == 2
+    assert "Usage: probsurgery" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--arch", "vitb64"], ["'vitb64'", "mini, vitb32, vitb16, vitl14"]),
+        (["--arch", "mini", "--merge", "fisher"], ["'fisher'", "wa, ta, ties", "path of a merged checkpoint"]),
+        (["--arch", "mini", "--merge", "missing.safetensors"], ["'missing.safetensors'"]),
+        (["--arch", "mini", "--tasks", "mnist,imagenet"], ["'imagenet'", "mnist"]),
+        (["--arch", "mini", "--tasks", ","], ["no task was named", "mnist"]),
+        (["--arch", "mini", "--tasks", "mnist", "--only", "fruit"], ["'fruit'", "mnist"]),
+        (["--arch", "mini", "--tasks", "mnist,mnist"], ["named twice"]),
+        (["--arch", "mini", "--split", "val"], ["'val'", "test, train, both"]),
+        (["--arch", "mini", "--store", "csv"], ["'csv'", "zarr, hdf5"]),
+        (["--arch", "mini", "--dtype", "int8"], ["'int8'", "float32, float16"]),
+        (["--arch", "mini", "--precision", "fp8"], ["'fp8'", "fp32, bf16, fp16"]),
+        (["--arch", "mini", "--batch-size", "0"], ["--batch-size is 0", "from 1"]),
+        (["--arch", "mini", "--limit", "-3"], ["--limit is -3", "from 1"]),
+        (["--arch", "mini", "--workers", "-1"], ["--workers is -1"]),
+        (["--arch", "mini", "--device", "tpu"], ["'tpu'", "auto, cpu, cuda"]),
+        (["--arch", "mini", "--checkpoints", "nowhere"], ["no folder of checkpoints at nowhere"]),
+        (["--arch", "mini", "--merge", "ta", "--merge", "wa", "--out", "x"], ["--out names one cache", "--root"]),
+        (["--arch", "mini", "--merge", "ta", "--merge", "ta"], ["named twice"]),
+        (["--arch", "mini", "--data", "folder"], ["--data is for the clip8 suite"]),
+        (["--arch", "mini", "--batch-size", "many"], ["--batch-size"]),
+        (["--arch", "mini", "--colour", "red"], ["--colour"]),
+        ([], ["--arch"]),
+    ],
+)
+def test_bad_extract_requests(run, here, arguments, words):
+    refused(run("extract", *arguments), *words)
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--head", "linear"], ["'linear'", "prob, surgery, ridge"]),
+        (["--hidden", 0], ["--hidden is 0", "from 1"]),
+        (["--head", "surgery", "--rank", 0], ["--rank is 0", "from 1"]),
+        (["--head", "surgery", "--rank", 10**9], ["--rank is 1000000000", "16,384"]),
+        (["--steps", 0], ["--steps is 0", "from 1"]),
+        (["--kl-weight", -1], ["--kl-weight is -1", "from 0"]),
+        (["--kl-weight", "nan"], ["--kl-weight is nan"]),
+        (["--lr", 0], ["--lr is 0", "above 0"]),
+        (["--lr", "inf"], ["--lr is inf"]),
+        (["--samples", 0], ["--samples is 0"]),
+        (["--batch-size", 0], ["--batch-size is 0"]),
+        (["--loss", "huber"], ["'huber'", "l1, mse, smooth-l1, cosine"]),
+        (["--head", "surgery", "--hidden", 8], ["--hidden is not a setting of surgery", "--rank"]),
+        (["--head", "ridge", "--steps", 8], ["--steps is not a setting of ridge", "--penalty"]),
+        (["--head", "ridge", "--penalty", 0], ["--penalty is 0"]),
+        (["--head", "ridge", "--shared"], ["--shared"]),
+        (["--rank", 8], ["--rank is not a setting of prob", "--hidden"]),
+        (["--fraction", 0], ["--fraction is 0"]),
+        (["--fraction", 1.5], ["--fraction is 1.5"]),
+        (["--holdout", 1], ["--holdout is 1"]),
+        (["--holdout", "nan"], ["--holdout is nan"]),
+        (["--holdout", 0.2, "--fit-split", "train"], ["--holdout"]),
+        (["--fit-split", "val"], ["'val'", "test, train"]),
+        (["--seed", -1], ["--seed is -1"]),
+        (["--tasks", "c"], ["'c'", "a, b"]),
+        (["--tasks", ""], ["no task was named", "a, b"]),
+        (["--name", "../up"], ["'../up'", "plain folder name"]),
+        (["--device", "cuda:99"], ["CUDA devices"]),
+        (["--fit-split", "train"], ["does not hold a (train)", "--split train"]),
+        (["--hidden", "8,16"], ["--hidden"]),
+    ],
+)
+def test_bad_fit_requests(run, small_cache, arguments, words):
+    before = sorted(small_cache.path.rglob("*"))
+    refused(run("fit", "--cache", small_cache.path, *arguments), *words)
+    assert sorted(small_cache.path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", [["fit", "--cache"], ["report", "--cache"], ["cache", "info"], ["cache", "ls"], ["cache", "verify"]])
+def test_no_command_takes_a_cache_that_is_none(run, here, command):
+    refused(run(*command, "nothing"), "nothing does not exist", "probsurgery extract")
+    (here / "folder").mkdir()
+    refused(run(*command, "folder"), "folder is not a cache", "manifest.json")
+    (here / "file").write_text("")
+    refused(run(*command, "file"), "file is not a cache")
+    write_atomically(here / "folder" / "manifest.json", '{"schema": 2}')
+    refused(run(*command, "folder"), "newer version", "update probsurgery")
+    write_atomically(here / "folder" / "manifest.json", "{")
+    refused(run(*command, "folder"), "not valid JSON")
+    assert sorted(p.name for p in here.rglob("*")) == ["file", "folder", "manifest.json"]
+
+
+def test_an_unfinished_cache_is_refused(run, small_cache):
+    manifest = small_cache.manifest
+    manifest["arrays"]["test/b/expert"]["shards"][0] = None
+    write_atomically(small_cache.path / "manifest.json", json.dumps(manifest))
+    refused(run("fit", "--cache", small_cache.path, *FEW), "unfinished: b (test)", "1 of 4 shards are missing")
+    assert run("fit", "--cache", small_cache.path, *FEW, "--tasks", "a")[0] == 0
+    status, out, _ = run("cache", "info", small_cache.path)
+    assert status == 0
+    assert "a (test): 60 rows, 3 classes, complete" in out
+    assert "b (test): 11 rows, 3 classes, 1 of 4 shards missing" in out
+
+
+def test_a_damaged_cache_is_refused_and_verify_says_where(run, small_cache):
+    assert run("cache", "verify", small_cache.path)[0] == 0
+    path = small_cache._backend.file("test/a/merged", 0)
+    content = bytearray(path.read_bytes())
+    content[50] ^= 1
+    path.write_bytes(content)
+    refused(run("fit", "--cache", small_cache.path, *FEW), path, "was changed")
+    status, out, err = run("cache", "verify", small_cache.path)
+    assert (status, err) == (1, "")
+    assert str(path) in out
+    assert "10 shards checked, 1 damaged" in out
+    assert json.loads(run("cache", "verify", small_cache.path, "--json")[1])["damage"]
+
+
+def test_nan_features_are_refused_by_task_and_row(run, tmp_path):
+    def spoil(task, arrays):
+        arrays["merged"][5, 1] = np.nan
+        return arrays
+
+    path = write_cache(tmp_path / "nan", {"a": 20}, change=spoil)
+    refused(run("fit", "--cache", path, *FEW), "task a", "row 5")
+    assert not (path / "heads").exists()
+
+
+def test_a_name_with_other_settings_is_refused(run, small_cache):
+    assert run("fit", "--cache", small_cache.path, *FEW, "--name", "mine")[0] == 0
+    refused(
+        run("fit", "--cache", small_cache.path, "--hidden", 9, "--steps", 20, "--name", "mine"),
+        "exists with other settings",
+        "settings.hidden: 8 / 9",
+        "--name",
+    )
+
+
+def test_a_report_without_results_is_refused(run, small_cache):
+    refused(run("report", "--cache", small_cache.path), "no results", "probsurgery fit --cache")
+
+
+def test_no_permission_is_refused(run, small_cache, here, monkeypatch):
+    """The superuser may write anywhere, so the answer of the system is set here."""
+    monkeypatch.setattr(store, "os", SimpleNamespace(access=lambda path, mode: False, W_OK=2, X_OK=1))
+    refused(run("fit", "--cache", small_cache.path, *FEW), "no permission", "--results")
+    refused(run("extract", "--arch", "mini", "--tasks", "digits8", "--limit", 3), "no permission", "--root")
+    assert not list(here.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_no_permission_for_real(run, small_cache):
+    small_cache.path.chmod(0o555)
+    try:
+        refused(run("fit", "--cache", small_cache.path, *FEW), "no permission")
+    finally:
+        small_cache.path.chmod(0o755)
+
+
+def test_an_extraction_over_a_cache_of_other_settings_is_refused(run, here):
+    base = ("extract", "--arch", "mini", "--tasks", "digits8", "--limit", 20, "--out", "cache")
+    status, out, _ = run(*base)
+    assert (status, out) == (0, "cache: written\n")
+    before = {p: p.read_bytes() for p in here.rglob("*") if p.is_file()}
+    for change, words in [
+        (["--dtype", "float16"], ["dtype: float32 / float16"]),
+        (["--merge", "wa"], ["merge.method: ta / wa"]),
+        (["--limit", 10], ["limit: 20 / 10"]),
+        (["--store", "hdf5"], ["store: zarr / hdf5"]),
+        (["--precision", "bf16"], ["precision: fp32 / bf16"]),
+        (["--tasks", "digits8,texture"], ["tasks: digits8 / digits8,texture"]),
+    ]:
+        refused(run(*base, *change), "other settings", "--fresh", *words)
+    assert {p: p.read_bytes() for p in here.rglob("*") if p.is_file()} == before
+    assert run(*base)[1] == "cache: complete already, nothing to do\n"
+    assert run(*base, "--dtype", "float16", "--fresh")[0] == 0
+    assert Cache(here / "cache").identity["dtype"] == "float16"
+
+
+def test_a_wrong_checkpoint_names_its_first_differing_key(run, here):
+    (here / "mine").mkdir()
+    save_file({"conv1.weight": np_tensor((2, 2))}, here / "mine" / "pretrained.safetensors")
+    refused(run("extract", "--arch", "mini", "--tasks", "digits8", "--checkpoints", "mine"), "classifier")
+    save_file({"digits8": np_tensor((10, 64))}, here / "mine" / "classifiers.safetensors")
+    refused(
+        run("extract", "--arch", "mini", "--tasks", "digits8", "--checkpoints", "mine"),
+        "pretrained.safetensors lacks the key 'class_embedding'",
+    )
+    assert [p.name for p in here.iterdir()] == ["mine"]
+
+
+def np_tensor(shape):
+    import torch
+
+    return torch.ones(shape)
+
+
+def test_json_is_all_that_standard_output_holds(run, small_cache):
+    fitted = json.loads(run("fit", "--cache", small_cache.path, *FEW, "--json")[1])
+    assert [row["task"] for row in fitted["results"]] == ["a", "b"]
+    (table,) = json.loads(run("report", "--cache", small_cache.path, "--json")[1])
+    assert table["tasks"] == ["a", "b"]
+    about = json.loads(run("cache", "info", small_cache.path, "--json")[1])
+    assert about["identity"]["dim"] == 16
+    arrays = json.loads(run("cache", "ls", small_cache.path, "--json")[1])
+    assert arrays["test/a/merged"] == {"shape": [60, 16], "dtype": "float32"}
+
+
+def test_tables_name_every_task_and_head(run, small_cache):
+    out = run("fit", "--cache", small_cache.path, *FEW)[1]
+    assert "2 heads" in out
+    status, out, err = run("fit", "--cache", small_cache.path, *FEW)
+    assert (status, "is there already" in err) == (0, True)
+    run("fit", "--cache", small_cache.path, "--head", "ridge")
+    out = run("report", "--cache", small_cache.path)[1]
+    for word in ("individual experts", "merged (ta)", "+ ridge", "+ ProbSurgery (h=8, 20 steps)", "Bias", " a ", " b "):
+        assert word in out
+    assert "shards" in run("cache", "ls", small_cache.path)[1]
+
+
+def test_ctrl_c_ends_cleanly(small_cache):
+    before = sorted(small_cache.path.rglob("*"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "probsurgery", "fit", "--steps", "3000000", "--cache", str(small_cache.path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    line = process.stderr.readline()  # the first line of progress: the work is under way
+    assert "head-steps" in line
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == ""
+    assert err.splitlines()[-1].startswith("interrupted")
+    assert "Traceback" not in err
+    assert sorted(small_cache.path.rglob("*")) == before
+
+
+def test_a_closed_pipe_is_no_traceback(small_cache):
+    command = f"{sys.executable} -m probsurgery cache ls {small_cache.path} | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_help_answers_at_once():
+    """The promise is half a second; the bound here is loose because machines are shared."""
+    fastest = min(_seconds("--help") for _ in range(3))
+    assert fastest < 1.5
+    modules = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "probsurgery", "--help"], capture_output=True, text=True
+    ).stderr
+    assert not {"torch", "zarr", "h5py", "numpy"} & {line.split("|")[-1].strip() for line in modules.splitlines()}
+
+
+def _seconds(argument):
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "probsurgery", argument], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start

@@ -1,0 +1,247 @@
+"""Stage one on small parts of the mini suite: what it writes, how it goes on, what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from probsurgery.pipeline import encoders, extract, store
+from probsurgery.pipeline.checkpoints import digest, to_visual
+from probsurgery.pipeline.config import ExtractConfig
+from probsurgery.pipeline.errors import InputError, ProbsurgeryError
+from probsurgery.pipeline.extract import choose_device
+from probsurgery.pipeline.merging import merge
+from probsurgery.pipeline.store import Cache
+from probsurgery.pipeline.tasks import open_images, select_tasks
+
+TASKS = ("digits8", "texture")
+LIMIT = 90
+
+
+@pytest.fixture(autouse=True)
+def _small_shards(monkeypatch):
+    """Several parts even for few rows."""
+    for module in (store, extract):
+        monkeypatch.setattr(module, "SHARD_ROWS", 32)
+    monkeypatch.setattr(store, "CHUNK_ROWS", 16)
+
+
+def config(tmp_path, **other):
+    return ExtractConfig(**({"arch": "mini", "tasks": TASKS, "limit": LIMIT, "root": tmp_path, "device": "cpu"} | other))
+
+
+def content(path):
+    return {p.relative_to(path): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file() and p.suffix != ".lock"}
+
+
+def values(path):
+    """Every shard's digest, whatever else the manifest says."""
+    return {name: spec["shards"] for name, spec in json.loads((path / "manifest.json").read_text())["arrays"].items()}
+
+
+def test_features_are_those_of_the_encoders(tmp_path, store):
+    (path,) = extract.extract(config(tmp_path, store=store)).caches
+    cache = Cache(path)
+    weights, tasks = encoders.Weights("mini"), select_tasks("mini", TASKS)
+    merged = merge("ta", weights.pretrained(), weights.experts(tasks))
+    for task in tasks:
+        images = open_images(task, "test", limit=LIMIT)
+        batch = torch.stack([encoders.image_transform("mini")(images.get(i)) for i in range(LIMIT)])
+        for kind, state in (("expert", weights.expert(task)), ("merged", merged), ("pretrained", weights.pretrained())):
+            with torch.no_grad():
+                expected = encoders.build_visual("mini", state)(batch)
+            assert torch.allclose(cache.features(task.name, kind), expected, atol=1e-4), kind
+        assert cache.labels(task.name).tolist() == images.labels.tolist()
+    assert cache.damage() == []
+    assert path.name == "mini_ta_digits8+texture"
+
+
+def test_several_merges_share_a_pass_and_match_merges_of_their_own(tmp_path):
+    counted = []
+    both = extract.extract(
+        config(tmp_path / "both", merges=("ta", "wa")), lambda done, total, what: counted.append((done, total))
+    )
+    assert both.images == len(TASKS) * LIMIT
+    assert counted[-1] == (len(TASKS) * LIMIT,) * 2
+    for name in ("ta", "wa"):
+        (alone,) = extract.extract(config(tmp_path / "alone", merges=(name,))).caches
+        (shared,) = (p for p in both.caches if f"_{name}_" in p.name)
+        assert values(alone) == values(shared)
+    assert values(both.caches[0])["test/texture/merged"] != values(both.caches[1])["test/texture/merged"]
+
+
+def test_a_rerun_does_nothing(tmp_path):
+    first = extract.extract(config(tmp_path))
+    before = content(first.caches[0])
+    again = extract.extract(config(tmp_path, batch_size=7, workers=2))
+    assert again.images == 0
+    assert content(first.caches[0]) == before
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, store):
+    (whole,) = extract.extract(config(tmp_path / "whole", store=store)).caches
+
+    def interrupt(done, total, what):
+        if done > LIMIT * 1.5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract.extract(config(tmp_path / "torn", store=store), interrupt)
+    (torn,) = (tmp_path / "torn").iterdir()
+    with pytest.raises(InputError, match="unfinished: texture"):
+        Cache(torn).tasks()
+    rest = extract.extract(config(tmp_path / "torn", store=store))
+    assert 0 < rest.images < len(TASKS) * LIMIT
+    assert values(torn) == values(whole)
+
+
+def test_a_deleted_shard_is_made_again_and_only_it(tmp_path):
+    (path,) = extract.extract(config(tmp_path)).caches
+    before = content(path)
+    lost = path / "features.zarr" / "test" / "texture" / "merged" / "c" / "1" / "0"
+    lost.unlink()
+    assert extract.extract(config(tmp_path)).images == 32
+    assert content(path) == before
+
+
+def test_splits_and_tasks_can_be_added_later(tmp_path):
+    (path,) = extract.extract(config(tmp_path, only=("texture",))).caches
+    assert Cache(path).tasks() == ("texture",)
+    with pytest.raises(InputError, match=r"does not hold digits8 \(test\); extract it with --only digits8"):
+        Cache(path).features("digits8")
+    extract.extract(config(tmp_path, split="both", pretrained=False))
+    cache = Cache(path)
+    assert cache.tasks("train") == cache.tasks("test") == TASKS
+    assert not np.array_equal(cache.features("texture", split="train"), cache.features("texture"))
+    assert cache.has("texture", "pretrained")
+    assert not cache.has("digits8", "pretrained")
+    (at_once,) = extract.extract(config(tmp_path / "b", split="both", pretrained=False)).caches
+    ours, theirs = values(path), values(at_once)
+    assert all(ours[name] == theirs[name] for name in theirs)
+
+
+def test_batch_size_and_workers_change_nothing_beyond_float_noise(tmp_path):
+    caches = [
+        Cache(extract.extract(config(tmp_path / str(i), **other)).caches[0])
+        for i, other in enumerate([{"batch_size": 128}, {"batch_size": 5, "workers": 2}])
+    ]
+    assert caches[0].fingerprint == caches[1].fingerprint
+    for task in TASKS:
+        assert torch.allclose(caches[0].features(task), caches[1].features(task), atol=1e-4)
+
+
+def test_half_precision_stays_near_full(tmp_path):
+    full, half = (
+        Cache(extract.extract(config(tmp_path / p, precision=p, dtype=d)).caches[0]).features("texture")
+        for p, d in (("fp32", "float32"), ("bf16", "float16"))
+    )
+    assert not torch.equal(full, half)
+    assert (full - half).abs().mean() < 0.1 * full.abs().mean()
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """The package's checkpoints, copied into a folder of their own."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name in ("pretrained", "classifiers", *TASKS):
+        save_file(load_file(encoders.MINI / "weights" / f"{name}.safetensors"), folder / f"{name}.safetensors")
+    return folder
+
+
+def edit(folder, name, change):
+    path = folder / f"{name}.safetensors"
+    save_file(change(load_file(path)), path)
+
+
+def test_a_merged_checkpoint_can_be_given(tmp_path, checkpoints):
+    weights = encoders.Weights("mini")
+    state = merge("ta", weights.pretrained(), weights.experts(select_tasks("mini", TASKS)))
+    save_file({f"visual.{n}": t.contiguous() for n, t in state.items()}, tmp_path / "mine.safetensors")
+    (path,) = extract.extract(config(tmp_path, merges=(str(tmp_path / "mine.safetensors"),))).caches
+    (usual,) = extract.extract(config(tmp_path)).caches
+    assert path.name == "mini_mine_digits8+texture"
+    assert Cache(path).identity["merge"] == {"method": "file", "settings": {}, "digest": digest(state)}
+    assert values(path) == values(usual)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("texture", lambda s: {n: t for n, t in s.items() if n != "ln_post.bias"}, "lacks the key 'ln_post.bias'"),
+        ("texture", lambda s: s | {"proj": s["proj"][:, :32].contiguous()}, r"'proj' has shape \(\d+, 32\)"),
+        ("pretrained", lambda s: s | {"head.weight": torch.ones(2)}, "has a key 'head.weight'"),
+        ("digits8", lambda s: s | {"proj": s["proj"] * float("nan")}, "'proj' holds NaN"),
+    ],
+)
+def test_wrong_checkpoints_leave_nothing_behind(tmp_path, checkpoints, name, change, words):
+    edit(checkpoints, name, change)
+    with pytest.raises(InputError, match=words) as caught:
+        extract.extract(config(tmp_path / "caches", checkpoints=str(checkpoints)))
+    assert f"{name}.safetensors" in str(caught.value)
+    assert not (tmp_path / "caches").exists()
+
+
+def test_a_missing_checkpoint_leaves_nothing_behind(tmp_path, checkpoints):
+    (checkpoints / "texture.safetensors").unlink()
+    with pytest.raises(InputError, match="no checkpoint of 'texture'"):
+        extract.extract(config(tmp_path / "caches", checkpoints=str(checkpoints)))
+    assert not (tmp_path / "caches").exists()
+
+
+def test_another_checkpoint_under_the_same_name_is_another_cache(tmp_path, checkpoints):
+    (path,) = extract.extract(config(tmp_path)).caches
+    before = content(path)
+    edit(checkpoints, "texture", lambda s: s | {"proj": s["proj"] * 1.01})
+    with pytest.raises(InputError, match=r"other settings.*checkpoints\.texture"):
+        extract.extract(config(tmp_path, checkpoints=str(checkpoints)))
+    assert content(path) == before
+    extract.extract(config(tmp_path, checkpoints=str(checkpoints), fresh=True))
+    assert values(path) != {}
+    assert content(path) != before
+
+
+def test_features_that_overflow_are_an_error_that_names_them(tmp_path, checkpoints):
+    edit(checkpoints, "texture", lambda s: {n: t.float() for n, t in s.items()} | {"proj": s["proj"].float() * 1e6})
+    with pytest.raises(ProbsurgeryError, match="features test/digits8/merged are NaN or infinite in row 0"):
+        extract.extract(config(tmp_path, checkpoints=str(checkpoints), dtype="float16"))
+
+
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path, monkeypatch):
+    def get(row):
+        raise OSError("broken data stream")
+
+    def broken(task, split, source, limit):
+        images = open_images(task, split, source, limit)
+        return type(images)(images.labels, images.fingerprint, get)
+
+    monkeypatch.setattr(extract, "open_images", broken)
+    for workers in (0, 1):
+        with pytest.raises(ProbsurgeryError, match="^image 0 cannot be decoded: broken data stream$"):
+            extract.extract(config(tmp_path / str(workers), workers=workers))
+
+
+def test_devices_that_are_not_there_are_refused():
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device("auto").type in ("cpu", "cuda")
+    for name in ("tpu", "cuda:99", "gpu"):
+        with pytest.raises(InputError, match=r"unknown device|CUDA devices"):
+            choose_device(name)
+
+
+def test_packaged_weights_are_read_in_float32():
+    state = encoders.Weights("mini").pretrained()
+    assert {t.dtype for t in state.values()} == {torch.float32}
+    assert digest(to_visual(load_file(encoders.MINI / "weights" / "pretrained.safetensors"))) == digest(state)
+
+
+@pytest.mark.gpu
+def test_cuda_agrees_with_the_cpu(tmp_path):
+    cpu, cuda = (
+        Cache(extract.extract(config(tmp_path / device, device=device)).caches[0]) for device in ("cpu", "cuda")
+    )
+    assert cpu.fingerprint == cuda.fingerprint
+    for task in TASKS:
+        assert torch.allclose(cpu.features(task), cuda.features(task), atol=1e-3)

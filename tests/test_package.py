@@ -1,0 +1,138 @@
+"""The package as it is installed: what the wheel holds, what it shows, and which module may import which."""
+
+import ast
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import probsurgery
+
+ROOT = Path(__file__).parents[1]
+FLOORS = {
+    "errors": 0,
+    "config": 0,
+    "store": 1,
+    "checkpoints": 1,
+    "heads": 1,
+    "objectives": 1,
+    "metrics": 1,
+    "mini": 1,
+    "train": 2,
+    "merging": 2,
+    "encoders": 2,
+    "tasks": 2,
+    "extract": 3,
+    "fit": 3,
+    "report": 3,
+}
+WITHIN_A_FLOOR = {("config", "errors"), ("encoders", "tasks"), ("fit", "extract"), ("report", "fit")}
+
+
+def imported_modules(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            if node.module.startswith("probsurgery.pipeline."):
+                yield node.module.split(".")[2]
+            elif node.module == "probsurgery.pipeline":
+                yield from (alias.name for alias in node.names)
+
+
+def test_modules_import_from_floors_below():
+    modules = {p.stem: p for p in (ROOT / "pipeline").glob("*.py") if p.stem != "__init__"}
+    modules["mini"] = ROOT / "pipeline" / "mini" / "__init__.py"
+    assert modules.keys() == FLOORS.keys()
+    for name, path in modules.items():
+        for other in imported_modules(path):
+            allowed = FLOORS[other] < FLOORS[name] or (name, other) in WITHIN_A_FLOOR or other == name
+            assert allowed, f"{name} imports {other}"
+
+
+def test_only_the_store_knows_zarr_and_h5py():
+    for path in (ROOT / "pipeline").rglob("*.py"):
+        imported = {
+            alias.name.split(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
+        assert path.stem == "store" or not imported & {"zarr", "h5py"}, path
+
+
+def test_no_module_imports_the_top_level_by_its_bare_name():
+    for path in [ROOT / "cli.py", ROOT / "__init__.py", *(ROOT / "pipeline").rglob("*.py"), *(ROOT / "tests").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not {"pipeline", "cli"} & {name.split(".")[0] for name in names if name}, path
+
+
+def test_the_public_names_exist_and_are_documented():
+    assert len(probsurgery.__all__) <= 16
+    assert set(probsurgery._HOMES) == set(probsurgery.__all__)
+    for name in probsurgery.__all__:
+        assert getattr(probsurgery, name).__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        probsurgery.nothing  # noqa: B018
+
+
+def test_the_version_is_one():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == probsurgery.__version__
+    assert f"## {probsurgery.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_importing_the_package_does_not_import_torch():
+    code = "import sys, probsurgery; probsurgery.ExtractConfig; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy, so that no build folder is left here, and from committed kinds of files alone."""
+    folder = tmp_path_factory.mktemp("wheel")
+    ignored = shutil.ignore_patterns(".venv", ".git", "build", "dist", "*.egg-info", "__pycache__", "*_ta*")
+    shutil.copytree(ROOT, folder / "source", ignore=ignored)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, folder / "source"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_the_package_and_nothing_beside_it(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"probsurgery"}
+    sources = [ROOT / n for n in ("__init__.py", "__main__.py", "cli.py", "py.typed")]
+    sources += [p for p in (ROOT / "pipeline").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    expected = {f"probsurgery/{p.relative_to(ROOT).as_posix()}" for p in sources}
+    assert {n for n in names if ".dist-info/" not in n} == expected
+    metadata = next(n for n in names if n.endswith("entry_points.txt"))
+    assert "probsurgery = probsurgery.cli:main" in zipfile.ZipFile(wheel).read(metadata).decode()
+
+
+def test_the_wheel_works_where_there_is_no_checkout(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
+        "import probsurgery\n"
+        f"assert probsurgery.__file__.startswith({str(tmp_path)!r}), probsurgery.__file__\n"
+        "from probsurgery.pipeline.tasks import select_tasks\n"
+        "from probsurgery.pipeline.encoders import Weights\n"
+        "assert len(select_tasks('clip8', None)) == 8\n"
+        "assert Weights('mini').pretrained()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_names_every_command_and_option_default_that_a_newcomer_types():
+    readme = (ROOT / "README.md").read_text()
+    for command in ("make demo", "make test", "probsurgery extract --arch mini", "probsurgery extract --arch vitl14"):
+        assert command in readme
+    for command in ("fit", "report", "cache info", "cache ls", "cache verify"):
+        assert f"probsurgery {command}" in readme

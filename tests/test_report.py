@@ -1,0 +1,71 @@
+"""Tables against figures worked out here."""
+
+import pytest
+
+from probsurgery.pipeline.config import FitConfig, ProbSettings, SurgerySettings
+from probsurgery.pipeline.errors import InputError
+from probsurgery.pipeline.fit import fit
+from probsurgery.pipeline.report import report
+
+PROB = ProbSettings(hidden=8, steps=60)
+SURGERY = SurgerySettings(rank=4, steps=60)
+
+
+def test_figures_are_those_of_the_results(small_cache):
+    prob, surgery = (fit(FitConfig(small_cache.path, settings)).rows for settings in (PROB, SURGERY))
+    (one,) = report(small_cache.path)
+    lines = {line.label: line for line in one.accuracy}
+    assert list(lines) == [
+        "pretrained",
+        "individual experts",
+        "merged (ta)",
+        "+ ProbSurgery (h=8, 60 steps)",
+        "+ Surgery (r=4, 60 steps)",
+    ]
+    for label, kind, rows in (
+        ("individual experts", "individual", prob),
+        ("merged (ta)", "merged", prob),
+        ("+ ProbSurgery (h=8, 60 steps)", "head", prob),
+        ("+ Surgery (r=4, 60 steps)", "head", surgery),
+    ):
+        figures = [100 * row["accuracy"][kind] for row in rows]
+        assert list(lines[label].values.values()) == pytest.approx(figures)
+        assert lines[label].mean == pytest.approx(sum(figures) / 2)
+    bias = {line.label: line for line in one.bias}
+    assert bias["merged (before)"].values["b"] == prob[1]["bias"]["before"]
+    assert bias["+ Surgery (r=4, 60 steps)"].values["b"] == surgery[1]["bias"]["after"]
+
+    merged, experts = lines["merged (ta)"].mean, lines["individual experts"].mean
+    if experts > merged:
+        won = (lines["+ Surgery (r=4, 60 steps)"].mean - merged) / (experts - merged)
+        assert one.won_back["+ Surgery (r=4, 60 steps)"] == pytest.approx(won)
+
+
+def test_protocols_have_tables_of_their_own_and_partial_heads_no_average(small_cache):
+    fit(FitConfig(small_cache.path, PROB))
+    fit(FitConfig(small_cache.path, SURGERY, tasks=("a",)))
+    fit(FitConfig(small_cache.path, PROB, holdout=0.3))
+    transductive, holdout = report(small_cache.path)
+    assert (transductive.protocol, holdout.protocol) == ("transductive", "holdout 0.3")
+    partial = transductive.accuracy[-1]
+    assert list(partial.values) == ["a"]
+    assert partial.mean is None
+    assert partial.label not in transductive.won_back
+
+
+def test_equal_labels_are_told_apart_by_the_heads_name(small_cache):
+    fit(FitConfig(small_cache.path, PROB))
+    fit(FitConfig(small_cache.path, ProbSettings(hidden=8, steps=60, kl_weight=0.5)))
+    (one,) = report(small_cache.path)
+    assert [line.label for line in one.accuracy[3:]] == [
+        "+ ProbSurgery (h=8, 60 steps) [prob-h8-steps60]",
+        "+ ProbSurgery (h=8, 60 steps) [prob-h8-steps60-kl0.5]",
+    ]
+
+
+def test_results_of_another_identity_are_left_out(small_cache):
+    fit(FitConfig(small_cache.path, PROB))
+    file = small_cache.path / "results.jsonl"
+    file.write_text(file.read_text().replace(small_cache.fingerprint, "0" * 64))
+    with pytest.raises(InputError, match="no results of this cache"):
+        report(small_cache.path)
