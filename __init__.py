@@ -1,7 +1,7 @@
 """probsurgery: representation surgery for merged CLIP encoders.
 
-Stage one, `extract`, writes the features of the merged and the individual encoders to a cache. Stage two, `fit`, trains heads
-on the cache. `report` says what they won back. The command `probsurgery` does the same.
+Stage one, `extract`, writes the features of the merged and the individual encoders to a cache. Stage two, `fit`,
+trains heads on the cache. `report` says what they won back. The command `probsurgery` does the same.
 
     cache = probsurgery.open_cache("cache/mini_ta")
     head = probsurgery.load_head("cache/mini_ta/heads/prob-h128")

@@ -137,7 +137,9 @@ def fit_command(
     penalty: Annotated[float | None, typer.Option(help="ridge: penalty. [by leave-one-out, without labels]")] = None,
     shared: Annotated[bool, typer.Option("--shared", help="One head for all tasks.")] = _F.shared,
     fraction: Annotated[float, typer.Option(help="Share of the rows that the fit may see.")] = _F.fraction,
-    holdout: Annotated[float, typer.Option(help="Share of the test rows kept from the fit to evaluate on.")] = _F.holdout,
+    holdout: Annotated[
+        float, typer.Option(help="Share of the test rows kept from the fit to evaluate on.")
+    ] = _F.holdout,
     fit_split: Annotated[str, typer.Option(help="Fit on test (the papers' protocol) or train images.")] = _F.fit_split,
     seed: Annotated[int, typer.Option(help="Seed of row order, noise and starting weights.")] = _F.seed,
     tasks: Annotated[str | None, typer.Option(help="Tasks to fit, a,b,... [all in the cache]")] = None,
@@ -188,17 +190,28 @@ def fit_command(
 def report_command(
     cache: Annotated[Path, _CACHE],
     results: Annotated[Path | None, typer.Option(help="Where heads and results were kept. [in the cache]")] = None,
+    with_published: Annotated[
+        bool, typer.Option("--published", help="Print the figures published for this architecture below.")
+    ] = False,
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
     """Tables of every result kept with a cache."""
-    from probsurgery.pipeline.report import report
+    from probsurgery.pipeline.report import published, report
 
     reports = report(cache, results)
+    theirs = published(reports[0].arch) if with_published else []
     if as_json:
-        _print_json([asdict(one) for one in reports])
+        ours = [asdict(one) for one in reports]
+        _print_json({"measured": ours, "published": theirs} if with_published else ours)
         return
     for one in reports:
         _print_report(one)
+    if theirs:
+        table = _table(list(theirs[0]))
+        for row in theirs:
+            table.add_row(*row.values())
+        print(f"Published figures for {reports[0].arch}, accuracy in %; none of them was measured here")
+        _console().print(table)
 
 
 @cache_app.command("info")
@@ -221,7 +234,9 @@ def cache_info(cache: Annotated[Path, _CACHE_ARGUMENT], as_json: Annotated[bool,
         split, task = requested.split("/")
         missing, total = opened.missing_shards(task, split)
         rows = opened.manifest["tasks"][task]["splits"][split]["rows"]
-        state = "complete" if total and not missing else f"{missing} of {total} shards missing" if total else "not begun"
+        state = (
+            "complete" if total and not missing else f"{missing} of {total} shards missing" if total else "not begun"
+        )
         print(f"  {task} ({split}): {rows:,} rows, {opened.manifest['tasks'][task]['classes']} classes, {state}")
 
 

@@ -74,8 +74,8 @@ def to_visual(state: StateDict, projection: Tensor | None = None) -> StateDict:
 
     - open_clip's visual tower itself;
     - a whole CLIP model of open_clip, whose tower is under `visual.` (text weights are dropped);
-    - Hugging Face `CLIPVisionModel` (keys with `vision_model.`, or without as transformers >= 5 writes them), which lacks
-      the visual projection: `projection` (width, d), the pre-trained model's, stands in;
+    - Hugging Face `CLIPVisionModel` (keys with `vision_model.`, or without as transformers >= 5 writes them), which
+      lacks the visual projection: `projection` (width, d), the pre-trained model's, stands in;
     - Hugging Face `CLIPModel` and `CLIPVisionModelWithProjection`, which hold it.
     """
     for prefix in ("model.visual.", "visual."):
@@ -126,7 +126,7 @@ def _from_hugging_face(state: StateDict, projection: Tensor | None) -> StateDict
 
 
 def check_state(state: StateDict, expected: dict[str, torch.Size], where: str) -> None:
-    """Raise `InputError`, naming the first key that differs, unless the state dict has exactly these names and shapes."""
+    """Raise `InputError`, naming the first key that differs, unless names and shapes are exactly these."""
     for name, shape in expected.items():
         if name not in state:
             raise InputError(f"{where} lacks the key {name!r}; it is not a checkpoint of this architecture")

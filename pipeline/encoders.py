@@ -43,12 +43,8 @@ class Arch:
 
 ARCHS: dict[str, Arch] = {
     "mini": Arch("mini", "mini", folder=MINI / "weights"),
-    "vitb32": Arch(
-        "clip8", "ViT-B-32-quickgelu", "openai/clip-vit-base-patch32", "tanganke/clip-vit-base-patch32_{}"
-    ),
-    "vitb16": Arch(
-        "clip8", "ViT-B-16-quickgelu", "openai/clip-vit-base-patch16", "tanganke/clip-vit-base-patch16_{}"
-    ),
+    "vitb32": Arch("clip8", "ViT-B-32-quickgelu", "openai/clip-vit-base-patch32", "tanganke/clip-vit-base-patch32_{}"),
+    "vitb16": Arch("clip8", "ViT-B-16-quickgelu", "openai/clip-vit-base-patch16", "tanganke/clip-vit-base-patch16_{}"),
     "vitl14": Arch(
         "clip8", "ViT-L-14-quickgelu", "openai/clip-vit-large-patch14", "tanganke/clip-vit-large-patch14_{}"
     ),
@@ -81,7 +77,7 @@ def preprocessing(arch: str) -> dict:
 
 
 def image_transform(arch: str) -> Callable:
-    """PIL image -> tensor (3, size, size): resize, centre crop, RGB, normalise; open_clip's transform for OpenAI's weights."""
+    """PIL image -> tensor (3, size, size): open_clip's resize, centre crop, RGB and normalisation."""
     import open_clip
 
     p = preprocessing(arch)
@@ -178,7 +174,9 @@ class Weights:
                 raise InputError(f"{file} has no classifier of {task.name!r}; it holds: {', '.join(held)}")
             shape = (len(task.class_names), dim)
             if held[task.name].shape != shape:
-                raise InputError(f"{file}: {task.name!r} has shape {tuple(held[task.name].shape)}, not (C, d) = {shape}")
+                raise InputError(
+                    f"{file}: {task.name!r} has shape {tuple(held[task.name].shape)}, not (C, d) = {shape}"
+                )
         return {task.name: held[task.name].float() for task in tasks}
 
 

@@ -1,7 +1,7 @@
 """Stage one: every image once through every encoder that needs it; features go to the store.
 
-The path of an image: `_reader` decodes it, `_encode` maps it to features, `CacheWriter.write` keeps them. Several merges in
-one run share the decoding and the experts' features, and each has a cache of its own.
+The path of an image: `_reader` decodes it, `_encode` maps it to features, `CacheWriter.write` keeps them. Several
+merges in one run share the decoding and the experts' features, and each has a cache of its own.
 """
 
 from __future__ import annotations
@@ -73,15 +73,17 @@ def choose_device(name: str) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda"):
         raise InputError(f"unknown device {name!r}; choose from: auto, cpu, cuda, cuda:0 and so on")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {name} was asked for, but there are {torch.cuda.device_count()} CUDA devices; use cpu")
+        raise InputError(
+            f"device {name} was asked for, but there are {torch.cuda.device_count()} CUDA devices; use cpu"
+        )
     return device
 
 
 def extract(config: ExtractConfig, progress: Progress = lambda done, total, what: None) -> Extraction:
     """Run stage one. Goes on where an interrupted run of the same settings stopped.
 
-    Raises `InputError` before anything is written if the request cannot be met, or if a cache of other settings is where
-    this one would go.
+    Raises `InputError` before anything is written if the request cannot be met, or if a cache of other settings is
+    where this one would go.
     """
     row = encoders.get_arch(config.arch)
     tasks = select_tasks(row.suite, config.tasks)
@@ -132,19 +134,18 @@ def _cache_paths(config: ExtractConfig, tasks: Sequence[Task], *, whole_suite: b
     for merge in config.merges:
         if merge not in merging.METHODS and not Path(merge).is_file():
             raise InputError(
-                f"unknown merge {merge!r}; choose from: {', '.join(merging.METHODS)}, or the path of a merged checkpoint"
+                f"unknown merge {merge!r}; choose from: {', '.join(merging.METHODS)}, "
+                "or the path of a merged checkpoint"
             )
         name = merge if merge in merging.METHODS else Path(merge).stem
         subset = "" if whole_suite else "_" + "+".join(task.name for task in tasks)
-        paths[merge] = config.out or config.root / f"{config.arch}_{name}{subset}"
+        paths[merge] = Path(config.out or Path(config.root) / f"{config.arch}_{name}{subset}")
     if len(set(paths.values())) < len(paths):
         raise InputError("two of the merges would go to one cache; rename one of the checkpoints")
     return paths
 
 
-def _merge(
-    name: str, path: Path, weights: encoders.Weights, pretrained: StateDict, tasks: Sequence[Task]
-) -> _Merge:
+def _merge(name: str, path: Path, weights: encoders.Weights, pretrained: StateDict, tasks: Sequence[Task]) -> _Merge:
     if name in merging.METHODS:
         state = merging.merge(name, pretrained, weights.experts(tasks))
         about = {"method": name, "settings": merging.METHODS[name].settings}

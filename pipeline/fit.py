@@ -41,14 +41,14 @@ class FitResult:
 def fit(config: FitConfig, progress: Progress = lambda done, total: None) -> FitResult:
     """Run stage two for one setting.
 
-    Raises `InputError` before anything is written if the cache lacks what is asked for, or if a head of that name exists with
-    other settings. The same request again returns what is there.
+    Raises `InputError` before anything is written if the cache lacks what is asked for, or if a head of that name
+    exists with other settings. The same request again returns what is there.
     """
     cache = Cache(config.cache)
     tasks = _tasks(cache, config)
     config = replace(config, tasks=tasks if config.tasks is not None else None)
     name = config.name or config.default_name()
-    results = config.results or cache.path
+    results = Path(config.results or cache.path)
     folder = results / "heads" / name
     request = _request(config, cache, tasks)
     if folder.exists():

@@ -1,7 +1,7 @@
 """Merging methods: a pre-trained state dict and the experts' -> one merged state dict.
 
-Notation: theta_0 pre-trained, theta_t expert t of T, tau_t = theta_t - theta_0 its task vector. Experts are taken one at
-a time, so that no more than one needs to be in memory.
+Notation: theta_0 pre-trained, theta_t expert t of T, tau_t = theta_t - theta_0 its task vector. Experts are taken one
+at a time, so that no more than one needs to be in memory.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ def _sum(vectors: Iterable[StateDict]) -> tuple[StateDict, int]:
 
 
 def weight_averaging(pretrained: StateDict, experts: Iterable[StateDict]) -> StateDict:
-    """theta_0 + (1/T) sum tau_t, over all T experts. The reference lists 1+7 coefficients for 8 tasks and so drops the last."""
+    """theta_0 + (1/T) sum tau_t, over all T experts.
+
+    The reference lists 1+7 coefficients for 8 tasks, and so drops the last.
+    """
     total, count = _sum(task_vectors(pretrained, experts))
     return _add(pretrained, total, 1 / count)
 
@@ -102,9 +105,7 @@ METHODS: dict[str, Method] = {
 
 
 @torch.no_grad()
-def merge(
-    method: str, pretrained: StateDict, experts: Iterable[StateDict], **settings: float
-) -> StateDict:
+def merge(method: str, pretrained: StateDict, experts: Iterable[StateDict], **settings: float) -> StateDict:
     """Merge by a method's name in `METHODS`; `settings` replace its defaults. Returns float32 tensors.
 
     Raises `InputError` for an unknown method or setting, or if the state dicts do not have the same keys.

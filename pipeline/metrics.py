@@ -7,9 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def accuracy(
-    features: Float[Tensor, "N d"], classifier: Float[Tensor, "C d"], labels: Int[Tensor, " N"]
-) -> float:
+def accuracy(features: Float[Tensor, "N d"], classifier: Float[Tensor, "C d"], labels: Int[Tensor, " N"]) -> float:
     """Share in [0, 1] of rows whose class the zero-shot classifier gets right.
 
     Features are L2-normalised here; the classifier's rows carry the logit scale already.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,21 @@ def report(cache: str | Path, results: str | Path | None = None) -> list[Report]
         raise InputError(f"no results of this cache in {folder}; run `probsurgery fit --cache {opened.path}` first")
     protocols = dict.fromkeys(row["protocol"] for row in rows)
     return [_table(opened, p, [row for row in rows if row["protocol"] == p]) for p in protocols]
+
+
+def published(arch: str) -> list[dict[str, str]]:
+    """Published figures for an architecture: source, method, accuracy in % for each task and on average.
+
+    They were measured by others, on other copies of the data; an empty text is a figure that was not given. Raises
+    `InputError` if there are none.
+    """
+    with (Path(__file__).parent / "data" / "published.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = [{key: value for key, value in row.items() if key != "arch"} for row in rows if row["arch"] == arch]
+    if not found:
+        there = ", ".join(dict.fromkeys(row["arch"] for row in rows))
+        raise InputError(f"no published figures for {arch}; there are some for: {there}")
+    return found
 
 
 def _table(cache: Cache, protocol: str, rows: Sequence[dict]) -> Report:

@@ -202,9 +202,9 @@ def _read_manifest(path: Path) -> dict:
 class Cache:
     """A cache opened for reading.
 
-    `cache.features("mnist")` gives merged features (N, d) in float32; see also `labels` and `classifier`. Everything read
-    is checked against the manifest first. Raises `InputError` for what is not there and `DamagedCacheError`, naming the
-    file, for what is not as it was written.
+    `cache.features("mnist")` gives merged features (N, d) in float32; see also `labels` and `classifier`. Everything
+    read is checked against the manifest first. Raises `InputError` for what is not there and `DamagedCacheError`,
+    naming the file, for what is not as it was written.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -281,7 +281,9 @@ class Cache:
         """Features (N, d) in float32, not normalised; `kind` is merged, expert or pretrained."""
         self.require(task, split)
         if not self.has(task, kind, split):
-            raise InputError(f"{self.path} holds no {kind!r} features of {task} ({split}); it may hold: {', '.join(KINDS)}")
+            raise InputError(
+                f"{self.path} holds no {kind!r} features of {task} ({split}); it may hold: {', '.join(KINDS)}"
+            )
         values = torch.from_numpy(self._array(f"{split}/{task}/{kind}")).float()
         bad = (~values.isfinite()).any(-1).nonzero()
         if len(bad):
@@ -355,8 +357,8 @@ class CacheWriter:
     def open(cls, path: Path, identity: dict, store: str, *, fresh: bool = False) -> Iterator[CacheWriter]:
         """Open the cache at `path`, or begin it.
 
-        Raises `InputError` if a cache of another identity or store is there (with the difference; `fresh` replaces it), if
-        the folder holds something else, if it cannot be written to, or if another process is writing.
+        Raises `InputError` if a cache of another identity or store is there (with the difference; `fresh` replaces
+        it), if the folder holds something else, if it cannot be written to, or if another process is writing.
         """
         check_target(path, identity, store, fresh=fresh)
         path.mkdir(parents=True, exist_ok=True)
@@ -365,7 +367,8 @@ class CacheWriter:
                 if fresh:
                     _clear(path)
                 for partial in path.rglob("*.partial"):
-                    partial.unlink()
+                    if partial.is_file():
+                        partial.unlink()
                 writer = cls(path, _begin(path, identity, store))
                 writer.save()
                 yield writer
@@ -383,7 +386,9 @@ class CacheWriter:
         for name, spec in arrays.items():
             known = self.manifest["arrays"].get(name, spec)
             if known["shape"] != spec["shape"]:
-                raise InputError(f"{self.path}: {name} has shape {known['shape']}, this run would write {spec['shape']}")
+                raise InputError(
+                    f"{self.path}: {name} has shape {known['shape']}, this run would write {spec['shape']}"
+                )
         if new:
             self.backend.declare(new)
             self.manifest["arrays"] |= {n: {**spec, "shards": [None] * _parts(spec)} for n, spec in new.items()}

@@ -73,7 +73,7 @@ SUITES: dict[str, Callable[[], dict[str, Task]]] = {"mini": _mini, "clip8": _cli
 
 
 def select_tasks(suite: str, names: Sequence[str] | None) -> tuple[Task, ...]:
-    """Tasks of a suite by name, in the suite's order; None: all. Raises `InputError` for an unknown or repeated name."""
+    """Tasks of a suite by name, in the suite's order; None: all. Raises `InputError` for an unknown name."""
     known = SUITES[suite]()
     if names is None:
         return tuple(known.values())
@@ -138,8 +138,8 @@ def _open_hub(task: Task, split: str, source: str | None) -> Images:
         table = datasets.load_dataset(path, config, split=hub["split"][split])
     except Exception as error:  # the library raises its own, the hub client's and the OS's errors alike
         raise InputError(
-            f"cannot load the data set {path}, split {hub['split'][split]} ({first_line(error)}); check the connection, or give "
-            "--data FOLDER"
+            f"cannot load the data set {path}, split {hub['split'][split]} ({first_line(error)}); "
+            "check the connection, or give --data FOLDER"
         ) from None
     for column in (hub["image"], hub["label"]):
         if column not in table.column_names:

@@ -1,10 +1,10 @@
 """The fit: tensors in, frozen heads out. No files, no labels, no printing.
 
-Heads of equal settings are trained as one stack of K: their losses are summed and Adam works entry by entry, so each head
-takes exactly the steps that it would take alone.
+Heads of equal settings are trained as one stack of K: their losses are summed and Adam works entry by entry, so each
+head takes exactly the steps that it would take alone.
 
-Randomness comes from one stream for each (task, seed): the order of the rows and the noise. It is drawn on the CPU in blocks
-of `BLOCK` steps, whatever the device, and does not depend on the settings or on what else is trained.
+Randomness comes from one stream for each (task, seed): the order of the rows and the noise. It is drawn on the CPU in
+blocks of `BLOCK` steps, whatever the device, and does not depend on the settings or on what else is trained.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class Stream:
         self._left = torch.empty(0, dtype=torch.long)
 
     def batches(self) -> Int[Tensor, "BLOCK B"]:
-        """Rows of the next `BLOCK` steps: a permutation per epoch; a batch that one leaves incomplete is filled from the
-        next, so that a task with fewer rows than a batch still trains."""
+        """Rows of the next `BLOCK` steps: a permutation per epoch; a batch that one leaves incomplete is filled from
+        the next, so that a task with fewer rows than a batch still trains."""
         wanted = BLOCK * self.batch_size
         parts, have = [self._left], len(self._left)
         while have < wanted:
@@ -100,8 +100,8 @@ def training_loss(
 ) -> Float[Tensor, " K"]:
     """What each head of a stack minimises in one step.
 
-    Surgery: the distance of ``z - W_up relu(W_down z)`` to the expert. ProbSurgery: the same with sampled corrections, plus
-    ``kl_weight`` times the KL divergence.
+    Surgery: the distance of ``z - W_up relu(W_down z)`` to the expert. ProbSurgery: the same with sampled
+    corrections, plus ``kl_weight`` times the KL divergence.
     """
     if isinstance(settings, SurgerySettings):
         return distance(z - surgery_correction(params, z), expert, settings.loss)

@@ -11,10 +11,10 @@ install_import_hook(
 import numpy as np
 import pytest
 import torch
-from support import write_cache
 
 from probsurgery import cli
 from probsurgery.pipeline.store import Cache
+from support import write_cache
 
 # The tests' tensors are tiny: a second thread gains nothing and waits for its core on a busy machine.
 torch.set_num_threads(1)

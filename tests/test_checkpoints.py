@@ -154,5 +154,10 @@ def test_the_first_differing_key_is_named(model):
 def test_a_digest_sees_values_names_and_shapes():
     one = {"a": torch.arange(6.0).view(2, 3)}
     assert digest(one) == digest({"a": torch.arange(6.0).view(2, 3).clone()})
-    others = [{"a": torch.arange(6.0).view(3, 2)}, {"b": one["a"]}, {"a": one["a"] + 1}, {"a": one["a"].T.contiguous().T * 2}]
+    others = [
+        {"a": torch.arange(6.0).view(3, 2)},
+        {"b": one["a"]},
+        {"a": one["a"] + 1},
+        {"a": one["a"].T.contiguous().T * 2},
+    ]
     assert len({digest(one), *map(digest, others)}) == 5

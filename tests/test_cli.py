@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from safetensors.torch import save_file
-from support import refused, write_cache
 
 from probsurgery.pipeline import store
 from probsurgery.pipeline.store import Cache, write_atomically
+from support import refused, write_cache
 
 FEW = ("--hidden", 8, "--steps", 20)
 
@@ -28,7 +28,10 @@ def here(tmp_path, monkeypatch):
     return folder
 
 
-@pytest.mark.parametrize("command", [[], ["extract"], ["fit"], ["report"], ["cache"], ["cache", "info"], ["cache", "ls"], ["cache", "verify"]])
+@pytest.mark.parametrize(
+    "command",
+    [[], ["extract"], ["fit"], ["report"], ["cache"], ["cache", "info"], ["cache", "ls"], ["cache", "verify"]],
+)
 def test_every_command_has_help(run, command):
     status, out, _ = run(*command, "--help")
     assert status == 0
@@ -114,7 +117,9 @@ def test_bad_fit_requests(run, small_cache, arguments, words):
     assert sorted(small_cache.path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("command", [["fit", "--cache"], ["report", "--cache"], ["cache", "info"], ["cache", "ls"], ["cache", "verify"]])
+@pytest.mark.parametrize(
+    "command", [["fit", "--cache"], ["report", "--cache"], ["cache", "info"], ["cache", "ls"], ["cache", "verify"]]
+)
 def test_no_command_takes_a_cache_that_is_none(run, here, command):
     refused(run(*command, "nothing"), "nothing does not exist", "probsurgery extract")
     (here / "folder").mkdir()

@@ -46,7 +46,9 @@ def test_the_transform_makes_normalised_squares_of_any_image():
         tensor = image_transform("mini")(Image.new(mode, shape))
         assert tensor.shape == (3, size, size)
     black = image_transform("mini")(Image.new("RGB", (50, 50)))[:, 0, 0]
-    assert torch.allclose(black, -torch.tensor([0.48145466, 0.4578275, 0.40821073]) / torch.tensor([0.26862954, 0.26130258, 0.27577711]))
+    assert torch.allclose(
+        black, -torch.tensor([0.48145466, 0.4578275, 0.40821073]) / torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    )
 
 
 def test_text_classifiers_average_normalised_prompts_and_carry_the_scale(monkeypatch):
@@ -93,7 +95,9 @@ def test_classifiers_come_from_the_folder_if_it_has_them(tmp_path):
 
 def test_a_missing_expert_is_named_with_where_it_was_looked_for(tmp_path):
     (task,) = select_tasks("mini", ["mnist"])
-    with pytest.raises(InputError, match=r"no checkpoint of 'mnist'.*mnist\.safetensors, mnist\.pt, mnist/model\.safetensors"):
+    with pytest.raises(
+        InputError, match=r"no checkpoint of 'mnist'.*mnist\.safetensors, mnist\.pt, mnist/model\.safetensors"
+    ):
         Weights("mini", tmp_path).expert(task)
 
 
@@ -104,7 +108,9 @@ def test_no_connection_is_one_line(monkeypatch):
         raise OSError("no route to host\nand more")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(InputError, match=r"openai/clip-vit-base-patch32 from Hugging Face \(no route to host\)") as caught:
+    with pytest.raises(
+        InputError, match=r"openai/clip-vit-base-patch32 from Hugging Face \(no route to host\)"
+    ) as caught:
         Weights("vitb32").pretrained()
     assert "\n" not in str(caught.value)
 

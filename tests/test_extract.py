@@ -29,7 +29,9 @@ def _small_shards(monkeypatch):
 
 
 def config(tmp_path, **other):
-    return ExtractConfig(**({"arch": "mini", "tasks": TASKS, "limit": LIMIT, "root": tmp_path, "device": "cpu"} | other))
+    return ExtractConfig(
+        **({"arch": "mini", "tasks": TASKS, "limit": LIMIT, "root": tmp_path, "device": "cpu"} | other)
+    )
 
 
 def content(path):

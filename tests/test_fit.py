@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import write_cache
 
 from probsurgery.pipeline import fit as fit_module
 from probsurgery.pipeline.config import FitConfig, ProbSettings, RidgeSettings, SurgerySettings
@@ -15,6 +14,7 @@ from probsurgery.pipeline.fit import fit, read_results
 from probsurgery.pipeline.heads import load_head
 from probsurgery.pipeline.metrics import accuracy, representation_bias
 from probsurgery.pipeline.store import Cache
+from support import write_cache
 
 PROB = ProbSettings(hidden=8, steps=60)
 SURGERY = SurgerySettings(rank=4, steps=60)
@@ -48,6 +48,12 @@ def test_a_fit_writes_its_head_and_one_row_for_each_task(small_cache, settings):
         assert row["protocol"] == "transductive"
 
 
+def test_both_stores_give_the_same_head(tmp_path):
+    paths = [write_cache(tmp_path / store, {"a": 60, "b": 11}, store) for store in ("zarr", "hdf5")]
+    first, second = (fit(FitConfig(path, PROB)) for path in paths)
+    assert head_bytes(first) == head_bytes(second)
+
+
 def test_labels_change_the_accuracy_and_nothing_of_the_fit(tmp_path):
     def permute(task, arrays):
         return arrays | {"labels": np.random.default_rng(1).permutation(arrays["labels"])}
@@ -74,7 +80,9 @@ def test_the_fit_never_asks_for_labels(small_cache, monkeypatch):
     monkeypatch.setattr(fit_module, "fit_heads", spy)
     fit(FitConfig(small_cache.path, PROB))
     assert {field for job in asked for rows in job.rows for field in vars(rows)} == {"task", "merged", "expert"}
-    assert all(rows.merged.is_floating_point() and rows.expert.is_floating_point() for job in asked for rows in job.rows)
+    assert all(
+        rows.merged.is_floating_point() and rows.expert.is_floating_point() for job in asked for rows in job.rows
+    )
 
 
 def test_the_same_request_is_a_no_op_and_the_same_bytes_when_made_again(small_cache, tmp_path):

@@ -11,11 +11,12 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
 from probsurgery.pipeline import mini
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.mini import MINI_TASKS, readers
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 FOLDER = Path(mini.__file__).parent
 WEIGHTS = FOLDER / "weights"
@@ -29,9 +30,7 @@ def loaded(task, split):
 
 def digests(task, split):
     images, _ = loaded(task, split)
-    return [
-        hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).digest() for image in images
-    ]
+    return [hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).digest() for image in images]
 
 
 @cache
@@ -81,7 +80,8 @@ def test_land_cover_patches_share_no_pixel_across_splits():
         covered[split] = np.zeros((145, 145), dtype=bool)
         for row, column in readers.landcover_centres(split):
             covered[split][row - half : row + half + 1, column - half : column + half + 1] = True
-    assert covered["train"].any() and covered["test"].any()
+    assert covered["train"].any()
+    assert covered["test"].any()
     assert not (covered["train"] & covered["test"]).any()
 
 
@@ -89,10 +89,10 @@ def test_texture_tiles_share_no_pixel_across_splits():
     """Every pixel of a mock picture is its own number, so that shared numbers would be shared pixels."""
     picture = np.arange(303 * 384, dtype=np.float64).reshape(303, 384)
     train, test = (
-        {float(v) for tile in readers.texture_tiles(picture, split) for v in tile.ravel()}
-        for split in mini.SPLITS
+        {float(v) for tile in readers.texture_tiles(picture, split) for v in tile.ravel()} for split in mini.SPLITS
     )
-    assert train and test
+    assert train
+    assert test
     assert not train & test
     columns = [sorted({int(value) % 384 for value in part}) for part in (train, test)]
     assert columns[1][0] - columns[0][-1] > readers.TEXTURE_GAP
@@ -101,16 +101,14 @@ def test_texture_tiles_share_no_pixel_across_splits():
 def test_street_frames_of_one_run_stay_in_one_split():
     """Places in the sequence of a class: a test frame is further from any training frame than the frames
     left out."""
-    places = {
-        split: [place for place in range(100) if readers.street_split(place) == split]
-        for split in mini.SPLITS
-    }
+    places = {split: [place for place in range(100) if readers.street_split(place) == split] for split in mini.SPLITS}
     assert min(abs(a - b) for a in places["train"] for b in places["test"]) > 2 * readers.STREET_GAP
 
 
 def test_no_patient_is_in_both_splits():
     patients = {split: {readers.patient(path) for path in readers.xray_files(split)} for split in mini.SPLITS}
-    assert patients["train"] and patients["test"]
+    assert patients["train"]
+    assert patients["test"]
     assert not patients["train"] & patients["test"]
 
 

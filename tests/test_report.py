@@ -5,7 +5,8 @@ import pytest
 from probsurgery.pipeline.config import FitConfig, ProbSettings, SurgerySettings
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.fit import fit
-from probsurgery.pipeline.report import report
+from probsurgery.pipeline.report import published, report
+from support import refused
 
 PROB = ProbSettings(hidden=8, steps=60)
 SURGERY = SurgerySettings(rank=4, steps=60)
@@ -69,3 +70,20 @@ def test_results_of_another_identity_are_left_out(small_cache):
     file.write_text(file.read_text().replace(small_cache.fingerprint, "0" * 64))
     with pytest.raises(InputError, match="no results of this cache"):
         report(small_cache.path)
+
+
+def test_published_figures_are_the_papers():
+    rows = {row["method"]: row for row in published("vitl14") if row["source"].startswith("Surgery")}
+    assert (rows["ta"]["Avg"], rows["ta+surgery(r=16)"]["Avg"], rows["individual"]["DTD"]) == ("84.5", "89.0", "84.1")
+    with pytest.raises(InputError, match="no published figures for mini; there are some for: vitb32, vitb16, vitl14"):
+        published("mini")
+
+
+def test_published_figures_stand_apart_from_measured_ones(run, small_cache, monkeypatch):
+    fit(FitConfig(small_cache.path, PROB))
+    refused(run("report", "--cache", small_cache.path, "--published"), "no published figures for mini")
+    monkeypatch.setattr("probsurgery.pipeline.report.published", lambda arch: [{"source": "a paper", "Avg": "84.5"}])
+    out = run("report", "--cache", small_cache.path, "--published")[1]
+    measured, theirs = out.split("Published figures")
+    assert "84.5" in theirs
+    assert "84.5" not in measured

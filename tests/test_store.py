@@ -9,10 +9,10 @@ import h5py
 import numpy as np
 import pytest
 import zarr
-from support import DIM, identity, synthetic, write_cache
 
 from probsurgery.pipeline.errors import DamagedCacheError, InputError
 from probsurgery.pipeline.store import SHARD_ROWS, Cache, CacheWriter, write_atomically
+from support import DIM, identity, synthetic, write_cache
 
 ROWS = 2 * SHARD_ROWS + 100
 
@@ -167,11 +167,15 @@ def test_fresh_replaces_a_cache_and_its_heads(cache, store):
 def test_no_folder_but_a_cache_is_written_into(tmp_path, store):
     (tmp_path / "thesis.tex").write_text("mine")
     for fresh in (False, True):
-        with pytest.raises(InputError, match="not a cache"), CacheWriter.open(tmp_path, identity(["a"]), store, fresh=fresh):
+        with (
+            pytest.raises(InputError, match="not a cache"),
+            CacheWriter.open(tmp_path, identity(["a"]), store, fresh=fresh),
+        ):
             pass
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
-    with pytest.raises(InputError, match="is a file"), CacheWriter.open(
-        tmp_path / "thesis.tex" / "cache", identity(["a"]), store
+    with (
+        pytest.raises(InputError, match="is a file"),
+        CacheWriter.open(tmp_path / "thesis.tex" / "cache", identity(["a"]), store),
     ):
         pass
 
@@ -226,7 +230,9 @@ def test_places_without_a_cache_are_refused(tmp_path):
 
 
 def test_a_kill_between_any_two_system_calls_leaves_no_torn_shard(tmp_path, store):
-    """A writer is killed at random moments; what the manifest counts must then be whole, and a later run completes it."""
+    """A writer is killed at random moments; what the manifest counts must then be whole, and a later run completes
+    it.
+    """
     script = textwrap.dedent(
         """
         import sys; from pathlib import Path; import numpy as np
@@ -241,7 +247,14 @@ def test_a_kill_between_any_two_system_calls_leaves_no_torn_shard(tmp_path, stor
                 writer.write(part, {"test/a/merged": np.full((SHARD_ROWS, DIM), part, "float32")})
         """
     )
-    command = [sys.executable, "-c", script, str(tmp_path / "cache"), store, str(__import__("pathlib").Path(__file__).parent)]
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        str(tmp_path / "cache"),
+        store,
+        str(__import__("pathlib").Path(__file__).parent),
+    ]
     for delay in (0.01, 0.05, 0.11):
         process = subprocess.Popen(command, stdout=subprocess.PIPE)
         process.stdout.readline()

@@ -1,4 +1,6 @@
-"""The trainer against an independent loop of plain autograd, written here; its randomness; ridge against its formula."""
+"""The trainer against an independent loop of plain autograd, written here; its randomness; ridge against its
+formula.
+"""
 
 import pytest
 import torch
