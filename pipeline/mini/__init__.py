@@ -13,7 +13,7 @@ from types import MappingProxyType
 import numpy as np
 from PIL import Image
 
-from probsurgery.pipeline.errors import InputError
+from probsurgery.pipeline.errors import InputError, unknown
 from probsurgery.pipeline.mini import readers
 
 SPLITS = ("train", "test")
@@ -121,9 +121,9 @@ def load(task: str, split: str) -> tuple[list[Image.Image], np.ndarray]:
     Raises `InputError` for an unknown task or split, and when the package that holds the images is missing
     or of another version than the one the weights were trained on."""
     if task not in MINI_TASKS:
-        raise InputError(f"unknown mini task {task!r}; known: {', '.join(MINI_TASKS)}")
+        raise unknown("task", task, MINI_TASKS)
     if split not in SPLITS:
-        raise InputError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+        raise unknown("split", split, SPLITS)
     entry = MINI_TASKS[task]
     _check_package(entry)
     images, labels = entry.reader(split)
