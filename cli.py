@@ -295,9 +295,10 @@ def _table(columns: list[str]):
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+        # A narrow terminal folds long names; it cuts nothing off.
+        table.add_column(column, justify="right" if index else "left", overflow="fold", min_width=5 if index else 16)
     return table
 
 
