@@ -298,7 +298,7 @@ def _table(columns: list[str]):
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for index, column in enumerate(columns):
         # A narrow terminal folds long names; it cuts nothing off.
-        table.add_column(column, justify="right" if index else "left", overflow="fold", min_width=5 if index else 16)
+        table.add_column(column, justify="right" if index else "left", overflow="fold", min_width=None if index else 14)
     return table
 
 
