@@ -298,7 +298,7 @@ def _table(columns: list[str]):
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for index, column in enumerate(columns):
         # A narrow terminal folds long names; it cuts nothing off.
-        table.add_column(column, justify="right" if index else "left", overflow="fold", min_width=None if index else 14)
+        table.add_column(column, justify="right" if index else "left", overflow="fold")
     return table
 
 
@@ -327,24 +327,23 @@ def _print_fit(path: Path, rows: list[dict]) -> None:
 
 
 def _print_report(one: Report) -> None:
-    where = f"{one.cache}: {one.arch}, {one.merge}, {one.protocol}"
-    accuracy = _table(["", *one.tasks, "Avg", "won back", "fit s"])
-    for line in one.accuracy:
-        won, seconds = one.won_back.get(line.label), one.seconds.get(line.label)
-        accuracy.add_row(
-            *_cells(line, one.tasks, ".1f"),
-            "" if won is None else f"{100 * won:.0f} %",
-            "" if seconds is None else f"{seconds:.1f}",
-        )
-    bias = _table(["", *one.tasks, "Avg"])
-    for line in one.bias:
-        bias.add_row(*_cells(line, one.tasks, ".3f"))
     console = _console()
-    print(f"Accuracy in % ({where})")
-    console.print(accuracy)
-    print("won back: the share of what merging loses to the individual experts that the head regains, on average\n")
-    print("Bias: mean absolute difference to the expert's features")
-    console.print(bias)
+    for title, lines, form in (
+        (f"Accuracy in % ({one.cache}: {one.arch}, {one.merge}, {one.protocol})", one.accuracy, ".1f"),
+        ("Bias: mean absolute difference to the expert's features", one.bias, ".3f"),
+    ):
+        table = _table(["", *one.tasks, "Avg"])
+        for line in lines:
+            table.add_row(*_cells(line, one.tasks, form))
+        print(title)
+        console.print(table)
+    table = _table(["", "won back", "parameters", "fit, s"])
+    for label, cost in one.costs.items():
+        won = one.won_back.get(label)
+        won = "-" if won is None else f"{100 * won:.0f} %"
+        table.add_row(label, won, f"{cost.parameters:,}", f"{cost.seconds:.1f}")
+    print("Heads: share of the average loss to the experts won back, parameters of each, seconds to fit all tasks")
+    console.print(table)
 
 
 def _cells(line: Line, tasks: tuple[str, ...], form: str) -> list[str]:

@@ -25,6 +25,16 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What a head takes."""
+
+    parameters: int
+    """Of each head."""
+    seconds: float
+    """To fit all its tasks."""
+
+
+@dataclass(frozen=True)
 class Report:
     """What one cache's results of one protocol say."""
 
@@ -39,8 +49,7 @@ class Report:
     """Mean absolute difference to the expert's features: merged, then each head."""
     won_back: dict[str, float]
     """For each head, the share of what merging loses to the experts that the head wins back, from the averages."""
-    seconds: dict[str, float]
-    """For each head, seconds to fit all its tasks."""
+    costs: dict[str, Cost]
 
 
 def report(cache: str | Path, results: str | Path | None = None) -> list[Report]:
@@ -98,13 +107,13 @@ def _table(cache: Cache, protocol: str, rows: Sequence[dict]) -> Report:
         lines,
         tuple(_line(label, values, tasks) for label, values in bias.items()),
         _won_back(lines, cache, labels),
-        {labels[name]: sum(row["seconds"] for row in _once(its)) for name, its in heads.items()},
+        {labels[name]: _cost(its) for name, its in heads.items()},
     )
 
 
-def _once(rows: Sequence[dict]) -> list[dict]:
-    """Rows to count time by: a shared head's is in each of its rows."""
-    return list(rows[:1]) if rows[0]["shared"] else list(rows)
+def _cost(rows: Sequence[dict]) -> Cost:
+    counted = rows[:1] if rows[0]["shared"] else rows  # a shared head's seconds are in each of its rows
+    return Cost(rows[0]["parameters"], sum(row["seconds"] for row in counted))
 
 
 def _by_task(rows: Sequence[dict], tasks: Sequence[str], value) -> dict[str, float]:
