@@ -39,10 +39,12 @@ class Arch:
     """Hugging Face models of the experts; `{}` stands for the task's suffix."""
     folder: Path | None = None
     """Folder of checkpoints that ships with the package."""
+    config: Path | None = None
+    """open_clip configuration that ships with the package; None: open_clip knows it by its name."""
 
 
 ARCHS: dict[str, Arch] = {
-    "mini": Arch("mini", "mini", folder=MINI / "weights"),
+    "mini": Arch("mini", "mini", folder=MINI / "weights", config=MINI / "mini.json"),
     "vitb32": Arch("clip8", "ViT-B-32-quickgelu", "openai/clip-vit-base-patch32", "tanganke/clip-vit-base-patch32_{}"),
     "vitb16": Arch("clip8", "ViT-B-16-quickgelu", "openai/clip-vit-base-patch16", "tanganke/clip-vit-base-patch16_{}"),
     "vitl14": Arch(
@@ -60,8 +62,8 @@ def get_arch(name: str) -> Arch:
 def model_config(arch: str) -> dict:
     """open_clip's configuration of an architecture: embed_dim d, the two towers, QuickGELU."""
     row = get_arch(arch)
-    if row.suite == "mini":
-        return json.loads((MINI / "mini.json").read_text())
+    if row.config is not None:
+        return json.loads(row.config.read_text())
     import open_clip
 
     return open_clip.get_model_config(row.open_clip)

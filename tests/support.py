@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import transformers
+from PIL import Image
 
+from probsurgery.pipeline.encoders import model_config
 from probsurgery.pipeline.store import SHARD_ROWS, CacheWriter
 
 DIM = 16
@@ -74,3 +77,31 @@ def refused(result, *words, status=2):
     for word in words:
         assert str(word) in err
     return err
+
+
+def hugging_face_config(hidden_act="quick_gelu"):
+    """The mini architecture as transformers describes it."""
+    config, vision = model_config("mini"), model_config("mini")["vision_cfg"]
+    return transformers.CLIPVisionConfig(
+        hidden_size=vision["width"],
+        intermediate_size=int(vision["width"] * vision.get("mlp_ratio", 4)),
+        projection_dim=config["embed_dim"],
+        num_hidden_layers=vision["layers"],
+        num_attention_heads=vision["width"] // vision.get("head_width", 64),
+        image_size=vision["image_size"],
+        patch_size=vision["patch_size"],
+        hidden_act=hidden_act,
+    )
+
+
+def hub_data_set(folder, labels, classes=10, columns=("image", "label"), split="test"):
+    """A parquet data set as the hub serves it: image and label columns, and class names."""
+    import datasets
+
+    features = datasets.Features(
+        {columns[0]: datasets.Image(), columns[1]: datasets.ClassLabel(names=[str(i) for i in range(classes)])}
+    )
+    shades = [Image.new("RGB", (8, 8), (10 * i % 256, 0, 7 * i % 256)) for i in range(len(labels))]
+    table = datasets.Dataset.from_dict({columns[0]: shades, columns[1]: labels}, features=features)
+    folder.mkdir(parents=True, exist_ok=True)
+    table.to_parquet(folder / f"{split}-00000-of-00001.parquet")

@@ -11,21 +11,7 @@ from probsurgery.pipeline.checkpoints import check_state, digest, read_tensors, 
 from probsurgery.pipeline.encoders import Weights, build_visual, expected_shapes, model_config
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.tasks import select_tasks
-
-
-def hugging_face_config(hidden_act="quick_gelu"):
-    """The mini architecture as transformers describes it."""
-    config, vision = model_config("mini"), model_config("mini")["vision_cfg"]
-    return transformers.CLIPVisionConfig(
-        hidden_size=vision["width"],
-        intermediate_size=int(vision["width"] * vision.get("mlp_ratio", 4)),
-        projection_dim=config["embed_dim"],
-        num_hidden_layers=vision["layers"],
-        num_attention_heads=vision["width"] // vision.get("head_width", 64),
-        image_size=vision["image_size"],
-        patch_size=vision["patch_size"],
-        hidden_act=hidden_act,
-    )
+from support import hugging_face_config
 
 
 @pytest.fixture(scope="module")

@@ -5,16 +5,19 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from probsurgery.pipeline import encoders, extract, store
 from probsurgery.pipeline.checkpoints import digest, to_visual
-from probsurgery.pipeline.config import ExtractConfig
+from probsurgery.pipeline.config import ExtractConfig, FitConfig, SurgerySettings
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
 from probsurgery.pipeline.extract import choose_device
+from probsurgery.pipeline.fit import fit
 from probsurgery.pipeline.merging import merge
 from probsurgery.pipeline.store import Cache
 from probsurgery.pipeline.tasks import open_images, select_tasks
+from support import hub_data_set, hugging_face_config
 
 TASKS = ("digits8", "texture")
 LIMIT = 90
@@ -223,6 +226,31 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path, monkeypatch):
     for workers in (0, 1):
         with pytest.raises(ProbsurgeryError, match="^image 0 cannot be decoded: broken data stream$"):
             extract.extract(config(tmp_path / str(workers), workers=workers))
+
+
+def test_the_papers_tasks_are_extracted_from_files_in_the_published_formats(tmp_path, monkeypatch):
+    """Two of the eight tasks, with a tower small enough to make here: parquet data, Hugging Face experts without their
+    projection, classifiers from a file."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    tiny = encoders.Arch("clip8", "tiny", config=encoders.MINI / "mini.json")
+    monkeypatch.setitem(encoders.ARCHS, "tiny", tiny)
+    folder, dim = tmp_path / "checkpoints", encoders.model_config("tiny")["embed_dim"]
+    transformers.CLIPVisionModelWithProjection(hugging_face_config()).save_pretrained(folder / "pretrained")
+    for task in ("eurosat", "svhn"):
+        transformers.CLIPVisionModel(hugging_face_config()).save_pretrained(folder / task)
+        hub_data_set(tmp_path / "data" / task, [i % 10 for i in range(40)])
+    save_file({t: torch.randn(10, dim) for t in ("eurosat", "svhn")}, folder / "classifiers.safetensors")
+
+    request = {"arch": "tiny", "tasks": ("svhn", "eurosat"), "checkpoints": str(folder), "data": str(tmp_path / "data")}
+    (path,) = extract.extract(config(tmp_path, merges=("ties",), limit=None, **request)).caches
+    cache = Cache(path)
+    assert path.name == "tiny_ties_eurosat+svhn"
+    assert cache.tasks() == ("eurosat", "svhn")
+    assert cache.labels("svhn").tolist() == [i % 10 for i in range(40)]
+    assert cache.features("eurosat", "pretrained").equal(cache.features("svhn", "pretrained"))
+    assert not cache.features("eurosat", "expert").equal(cache.features("svhn", "expert"))
+    rows = fit(FitConfig(path, SurgerySettings(steps=30))).rows
+    assert all(row["bias"]["after"] < row["bias"]["before"] for row in rows)
 
 
 def test_devices_that_are_not_there_are_refused():

@@ -8,6 +8,7 @@ from PIL import Image
 
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.tasks import open_images, select_tasks
+from support import hub_data_set
 
 PROTOCOL = {  # classes, templates
     "sun397": (397, 2),
@@ -42,18 +43,11 @@ def test_selection_keeps_the_suites_order_and_refuses_what_is_unknown():
 
 @pytest.fixture
 def eurosat(tmp_path, monkeypatch):
-    """A parquet data set as the hub serves it: image and label columns, and class names."""
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    """Writes a data set of EuroSAT's name into a folder, and gives the folder."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "hf"))
 
-    def write(labels, classes=10, columns=("image", "label")):
-        names = [str(i) for i in range(classes)]
-        features = datasets.Features({columns[0]: datasets.Image(), columns[1]: datasets.ClassLabel(names=names)})
-        shades = [Image.new("RGB", (8, 8), (10 * i, 0, 0)) for i in range(len(labels))]
-        table = datasets.Dataset.from_dict({columns[0]: shades, columns[1]: labels}, features=features)
-        folder = tmp_path / "data" / "eurosat"
-        folder.mkdir(parents=True, exist_ok=True)
-        table.to_parquet(folder / "test-00000-of-00001.parquet")
+    def write(labels, **other):
+        hub_data_set(tmp_path / "data" / "eurosat", labels, **other)
         return tmp_path / "data"
 
     return write
@@ -64,7 +58,7 @@ def test_a_folder_of_parquet_is_read_like_the_hubs(eurosat):
     (task,) = select_tasks("clip8", ["eurosat"])
     images = open_images(task, "test", str(folder))
     assert images.labels.tolist() == [3, 1, 4, 1, 5]
-    assert np.asarray(images.get(2))[0, 0].tolist() == [20, 0, 0]
+    assert np.asarray(images.get(2))[0, 0].tolist() == [20, 0, 14]
     first = open_images(task, "test", str(folder), limit=2)
     assert len(first) == 2
     assert first.fingerprint != images.fingerprint
