@@ -22,14 +22,12 @@ if TYPE_CHECKING:
     from probsurgery.pipeline.merging import merge
     from probsurgery.pipeline.metrics import accuracy, representation_bias
     from probsurgery.pipeline.report import report
-    from probsurgery.pipeline.store import Cache
     from probsurgery.pipeline.store import Cache as open_cache
 
 __version__ = "0.1.0"
 
 # Loaded on first use, so that `probsurgery --help` does not wait for torch.
 _HOMES = {
-    "Cache": ("store", "Cache"),
     "ExtractConfig": ("config", "ExtractConfig"),
     "FitConfig": ("config", "FitConfig"),
     "Head": ("heads", "Head"),
@@ -46,7 +44,6 @@ _HOMES = {
 }
 
 __all__ = [
-    "Cache",
     "ExtractConfig",
     "FitConfig",
     "Head",

@@ -105,18 +105,14 @@ def extract_command(
     with _progress("images") as progress:
         result = extract(config, progress)
     if as_json:
-        _print_json({"caches": [str(path) for path in result.caches]} | asdict(result, dict_factory=_plain))
+        _print_json(asdict(result) | {"caches": [str(path) for path in result.caches]})
         return
-    busy = sum(result.seconds.values())
+    busy = sum(seconds for phase, seconds in result.seconds.items() if phase != "prepare")
     if result.images:
         phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
-        _note(f"{result.images:,} images at {result.images / busy:,.0f} images/s ({phases})")
+        _note(f"{result.images:,} images, {result.images / busy:,.0f} images/s ({phases})")
     for path in result.caches:
         print(f"{path}: {'written' if result.images else 'complete already, nothing to do'}")
-
-
-def _plain(items: list[tuple[str, object]]) -> dict:
-    return {key: [str(v) for v in value] if key == "caches" else value for key, value in items}
 
 
 @app.command("fit")
@@ -129,7 +125,7 @@ def fit_command(
     samples: Annotated[int | None, typer.Option(help=f"prob: draws in a step. [{ProbSettings.samples}]")] = None,
     steps: Annotated[
         int | None,
-        typer.Option(help=f"Updates of each head. [prob {ProbSettings.steps}, surgery {SurgerySettings.steps}]"),
+        typer.Option(help=f"Updates for each task. [prob {ProbSettings.steps}, surgery {SurgerySettings.steps}]"),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help=f"Rows in a step. [{ProbSettings.batch_size}]")] = None,
     lr: Annotated[float | None, typer.Option(help=f"Adam's learning rate. [{ProbSettings.lr:g}]")] = None,
@@ -206,6 +202,8 @@ def report_command(
         return
     for one in reports:
         _print_report(one)
+    if with_published and not theirs:
+        _note(f"no figures were published for {reports[0].arch}")
     if theirs:
         table = _table(list(theirs[0]))
         for row in theirs:
@@ -419,7 +417,7 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             _fail(error.format_message(), status)
     if status == 130:
-        _note("interrupted; what was finished is kept, and the same command goes on from there")
+        _note("interrupted; nothing is half-written, and the same command may be run again (extract goes on)")
     sys.exit(status if isinstance(status, int) else 0)
 
 

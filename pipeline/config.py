@@ -201,6 +201,7 @@ class ExtractConfig:
 
     @property
     def splits(self) -> tuple[str, ...]:
+        """The splits that `split` stands for."""
         return SPLITS if self.split == "both" else (self.split,)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -54,6 +55,7 @@ ARCHS: dict[str, Arch] = {
 
 
 def get_arch(name: str) -> Arch:
+    """An architecture by name. Raises `InputError` for an unknown one."""
     if name not in ARCHS:
         raise unknown("arch", name, ARCHS)
     return ARCHS[name]
@@ -130,14 +132,12 @@ class Weights:
             raise InputError(f"no folder of checkpoints at {self.folder}; --checkpoints takes a folder")
         self._shapes = expected_shapes(arch)
 
-    @property
-    def source(self) -> str:
-        return "the package" if self.folder == self.row.folder and self.folder else str(self.folder or "Hugging Face")
-
     def pretrained(self) -> StateDict:
+        """The tower that the experts were fine-tuned from."""
         return self.load(self._file("pretrained", self.row.pretrained_repo))
 
     def expert(self, task: Task) -> StateDict:
+        """The tower that was fine-tuned on a task."""
         return self.load(self._file(task.name, self.row.expert_repo, task.expert_suffix))
 
     def experts(self, tasks: Sequence[Task]) -> Iterator[StateDict]:
@@ -147,10 +147,11 @@ class Weights:
     def load(self, path: Path) -> StateDict:
         """Any checkpoint of this architecture, in open_clip's names and float32."""
         held = read_tensors(path)
-        state = to_visual(held, self._projection() if lacks_projection(held) else None)
+        state = to_visual(held, self._projection if lacks_projection(held) else None)
         check_state(state, self._shapes, str(path))
         return state
 
+    @cached_property
     def _projection(self) -> Tensor:
         """The pre-trained visual projection (width, d)."""
         path = self._file("pretrained", self.row.pretrained_repo)

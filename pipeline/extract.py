@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from probsurgery.pipeline import encoders, merging
+from probsurgery.pipeline.backends import SHARD_ROWS
 from probsurgery.pipeline.checkpoints import StateDict, digest
 from probsurgery.pipeline.config import ExtractConfig
+from probsurgery.pipeline.device import choose_device
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
-from probsurgery.pipeline.store import SHARD_ROWS, CacheWriter, check_target
+from probsurgery.pipeline.store import CacheWriter, check_target
 from probsurgery.pipeline.tasks import Images, Task, check_names, open_images, select_tasks
 
 Progress = Callable[[int, int, str], None]
@@ -37,8 +39,10 @@ class Extraction:
     caches: list[Path]
     images: int = 0
     """Images that were encoded; 0 if everything was there already."""
-    seconds: dict[str, float] = field(default_factory=lambda: {"read": 0.0, "encode": 0.0, "write": 0.0})
-    """Wall time spent waiting for images, encoding, and writing."""
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"prepare": 0.0, "read": 0.0, "encode": 0.0, "write": 0.0}
+    )
+    """Wall time spent on checkpoints, merging and opening data sets; waiting for images; encoding; writing."""
 
 
 @dataclass(frozen=True)
@@ -62,29 +66,13 @@ class _Target:
     parts: set[int]
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:n`. Raises `InputError` for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise InputError(f"unknown device {name!r}; choose from: auto, cpu, cuda, cuda:0 and so on")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"device {name} was asked for, but there are {torch.cuda.device_count()} CUDA devices; use cpu"
-        )
-    return device
-
-
 def extract(config: ExtractConfig, progress: Progress = lambda done, total, what: None) -> Extraction:
     """Run stage one. Goes on where an interrupted run of the same settings stopped.
 
     Raises `InputError` before anything is written if the request cannot be met, or if a cache of other settings is
     where this one would go.
     """
+    begun = time.perf_counter()
     row = encoders.get_arch(config.arch)
     tasks = select_tasks(row.suite, config.tasks)
     if config.only is not None:
@@ -106,6 +94,7 @@ def extract(config: ExtractConfig, progress: Progress = lambda done, total, what
         check_target(merge.path, identity, config.store, fresh=config.fresh)
 
     result = Extraction([merge.path for merge in merges])
+    result.seconds["prepare"] = time.perf_counter() - begun
     with contextlib.ExitStack() as stack:
         writers = [
             stack.enter_context(CacheWriter.open(merge.path, identity, config.store, fresh=config.fresh))

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from probsurgery.pipeline.config import FitConfig, differences, head_kind
+from probsurgery.pipeline.device import choose_device
 from probsurgery.pipeline.errors import InputError
-from probsurgery.pipeline.extract import choose_device
 from probsurgery.pipeline.heads import Head, load_head, parameter_count, stack_params
 from probsurgery.pipeline.metrics import accuracy, representation_bias
 from probsurgery.pipeline.store import Cache, TaskData, load_task, require_writable, software
@@ -108,7 +108,10 @@ def _request(config: FitConfig, cache: Cache, tasks: Sequence[str]) -> dict:
         "shared": config.shared,
         "seed": config.seed,
         "protocol": config.protocol,
-        "cache": cache.fingerprint,
+        "data": {
+            task: [cache.task_fingerprint(task, split) for split in dict.fromkeys(("test", config.fit_split))]
+            for task in tasks
+        },
     }
 
 
@@ -121,9 +124,9 @@ def _existing(folder: Path, request: dict, results: Path) -> FitResult:
             "delete it"
         )
     rows = head.record["results"]
-    kept = {(row["head"], row["task"], row["cache"]) for row in read_results(results)}
+    kept = read_results(results)
     # A fit that was killed between the head and its rows left the rows in the head's record alone.
-    missing = [row for row in rows if (row["head"], row["task"], row["cache"]) not in kept]
+    missing = [row for row in rows if row not in kept]
     if missing:
         require_writable(results, "--results")
         _append(results, missing)
@@ -200,7 +203,7 @@ def _about(config: FitConfig, cache: Cache, name: str, task: str, seconds: float
         "shared": config.shared,
         "seed": config.seed,
         "protocol": config.protocol,
-        "cache": cache.fingerprint,
+        "cache": cache.task_fingerprint(task),
         "arch": identity["arch"],
         "merge": identity["merge"]["method"],
         "parameters": parameter_count(config.head, cache.dim),

@@ -78,7 +78,7 @@ def ties(pretrained: StateDict, experts: Iterable[StateDict], *, scale: float, k
 
 
 def _trim(tau: Tensor, keep: float) -> Tensor:
-    """Zero all but the `keep` share of entries that is largest by magnitude."""
+    """Zero all but the `keep` share of entries that is largest by magnitude; entries equal to the last one stay too."""
     kept = max(1, round(keep * tau.numel()))
     threshold = tau.abs().kthvalue(tau.numel() - kept + 1).values
     return torch.where(tau.abs() >= threshold, tau, 0)

@@ -1,9 +1,7 @@
-"""Caches on disk: features in zarr or HDF5 shards, and the manifest that says which of them are whole.
+"""Caches on disk: features in shards, and the manifest that says which of them are whole.
 
-This is the only module that knows zarr and h5py. An array is cut into shards of `SHARD_ROWS` rows. Each shard is a file
-that appears at once or not at all, and counts only when the manifest, replaced atomically after it, gives its size and
-digest. Every chunk carries a checksum too, so that a plain zarr or h5py reader is told of damage. Rows that were never
-written read as NaN (labels: -1) there, because both formats would else make up zeros.
+A shard counts only when the manifest, replaced atomically after it, gives its size and digest. The manifest carries a
+digest of its own. How a shard lies on disk is the business of `backends`.
 """
 
 from __future__ import annotations
@@ -12,144 +10,27 @@ import contextlib
 import datetime
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from probsurgery.pipeline.backends import BACKENDS, Backend, shard_count
 from probsurgery.pipeline.config import differences, fingerprint
 from probsurgery.pipeline.errors import DamagedCacheError, InputError, first_line
 
 SCHEMA = 1
-SHARD_ROWS = 2048
-CHUNK_ROWS = 256
+_FEATURES = ("manifest.json", "features.h5", "features.zarr", "shards")
+_HEADS = ("heads", "results.jsonl")
+_OWN = (*_FEATURES, *_HEADS, ".lock")
 KINDS = ("merged", "expert", "pretrained")
-
-
-def _fill(dtype: str) -> float | int:
-    return math.nan if dtype.startswith("float") else -1
-
-
-class Backend(Protocol):
-    """How arrays lie on disk. Values read are checked by the format's own checksums, and by `Cache` besides."""
-
-    def declare(self, arrays: dict[str, dict]) -> None:
-        """Make arrays known, each `{"shape", "dtype"}` under its name, to plain readers of the format."""
-
-    def write(self, name: str, part: int, values: np.ndarray) -> None:
-        """Write one shard, atomically."""
-
-    def read(self, name: str, part: int) -> np.ndarray:
-        """Read one shard. Raises an OSError or ValueError if a checksum does not hold."""
-
-    def file(self, name: str, part: int) -> Path:
-        """The file of one shard."""
-
-
-class ZarrBackend:
-    """`features.zarr`: a zarr v3 group, sharded, each chunk with a CRC32C."""
-
-    def __init__(self, cache: Path) -> None:
-        self.root = cache / "features.zarr"
-
-    def declare(self, arrays: dict[str, dict]) -> None:
-        import zarr
-        from zarr.codecs import Crc32cCodec
-
-        group = zarr.open_group(self.root, mode="a")
-        for name, spec in arrays.items():
-            rest = spec["shape"][1:]
-            group.create_array(
-                name,
-                shape=spec["shape"],
-                dtype=spec["dtype"],
-                shards=(SHARD_ROWS, *rest),
-                chunks=(CHUNK_ROWS, *rest),
-                # Crc32c asked for by name: sharding alone checks its index only, not the chunks.
-                compressors=[Crc32cCodec()],
-                fill_value=_fill(spec["dtype"]),
-                overwrite=True,
-            )
-
-    def write(self, name: str, part: int, values: np.ndarray) -> None:
-        import zarr
-
-        # Else zarr leaves out a chunk that equals the fill value.
-        array = zarr.open_array(self.root, path=name, mode="r+").with_config({"write_empty_chunks": True})
-        array[part * SHARD_ROWS : part * SHARD_ROWS + len(values)] = values
-
-    def read(self, name: str, part: int) -> np.ndarray:
-        import zarr
-
-        array = zarr.open_array(self.root, path=name, mode="r")
-        return array[part * SHARD_ROWS : (part + 1) * SHARD_ROWS]
-
-    def file(self, name: str, part: int) -> Path:
-        columns = ("0",) if not name.endswith("labels") else ()
-        return self.root.joinpath(name, "c", str(part), *columns)
-
-
-class Hdf5Backend:
-    """`shards/`: an HDF5 file for each shard, with Fletcher32; `features.h5` joins them as virtual data sets."""
-
-    def __init__(self, cache: Path) -> None:
-        self.cache = cache
-
-    def declare(self, arrays: dict[str, dict]) -> None:
-        import h5py
-
-        index = self.cache / "features.h5"
-        partial = index.with_name("features.h5.partial")
-        if index.exists():
-            shutil.copyfile(index, partial)
-        with h5py.File(partial, "a", libver="latest") as file:
-            for name, spec in arrays.items():
-                if name in file:
-                    del file[name]
-                rows, rest = spec["shape"][0], tuple(spec["shape"][1:])
-                layout = h5py.VirtualLayout(tuple(spec["shape"]), spec["dtype"])
-                for part in range(_parts(spec)):
-                    start, stop = part * SHARD_ROWS, min(rows, (part + 1) * SHARD_ROWS)
-                    source = self.file(name, part).relative_to(self.cache).as_posix()
-                    layout[start:stop] = h5py.VirtualSource(source, "data", shape=(stop - start, *rest))
-                file.create_virtual_dataset(name, layout, fillvalue=_fill(spec["dtype"]))
-        partial.replace(index)
-
-    def write(self, name: str, part: int, values: np.ndarray) -> None:
-        import h5py
-
-        path = self.file(name, part)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        chunks = (min(CHUNK_ROWS, len(values)), *values.shape[1:])
-        with h5py.File(partial, "w", libver="latest") as file:
-            file.create_dataset("data", data=values, chunks=chunks, fletcher32=True, track_times=False)
-        partial.replace(path)
-
-    def read(self, name: str, part: int) -> np.ndarray:
-        import h5py
-
-        with h5py.File(self.file(name, part), "r") as file:
-            return file["data"][:]
-
-    def file(self, name: str, part: int) -> Path:
-        return self.cache / "shards" / f"{name}-{part:05d}.h5"
-
-
-BACKENDS = {"zarr": ZarrBackend, "hdf5": Hdf5Backend}
-
-
-def _parts(spec: dict) -> int:
-    return math.ceil(spec["shape"][0] / SHARD_ROWS)
 
 
 def _seal(path: Path) -> dict:
@@ -174,16 +55,22 @@ def write_atomically(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def write_manifest(path: Path, manifest: dict) -> None:
+    """Replace a cache's manifest, with a digest of itself."""
+    sealed = manifest | {"digest": fingerprint(manifest)}
+    write_atomically(path / "manifest.json", json.dumps(sealed, indent=1) + "\n")
+
+
 def _read_manifest(path: Path) -> dict:
     file = path / "manifest.json"
     try:
-        manifest = json.loads(file.read_text())
+        manifest = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         what = "is not a cache (it has no manifest.json)" if path.exists() else "does not exist"
         raise InputError(f"{path} {what}; `probsurgery extract` writes one") from None
     except NotADirectoryError:
         raise InputError(f"{path} is not a cache; `probsurgery extract` writes one") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedCacheError(f"{file} is not valid JSON ({error}); extract again with --fresh") from None
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
     if not isinstance(schema, int):
@@ -193,9 +80,8 @@ def _read_manifest(path: Path) -> dict:
             f"{path} was written by a newer version (schema {schema}, this one reads up to {SCHEMA}); "
             "update probsurgery"
         )
-    missing = {"identity", "store", "tasks", "requested", "arrays"} - manifest.keys()
-    if missing or manifest["store"] not in BACKENDS:
-        raise DamagedCacheError(f"{file} is incomplete or garbled; extract again with --fresh")
+    if manifest.pop("digest", None) != fingerprint(manifest):
+        raise DamagedCacheError(f"{file} was changed since it was written (its digest differs); extract with --fresh")
     return manifest
 
 
@@ -222,8 +108,13 @@ class Cache:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the identity; results name it."""
+        """Digest of the identity."""
         return fingerprint(self.identity)
+
+    def task_fingerprint(self, task: str, split: str = "test") -> str:
+        """Digest of what determines one task's numbers: the identity, its classifier, its images. Results name it."""
+        about = self.manifest["tasks"][task]
+        return fingerprint([self.identity, about["classifier"], about["splits"][split]])
 
     @property
     def dim(self) -> int:
@@ -241,6 +132,7 @@ class Cache:
         return shards.count(None), len(shards)
 
     def is_whole(self, task: str, split: str = "test") -> bool:
+        """Whether every shard of a task was written."""
         missing, total = self.missing_shards(task, split)
         return total > 0 and missing == 0
 
@@ -270,6 +162,7 @@ class Cache:
         raise InputError(f"{self.path} does not hold {task} ({split}); extract it with --only {task} --split {split}")
 
     def has(self, task: str, kind: str, split: str = "test") -> bool:
+        """Whether features of this kind were asked for."""
         return f"{split}/{task}/{kind}" in self.manifest["arrays"]
 
     def rows(self, task: str, split: str = "test") -> int:
@@ -317,7 +210,7 @@ class Cache:
         if problem is None:
             try:
                 return self._backend.read(name, part)
-            except (OSError, ValueError, KeyError) as error:
+            except Exception as error:  # the formats' libraries raise anything for a garbled file
                 problem = f"cannot be decoded ({first_line(error)})"
         raise DamagedCacheError(
             f"{self._backend.file(name, part)} {problem}; the cache is damaged: delete that file and extract again"
@@ -334,13 +227,18 @@ class Cache:
         return None if found == seal else "was changed since it was written (its digest differs)"
 
     def damage(self) -> list[str]:
-        """Every shard that the manifest counts as whole and that is not, each with what is wrong."""
+        """What is wrong with each array that the manifest counts as whole: its shards, and what describes them."""
         found = []
         for name, spec in self.manifest["arrays"].items():
+            if not self._backend.declared(name):
+                found.append(f"{self.path}: what describes {name} is missing; extract again")
+                continue
             for part, seal in enumerate(spec["shards"]):
-                problem = self._problem(name, part) if seal else None
-                if problem:
-                    found.append(f"{self._backend.file(name, part)} {problem}")
+                try:
+                    if seal:
+                        self._shard(name, part)
+                except DamagedCacheError as error:
+                    found.append(str(error))
         return found
 
 
@@ -364,13 +262,16 @@ class CacheWriter:
         path.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(path / ".lock", timeout=0):
-                if fresh:
-                    _clear(path)
+                if fresh or not (path / "manifest.json").exists():
+                    _clear(path, heads=fresh)
                 for partial in path.rglob("*.partial"):
                     if partial.is_file():
                         partial.unlink()
                 writer = cls(path, _begin(path, identity, store))
                 writer.save()
+                writer.backend.declare(
+                    {n: s for n, s in writer.manifest["arrays"].items() if not writer.backend.declared(n)}
+                )
                 yield writer
         except Timeout:
             raise InputError(f"another process is writing to {path}; wait for it, or choose another --out") from None
@@ -391,7 +292,8 @@ class CacheWriter:
                 )
         if new:
             self.backend.declare(new)
-            self.manifest["arrays"] |= {n: {**spec, "shards": [None] * _parts(spec)} for n, spec in new.items()}
+            for name, spec in new.items():
+                self.manifest["arrays"][name] = {**spec, "shards": [None] * shard_count(spec["shape"][0])}
             self.save()
 
     def pending(self, names: list[str]) -> set[int]:
@@ -412,7 +314,8 @@ class CacheWriter:
         self.save()
 
     def save(self) -> None:
-        write_atomically(self.path / "manifest.json", json.dumps(self.manifest, indent=1) + "\n")
+        """Replace the manifest."""
+        write_manifest(self.path, self.manifest)
 
 
 def require_writable(path: Path, option: str) -> None:
@@ -430,8 +333,10 @@ def check_target(path: Path, identity: dict, store: str, *, fresh: bool = False)
     if not path.exists():
         return
     if not (path / "manifest.json").exists():
-        if any(p.name != ".lock" for p in path.iterdir()):
-            raise InputError(f"{path} exists and is not a cache; choose another --out")
+        # A kill may have left what a cache is made of without its manifest.
+        strange = [p.name for p in path.iterdir() if p.name.removesuffix(".partial") not in _OWN]
+        if strange:
+            raise InputError(f"{path} exists and is not a cache (it holds {min(strange)}); choose another --out")
         return
     if fresh:
         return
@@ -462,12 +367,13 @@ def _begin(path: Path, identity: dict, store: str) -> dict:
     }
 
 
-def _clear(path: Path) -> None:
-    """Remove what a cache is made of, the manifest first so that a kill leaves no cache rather than a torn one."""
-    for name in ("manifest.json", "results.jsonl", "features.h5"):
-        (path / name).unlink(missing_ok=True)
-    for name in ("features.zarr", "shards", "heads"):
-        shutil.rmtree(path / name, ignore_errors=True)
+def _clear(path: Path, *, heads: bool) -> None:
+    """Remove what a cache is made of, the manifest first: a kill leaves an unfinished cache rather than a torn one."""
+    for name in _FEATURES + (_HEADS if heads else ()):
+        if (path / name).is_dir():
+            shutil.rmtree(path / name)
+        else:
+            (path / name).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ class Task:
 
     name: str
     suite: str
-    title: str
     class_names: tuple[str, ...]
     templates: tuple[str, ...] = ()
     """Prompts of the zero-shot classifier; `{}` stands for the class name."""
@@ -37,7 +36,7 @@ class Images:
 
     labels: np.ndarray
     fingerprint: str
-    """Digest of what the images and labels are."""
+    """Digest of labels and images (of a sample of the images, for data sets of the hub)."""
     get: Callable[[int], Image.Image]
 
     def __len__(self) -> int:
@@ -51,7 +50,6 @@ def _clip8() -> dict[str, Task]:
         name: Task(
             name,
             "clip8",
-            row["title"],
             tuple(row["classes"]),
             tuple(row["templates"]),
             row["expert_suffix"],
@@ -65,7 +63,7 @@ def _clip8() -> dict[str, Task]:
 def _mini() -> dict[str, Task]:
     from probsurgery.pipeline.mini import MINI_TASKS
 
-    return {name: Task(name, "mini", row.title, tuple(row.class_names)) for name, row in MINI_TASKS.items()}
+    return {name: Task(name, "mini", tuple(row.class_names)) for name, row in MINI_TASKS.items()}
 
 
 SUITES: dict[str, Callable[[], dict[str, Task]]] = {"mini": _mini, "clip8": _clip8}
@@ -148,8 +146,11 @@ def _open_hub(task: Task, split: str, source: str | None) -> Images:
     if names is not None and len(names) != len(task.class_names):
         raise InputError(f"data set {path} has {len(names)} classes, but {task.name} has {len(task.class_names)}")
     labels = np.asarray(table[hub["label"]], dtype=np.int64)
-    # Images are not decoded for this: the rows' order and the classes' are what a wrong copy gets wrong.
     digest = hashlib.sha256(json.dumps([hub["id"], hub["config"], split, names]).encode() + labels.tobytes())
+    # Some images, undecoded, stand for all: reading every one would take as long as the extraction's decoding.
+    encoded = table.cast_column(hub["image"], datasets.Image(decode=False))
+    for row in range(0, len(labels), max(1, len(labels) // 64)):
+        digest.update(encoded[row][hub["image"]]["bytes"] or b"")
     return Images(labels, digest.hexdigest(), partial(_hub_image, table, hub["image"]))
 
 

@@ -4,7 +4,7 @@ Heads of equal settings are trained as one stack of K: their losses are summed a
 head takes exactly the steps that it would take alone.
 
 Randomness comes from one stream for each (task, seed): the order of the rows and the noise. It is drawn on the CPU in
-blocks of `BLOCK` steps, whatever the device, and does not depend on the settings or on what else is trained.
+blocks of `BLOCK` steps, whatever the device. It depends on the batch size, and on no other setting or head.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -21,10 +22,19 @@ from torch import Tensor
 
 from probsurgery.pipeline.config import HeadSettings, ProbSettings, RidgeSettings, SurgerySettings, head_kind
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
-from probsurgery.pipeline.heads import HEADS, Params, prob_distribution, stack_params, surgery_correction
+from probsurgery.pipeline.heads import (
+    HEADS,
+    Params,
+    parameter_count,
+    prob_distribution,
+    stack_params,
+    surgery_correction,
+)
 from probsurgery.pipeline.objectives import distance, kl_divergence, sample_correction
 
 BLOCK = 64
+SMALL = 2**23
+"""Multiplications in a step's forward pass below which a stack is trained on one thread."""
 PENALTIES = tuple(10.0 ** (exponent / 2) for exponent in range(-12, 5))
 """Ridge penalties to choose from, relative to the mean eigenvalue of the features' covariance."""
 
@@ -128,9 +138,22 @@ def fit_heads(
         else:
             stacks[job.settings, len(job.rows), job.rows[0].merged.shape[1]].append(index)
     for indices in stacks.values():
-        results = _train_stack([jobs[i] for i in indices], torch.device(device), progress)
-        fitted |= dict(zip(indices, results, strict=True))
+        stack = [jobs[i] for i in indices]
+        with _threads_for(stack):
+            fitted |= dict(zip(indices, _train_stack(stack, torch.device(device), progress), strict=True))
     return [fitted[index] for index in range(len(jobs))]
+
+
+@contextmanager
+def _threads_for(jobs: Sequence[Job]) -> Iterator[None]:
+    """One thread for a small stack: a second gains nothing there, and waits for its core on a busy machine."""
+    before, settings = torch.get_num_threads(), jobs[0].settings
+    work = len(jobs) * settings.batch_size * parameter_count(settings, jobs[0].rows[0].merged.shape[1])
+    try:
+        torch.set_num_threads(1 if work < SMALL else before)
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def head_steps(job: Job) -> int:

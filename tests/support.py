@@ -6,8 +6,9 @@ import numpy as np
 import transformers
 from PIL import Image
 
+from probsurgery.pipeline.backends import SHARD_ROWS
 from probsurgery.pipeline.encoders import model_config
-from probsurgery.pipeline.store import SHARD_ROWS, CacheWriter
+from probsurgery.pipeline.store import CacheWriter
 
 DIM = 16
 
@@ -32,9 +33,9 @@ def synthetic(rows, dim=DIM, classes=3, seed=0):
     generator = np.random.default_rng(seed)
     classifier = generator.normal(size=(classes, dim)).astype("float32")
     labels = generator.integers(0, classes, rows)
-    expert = classifier[labels] * 2 + generator.normal(size=(rows, dim)).astype("float32") * 0.3
-    drift = np.eye(dim) + generator.normal(size=(dim, dim)) * 0.2
-    merged = (expert @ drift + generator.normal(size=dim)).astype("float32")
+    expert = classifier[labels] + generator.normal(size=(rows, dim)).astype("float32")
+    drift = np.eye(dim) + generator.normal(size=(dim, dim)) * 0.3
+    merged = (expert @ drift + 2 * generator.normal(size=dim)).astype("float32")
     pretrained = generator.normal(size=(rows, dim)).astype("float32")
     return {
         "merged": merged,
@@ -61,7 +62,8 @@ def write_cache(path, sizes, store="zarr", dtype="float32", splits=("test",), ch
                 for part in range(-(-rows // SHARD_ROWS)):
                     window = slice(part * SHARD_ROWS, (part + 1) * SHARD_ROWS)
                     writer.write(part, {n: a[window] for n, a in named.items()})
-                about = writer.manifest["tasks"].setdefault(task, {"classes": 3, "class_names": [], "splits": {}})
+                about = {"classes": 3, "class_names": [], "classifier": "0", "splits": {}}
+                about = writer.manifest["tasks"].setdefault(task, about)
                 about["splits"][split] = {"rows": rows, "fingerprint": "0"}
                 writer.save()
     return path

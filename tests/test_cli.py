@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import save_file
 
 from probsurgery.pipeline import store
-from probsurgery.pipeline.store import Cache, write_atomically
+from probsurgery.pipeline.store import Cache, write_atomically, write_manifest
 from support import refused, write_cache
 
 FEW = ("--hidden", 8, "--steps", 20)
@@ -136,7 +136,7 @@ def test_no_command_takes_a_cache_that_is_none(run, here, command):
 def test_an_unfinished_cache_is_refused(run, small_cache):
     manifest = small_cache.manifest
     manifest["arrays"]["test/b/expert"]["shards"][0] = None
-    write_atomically(small_cache.path / "manifest.json", json.dumps(manifest))
+    write_manifest(small_cache.path, manifest)
     refused(run("fit", "--cache", small_cache.path, *FEW), "unfinished: b (test)", "1 of 4 shards are missing")
     assert run("fit", "--cache", small_cache.path, *FEW, "--tasks", "a")[0] == 0
     status, out, _ = run("cache", "info", small_cache.path)

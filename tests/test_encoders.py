@@ -66,10 +66,12 @@ def test_text_classifiers_average_normalised_prompts_and_carry_the_scale(monkeyp
             tokens[row, 4] = vocabulary - 1
         return tokens
 
-    monkeypatch.setattr(open_clip, "create_model", lambda *a, **k: model)
-    monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: tokenizer)
+    asked = []
+    monkeypatch.setattr(open_clip, "create_model", lambda *a, **k: asked.append((a, k["pretrained"])) or model)
+    monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: asked.append(name) or tokenizer)
     task = Task("t", "clip8", "T", ("cat", "dog"), ("a {}.", "the {}!", "{}"))
     made = encoders.text_classifiers("vitb32", [task], torch.device("cpu"))["t"]
+    assert asked == [(("ViT-B-32-quickgelu",), "openai"), "ViT-B-32-quickgelu"]
     with torch.no_grad():
         for row, name in zip(made, task.class_names, strict=True):
             prompts = model.encode_text(tokenizer([t.format(name) for t in task.templates]))

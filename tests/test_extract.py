@@ -8,11 +8,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from probsurgery.pipeline import encoders, extract, store
+from probsurgery.pipeline import backends, encoders, extract
 from probsurgery.pipeline.checkpoints import digest, to_visual
 from probsurgery.pipeline.config import ExtractConfig, FitConfig, SurgerySettings
+from probsurgery.pipeline.device import choose_device
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
-from probsurgery.pipeline.extract import choose_device
 from probsurgery.pipeline.fit import fit
 from probsurgery.pipeline.merging import merge
 from probsurgery.pipeline.store import Cache
@@ -26,9 +26,9 @@ LIMIT = 90
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch):
     """Several parts even for few rows."""
-    for module in (store, extract):
+    for module in (backends, extract):
         monkeypatch.setattr(module, "SHARD_ROWS", 32)
-    monkeypatch.setattr(store, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(backends, "CHUNK_ROWS", 16)
 
 
 def config(tmp_path, **other):

@@ -13,7 +13,8 @@ from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.fit import fit, read_results
 from probsurgery.pipeline.heads import load_head
 from probsurgery.pipeline.metrics import accuracy, representation_bias
-from probsurgery.pipeline.store import Cache
+from probsurgery.pipeline.report import report
+from probsurgery.pipeline.store import Cache, write_manifest
 from support import write_cache
 
 PROB = ProbSettings(hidden=8, steps=60)
@@ -43,7 +44,7 @@ def test_a_fit_writes_its_head_and_one_row_for_each_task(small_cache, settings):
         assert row["bias"]["before"] == representation_bias(merged, expert)
         assert row["bias"]["after"] == representation_bias(corrected, expert)
         assert row["bias"]["after"] < row["bias"]["before"]
-        assert row["cache"] == small_cache.fingerprint
+        assert row["cache"] == small_cache.task_fingerprint(task)
         assert row["fit_rows"] == row["eval_rows"] == len(merged)
         assert row["protocol"] == "transductive"
 
@@ -68,21 +69,17 @@ def test_labels_change_the_accuracy_and_nothing_of_the_fit(tmp_path):
             assert [r["accuracy"] for r in first.rows] != [r["accuracy"] for r in second.rows]
 
 
-def test_the_fit_never_asks_for_labels(small_cache, monkeypatch):
-    """Labels are read for the evaluation alone: without it, none are."""
-    asked = []
-    real = fit_module.fit_heads
-
-    def spy(jobs, device, progress):
-        asked.extend(jobs)
-        return real(jobs, device, progress)
-
-    monkeypatch.setattr(fit_module, "fit_heads", spy)
-    fit(FitConfig(small_cache.path, PROB))
-    assert {field for job in asked for rows in job.rows for field in vars(rows)} == {"task", "merged", "expert"}
-    assert all(
-        rows.merged.is_floating_point() and rows.expert.is_floating_point() for job in asked for rows in job.rows
-    )
+def test_results_of_other_data_are_not_taken_for_ones_own(tmp_path):
+    """Two caches of one identity, whose classifiers differ, with one folder of results."""
+    paths = [write_cache(tmp_path / name, {"a": 60}) for name in ("one", "two")]
+    manifest = Cache(paths[1]).manifest
+    manifest["tasks"]["a"]["classifier"] = "another"
+    write_manifest(paths[1], manifest)
+    fit(FitConfig(paths[0], PROB, results=tmp_path / "results"))
+    with pytest.raises(InputError, match="exists with other settings"):
+        fit(FitConfig(paths[1], PROB, results=tmp_path / "results"))
+    with pytest.raises(InputError, match="no results of this cache"):
+        report(paths[1], tmp_path / "results")
 
 
 def test_the_same_request_is_a_no_op_and_the_same_bytes_when_made_again(small_cache, tmp_path):

@@ -1,6 +1,7 @@
 """The package as it is installed: what the wheel holds, what it shows, and which module may import which."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "errors": 0,
     "config": 0,
+    "device": 1,
+    "backends": 1,
     "store": 1,
     "checkpoints": 1,
     "heads": 1,
@@ -30,7 +33,7 @@ FLOORS = {
     "fit": 3,
     "report": 3,
 }
-WITHIN_A_FLOOR = {("config", "errors"), ("encoders", "tasks"), ("fit", "extract"), ("report", "fit")}
+WITHIN_A_FLOOR = {("config", "errors"), ("encoders", "tasks"), ("store", "backends"), ("report", "fit")}
 
 
 def imported_modules(path):
@@ -44,15 +47,15 @@ def imported_modules(path):
 
 def test_modules_import_from_floors_below():
     modules = {p.stem: p for p in (ROOT / "pipeline").glob("*.py") if p.stem != "__init__"}
-    modules["mini"] = ROOT / "pipeline" / "mini" / "__init__.py"
-    assert modules.keys() == FLOORS.keys()
-    for name, path in modules.items():
+    assert modules.keys() | {"mini"} == FLOORS.keys()
+    readers = [("mini", ROOT / "pipeline" / "mini" / name) for name in ("__init__.py", "readers.py")]
+    for name, path in [*modules.items(), *readers]:
         for other in imported_modules(path):
             allowed = FLOORS[other] < FLOORS[name] or (name, other) in WITHIN_A_FLOOR or other == name
             assert allowed, f"{name} imports {other}"
 
 
-def test_only_the_store_knows_zarr_and_h5py():
+def test_only_the_backends_know_zarr_and_h5py():
     for path in (ROOT / "pipeline").rglob("*.py"):
         imported = {
             alias.name.split(".")[0]
@@ -60,7 +63,7 @@ def test_only_the_store_knows_zarr_and_h5py():
             if isinstance(node, ast.Import)
             for alias in node.names
         }
-        assert path.stem == "store" or not imported & {"zarr", "h5py"}, path
+        assert path.stem == "backends" or not imported & {"zarr", "h5py"}, path
 
 
 def test_no_module_imports_the_top_level_by_its_bare_name():
@@ -139,9 +142,16 @@ def test_the_wheel_works_where_there_is_no_checkout(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_readme_names_every_command_and_option_default_that_a_newcomer_types():
+@pytest.mark.parametrize("command", ["extract", "fit", "report", "cache info", "cache ls", "cache verify"])
+def test_the_readme_names_every_command_and_option(run, command):
     readme = (ROOT / "README.md").read_text()
-    for command in ("make demo", "make test", "probsurgery extract --arch mini", "probsurgery extract --arch vitl14"):
-        assert command in readme
-    for command in ("fit", "report", "cache info", "cache ls", "cache verify"):
-        assert f"probsurgery {command}" in readme
+    assert f"probsurgery {command}" in readme
+    options = set(re.findall(r"--[a-z-]+", run(*command.split(), "--help")[1])) - {"--help"}
+    assert options
+    assert not {option for option in options if option not in readme}
+
+
+def test_the_readme_begins_with_the_two_commands():
+    first_screen = (ROOT / "README.md").read_text()[:2_500]
+    places = [first_screen.index(c) for c in ("make demo", "make test", "pip install", "--arch mini", "--arch vitl14")]
+    assert places == sorted(places)

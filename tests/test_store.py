@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import zarr
 
+from probsurgery.pipeline.backends import SHARD_ROWS
 from probsurgery.pipeline.errors import DamagedCacheError, InputError
-from probsurgery.pipeline.store import SHARD_ROWS, Cache, CacheWriter, write_atomically
+from probsurgery.pipeline.store import Cache, CacheWriter, write_atomically
 from support import DIM, identity, synthetic, write_cache
 
 ROWS = 2 * SHARD_ROWS + 100
@@ -208,8 +209,9 @@ def test_an_unfinished_cache_says_what_is_missing(tmp_path, store):
     [
         (lambda m: m | {"schema": 99}, "newer version"),
         (lambda m: m | {"schema": "one"}, "does not describe a cache"),
-        (lambda m: {k: v for k, v in m.items() if k != "arrays"}, "incomplete"),
-        (lambda m: m | {"store": "csv"}, "incomplete"),
+        (lambda m: {k: v for k, v in m.items() if k != "arrays"}, "was changed since it was written"),
+        (lambda m: m | {"store": "csv"}, "was changed since it was written"),
+        (lambda m: m | {"identity": {}}, "was changed since it was written"),
         (lambda m: [m], "does not describe a cache"),
     ],
 )
@@ -229,16 +231,50 @@ def test_places_without_a_cache_are_refused(tmp_path):
         Cache(tmp_path)
 
 
-def test_a_kill_between_any_two_system_calls_leaves_no_torn_shard(tmp_path, store):
-    """A writer is killed at random moments; what the manifest counts must then be whole, and a later run completes
-    it.
-    """
+def test_lost_metadata_is_found_and_made_again(cache, store):
+    lost = {"zarr": "features.zarr/test/a/merged/zarr.json", "hdf5": "features.h5"}[store]
+    (cache.path / lost).unlink()
+    assert any("what describes test/a/merged is missing" in problem for problem in cache.damage())
+    with CacheWriter.open(cache.path, cache.identity, store) as writer:
+        for part in writer.pending(["test/a/merged"]):
+            values = synthetic(ROWS, seed=0)["merged"][part * SHARD_ROWS : (part + 1) * SHARD_ROWS]
+            writer.write(part, {"test/a/merged": values})
+    assert Cache(cache.path).damage() == []
+    assert np.array_equal(plain(cache, "test/a/merged"), synthetic(ROWS, seed=0)["merged"])
+
+
+def test_garbled_metadata_is_damage(cache, store):
+    garbled = {"zarr": "features.zarr/test/a/merged/zarr.json", "hdf5": "shards/test/a/merged-00001.h5"}[store]
+    (cache.path / garbled).write_text("[1]")
+    with pytest.raises(DamagedCacheError):
+        cache.features("a")
+    assert cache.damage()
+
+
+@pytest.mark.parametrize("left", [["manifest.json.partial"], ["features.zarr", "shards", "heads"], []])
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_kill_before_the_first_manifest_does_not_bar_the_next_run(tmp_path, store, left, fresh):
+    path = tmp_path / "cache"
+    path.mkdir()
+    (path / ".lock").touch()
+    for name in left:
+        (path / name).touch() if name.endswith("partial") else (path / name / "old").mkdir(parents=True)
+    with CacheWriter.open(path, identity(["a"]), store, fresh=fresh):
+        pass
+    assert Cache(path).identity["tasks"] == ["a"]
+    assert (path / "heads").exists() == ("heads" in left and not fresh)
+    assert not (path / "features.zarr" / "old").exists()
+
+
+def test_a_kill_leaves_no_torn_shard(tmp_path, store):
+    """A writer is killed at three moments; what the manifest counts must be whole, and a later run completes it."""
     script = textwrap.dedent(
         """
         import sys; from pathlib import Path; import numpy as np
         sys.path.insert(0, sys.argv[3])
         from support import identity, DIM
-        from probsurgery.pipeline.store import CacheWriter, SHARD_ROWS
+        from probsurgery.pipeline.backends import SHARD_ROWS
+        from probsurgery.pipeline.store import CacheWriter
         with CacheWriter.open(Path(sys.argv[1]), identity(["a"]), sys.argv[2]) as writer:
             writer.request(["test/a"])
             writer.declare({"test/a/merged": {"shape": [40 * SHARD_ROWS, DIM], "dtype": "float32"}})

@@ -1,0 +1,24 @@
+"""Which device a stage runs on."""
+
+from __future__ import annotations
+
+import torch
+
+from probsurgery.pipeline.errors import InputError
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:n`. Raises `InputError` for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"unknown device {name!r}; choose from: auto, cpu, cuda, cuda:0 and so on")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device {name} was asked for, but there are {torch.cuda.device_count()} CUDA devices; use cpu"
+        )
+    return device
