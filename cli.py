@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 import sys
 import time
@@ -76,7 +78,9 @@ def extract_command(
     pretrained: Annotated[
         bool, typer.Option("--pretrained/--no-pretrained", help="Keep the pre-trained encoder's features too.")
     ] = _E.pretrained,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Replace a cache of other settings, heads included.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Delete the cache that is there, heads included, first.")
+    ] = False,
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
     """Stage one: run the encoders over every image once and keep the features."""
@@ -391,6 +395,10 @@ def _plain_progress(unit: str, every: float = 10.0) -> Callable[..., None]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; every error becomes one line on standard error and an exit status."""
+    # A stream that was closed before the start is None.
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    for library in ("huggingface_hub", "datasets"):  # their retries are no news; what fails in the end is said below
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         status = app(arguments, prog_name="probsurgery", standalone_mode=False) or 0
     except ProbsurgeryError as error:
@@ -402,7 +410,9 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except OSError as error:
-        status = _fail(f"{error.filename or 'system'}: {error.strerror or error}", 1)
+        what = str(error.filename or "system")
+        wrong_path = error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
+        status = _fail(f"{what[:80]}: {error.strerror or error}", 2 if wrong_path else 1)
     except MemoryError:
         status = _fail("out of memory; use a smaller --batch-size or fewer --tasks", 1)
     except KeyboardInterrupt:

@@ -103,7 +103,9 @@ class Hdf5Backend:
 
         index = self.cache / "features.h5"
         partial = index.with_name("features.h5.partial")
-        if index.exists():
+        if not arrays:
+            return
+        if index.is_file() and h5py.is_hdf5(index):
             shutil.copyfile(index, partial)
         with h5py.File(partial, "a", libver="latest") as file:
             for name, spec in arrays.items():
@@ -119,7 +121,13 @@ class Hdf5Backend:
         partial.replace(index)
 
     def declared(self, name: str) -> bool:
-        return (self.cache / "features.h5").is_file()
+        import h5py
+
+        index = self.cache / "features.h5"
+        if not index.is_file() or not h5py.is_hdf5(index):
+            return False
+        with h5py.File(index, "r") as file:
+            return name in file
 
     def write(self, name: str, part: int, values: np.ndarray) -> None:
         import h5py

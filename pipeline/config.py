@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -115,7 +116,7 @@ class RidgeSettings:
 
     def __post_init__(self) -> None:
         if self.penalty is not None:
-            _number("--penalty", self.penalty, 0, 1e6, above_low=True)
+            _number("--penalty", self.penalty, 1e-12, 1e6)
 
 
 HeadSettings = SurgerySettings | ProbSettings | RidgeSettings
@@ -239,8 +240,8 @@ class FitConfig:
             raise InputError("--holdout splits the test rows; with --fit-split train no test row is fitted anyway")
         if self.shared and isinstance(self.head, RidgeSettings):
             raise InputError("--shared is for heads trained step by step: prob, surgery")
-        if self.name is not None and (Path(self.name).name != self.name or self.name in ("", ".", "..")):
-            raise InputError(f"--name {self.name!r} is not a plain folder name")
+        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}", self.name):
+            raise InputError(f"--name {self.name[:80]!r} is not a plain folder name: letters, digits, and . _ + -")
 
     @property
     def protocol(self) -> str:

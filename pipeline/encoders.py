@@ -168,6 +168,8 @@ class Weights:
     def classifiers(self, tasks: Sequence[Task], device: torch.device) -> dict[str, Tensor]:
         """Zero-shot classifiers (C, d) of the tasks: from the folder if it holds them, else from the text tower."""
         file = self.folder / "classifiers.safetensors" if self.folder is not None else None
+        if self.row.config is not None and not file.is_file():
+            raise InputError(f"{self.folder} holds no classifiers.safetensors, which {self.arch} needs")
         if file is None or not file.is_file():
             return text_classifiers(self.arch, tasks, device)
         held = read_tensors(file)

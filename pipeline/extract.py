@@ -23,7 +23,7 @@ from probsurgery.pipeline.checkpoints import StateDict, digest
 from probsurgery.pipeline.config import ExtractConfig
 from probsurgery.pipeline.device import choose_device
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
-from probsurgery.pipeline.store import CacheWriter, check_target
+from probsurgery.pipeline.store import CacheWriter, check_target, locked
 from probsurgery.pipeline.tasks import Images, Task, check_names, open_images, select_tasks
 
 Progress = Callable[[int, int, str], None]
@@ -81,23 +81,26 @@ def extract(config: ExtractConfig, progress: Progress = lambda done, total, what
     paths = _cache_paths(config, tasks, whole_suite=len(tasks) == len(select_tasks(row.suite, None)))
     device = choose_device(config.device)
     weights = encoders.Weights(config.arch, config.checkpoints)
-    images = {(s, t.name): open_images(t, s, config.data, config.limit) for s in config.splits for t in now}
-    classifiers = weights.classifiers(now, device)
-
     pretrained = weights.pretrained()
+    classifiers = weights.classifiers(now, device)
+    images = {(s, t.name): open_images(t, s, config.data, config.limit) for s in config.splits for t in now}
     digests = {"pretrained": digest(pretrained)}
     for task, expert in zip(tasks, weights.experts(tasks), strict=True):
         digests[task.name] = digest(expert)
     merges = [_merge(name, path, weights, pretrained, tasks) for name, path in paths.items()]
     identities = [_identity(config, tasks, digests, merge) for merge in merges]
     for merge, identity in zip(merges, identities, strict=True):
-        check_target(merge.path, identity, config.store, fresh=config.fresh)
+        known = check_target(merge.path, identity, config.store, fresh=config.fresh)
+        if known is not None:
+            _check_data(merge.path, known["tasks"], images, classifiers)
 
     result = Extraction([merge.path for merge in merges])
     result.seconds["prepare"] = time.perf_counter() - begun
     with contextlib.ExitStack() as stack:
+        for merge in merges:  # all of them, before the first is changed
+            stack.enter_context(locked(merge.path))
         writers = [
-            stack.enter_context(CacheWriter.open(merge.path, identity, config.store, fresh=config.fresh))
+            CacheWriter.begin(merge.path, identity, config.store, fresh=config.fresh)
             for merge, identity in zip(merges, identities, strict=True)
         ]
         for writer in writers:
@@ -158,26 +161,32 @@ def _identity(config: ExtractConfig, tasks: Sequence[Task], digests: dict[str, s
     }
 
 
+def _data(images: Images) -> dict:
+    return {"rows": len(images), "fingerprint": images.fingerprint}
+
+
+def _check_data(path: Path, known: dict, images: dict[tuple[str, str], Images], classifiers: dict[str, Tensor]) -> None:
+    """Raise `InputError` if a cache holds features of other images, or another classifier, than this run has."""
+    for (split, name), opened in images.items():
+        about = known.get(name, {"classifier": digest({"": classifiers[name]}), "splits": {}})
+        if about["splits"].get(split, _data(opened)) != _data(opened):
+            raise InputError(f"{path} was written from other images of {name} ({split}); use --fresh or --out")
+        if about["classifier"] != digest({"": classifiers[name]}):
+            raise InputError(f"{path} was written with another classifier of {name}; use --fresh or --out")
+
+
 def _register(
     writer: CacheWriter,
     tasks: Sequence[Task],
     images: dict[tuple[str, str], Images],
     classifiers: dict[str, Tensor],
 ) -> None:
-    """Note in the manifest what this run adds, and refuse data that differ from what is there."""
+    """Note in the manifest what this run adds, and keep the classifiers."""
     for task in tasks:
-        about = writer.manifest["tasks"].setdefault(
-            task.name, {"classes": len(task.class_names), "class_names": list(task.class_names), "splits": {}}
-        )
-        classifier = classifiers[task.name]
-        mine = digest({"classifier": classifier})
-        if about.setdefault("classifier", mine) != mine:
-            raise InputError(f"{writer.path} was written with another classifier of {task.name}; use --fresh or --out")
-        for split in (split for split, name in images if name == task.name):
-            opened = images[split, task.name]
-            data = {"rows": len(opened), "fingerprint": opened.fingerprint}
-            if about["splits"].setdefault(split, data) != data:
-                raise InputError(f"{writer.path} was written from other images of {task.name}; use --fresh or --out")
+        about = {"classes": len(task.class_names), "class_names": list(task.class_names), "splits": {}}
+        about["classifier"] = digest({"": classifiers[task.name]})
+        about = writer.manifest["tasks"].setdefault(task.name, about)
+        about["splits"] |= {split: _data(opened) for (split, name), opened in images.items() if name == task.name}
     writer.request([f"{split}/{name}" for split, name in images])
     names = {f"classifiers/{task.name}": classifiers[task.name].numpy() for task in tasks}
     writer.declare({name: {"shape": list(c.shape), "dtype": "float32"} for name, c in names.items()})

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -46,7 +47,9 @@ def fit(config: FitConfig, progress: Progress = lambda done, total: None) -> Fit
     """
     cache = Cache(config.cache)
     tasks = _tasks(cache, config)
-    config = replace(config, tasks=tasks if config.tasks is not None else None)
+    # Named after its tasks unless it has all that are merged: a head of those extracted so far is not in the way then.
+    config = replace(config, tasks=None if len(tasks) == len(cache.identity["tasks"]) else tasks)
+    device = choose_device(config.device)
     name = config.name or config.default_name()
     results = Path(config.results or cache.path)
     folder = results / "heads" / name
@@ -54,7 +57,6 @@ def fit(config: FitConfig, progress: Progress = lambda done, total: None) -> Fit
     if folder.exists():
         return _existing(folder, request, results)
     require_writable(folder, "--results")
-    device = choose_device(config.device)
 
     data = {task: load_task(cache, task) for task in tasks}
     splits = {task: _split_rows(config, data[task]) for task in tasks}
@@ -79,7 +81,8 @@ def fit(config: FitConfig, progress: Progress = lambda done, total: None) -> Fit
     record = {"request": request, "results": rows, "fits": _fits(jobs, fitted), "software": software()}
     record |= {"seconds": seconds, "threads": torch.get_num_threads()}
     head = replace(head, record=record)
-    _write(head, folder)
+    if not _write(head, folder):  # the same request was fitted meanwhile
+        return _existing(folder, request, results)
     _append(results, rows)
     return FitResult(head, folder, rows)
 
@@ -117,13 +120,15 @@ def _request(config: FitConfig, cache: Cache, tasks: Sequence[str]) -> dict:
 
 def _existing(folder: Path, request: dict, results: Path) -> FitResult:
     head = load_head(folder)
-    differ = differences(head.record.get("request", {}), request)
+    there, rows = head.record.get("request"), head.record.get("results")
+    if not isinstance(there, dict) or not isinstance(rows, list) or not all(map(_is_result, rows)):
+        raise InputError(f"{folder / 'head.json'} is damaged; delete {folder} and fit again")
+    differ = differences(there, request)
     if differ:
         raise InputError(
             f"{folder} exists with other settings (there / asked): {'; '.join(differ[:3])}; choose another --name, or "
             "delete it"
         )
-    rows = head.record["results"]
     kept = read_results(results)
     # A fit that was killed between the head and its rows left the rows in the head's record alone.
     missing = [row for row in rows if row not in kept]
@@ -218,16 +223,20 @@ def _fits(jobs: Sequence[Job], fitted: Sequence[Fitted]) -> list[dict]:
     ]
 
 
-def _write(head: Head, folder: Path) -> None:
-    """Write a head's folder so that it appears at once or not at all."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        head.save(partial)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _write(head: Head, folder: Path) -> bool:
+    """Write a head's folder so that it appears at once or not at all; False if there is one by now."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".", suffix=".partial") as partial:
+        written = Path(partial) / folder.name
+        written.mkdir()
+        head.save(written)
+        try:
+            written.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            return False
+    return True
 
 
 def _append(results: Path, rows: Sequence[dict]) -> None:
@@ -243,17 +252,27 @@ def _append(results: Path, rows: Sequence[dict]) -> None:
 
 
 def read_results(folder: Path) -> list[dict]:
-    """Rows of results.jsonl; lines that a kill left torn are passed over. No file, no rows."""
+    """Rows of results.jsonl; lines that a kill left torn, or that hold something else, are passed over."""
     try:
-        lines = (folder / "results.jsonl").read_text().splitlines()
+        lines = (folder / "results.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
     rows = []
     for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and {"task", "head", "cache", "accuracy"} <= row.keys():
-            rows.append(row)
-    return rows
+        with contextlib.suppress(ValueError, RecursionError):
+            rows.append(json.loads(line))
+    return [row for row in rows if _is_result(row)]
+
+
+_NUMBER = (int, float)
+_ROW = {"task": str, "head": str, "kind": str, "settings": dict, "shared": bool, "seed": int, "protocol": str}
+_ROW |= {"cache": str, "parameters": int, "seconds": _NUMBER, "accuracy": dict, "bias": dict}
+
+
+def _is_result(row: object) -> bool:
+    """Whether a row has what a report reads of it."""
+    if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in _ROW.items()):
+        return False
+    figures = [row["accuracy"].get(kind) for kind in ("individual", "merged", "head")]
+    figures += [row["bias"].get(when) for when in ("before", "after")]
+    return all(isinstance(figure, _NUMBER) for figure in figures)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from probsurgery.pipeline.config import HEAD_SETTINGS, HeadSettings, head_kind, head_settings
-from probsurgery.pipeline.errors import InputError
+from probsurgery.pipeline.errors import InputError, ProbsurgeryError, first_line
 
 Params = dict[str, Tensor]
 SCHEMA = 1
@@ -150,7 +150,10 @@ class Head:
 
     def save(self, folder: Path) -> None:
         """Write head.safetensors and head.json into an existing folder."""
-        save_file({name: t.contiguous().cpu() for name, t in self.params.items()}, folder / "head.safetensors")
+        try:
+            save_file({name: t.contiguous().cpu() for name, t in self.params.items()}, folder / "head.safetensors")
+        except SafetensorError as error:
+            raise ProbsurgeryError(f"cannot write {folder / 'head.safetensors'}: {first_line(error)}") from None
         about = {"schema": SCHEMA, "head": head_kind(self.settings), "settings": asdict(self.settings)}
         about |= {"tasks": list(self.tasks), "shared": self.shared, "dim": self.dim} | self.record
         (folder / "head.json").write_text(json.dumps(about, indent=1) + "\n")
@@ -169,17 +172,19 @@ def load_head(path: str | Path) -> Head:
         tensors = load_file(folder / "head.safetensors")
     except OSError as error:
         raise InputError(f"no head at {folder}: {error.strerror or error}; `probsurgery fit` writes one") from None
-    except (ValueError, SafetensorError) as error:
+    except (ValueError, RecursionError, SafetensorError) as error:
         raise InputError(f"the head at {folder} is damaged: {error}; fit it again") from None
-    if not isinstance(about, dict) or not isinstance(about.get("schema"), int):
+    if not isinstance(about, dict) or type(about.get("schema")) is not int:
         raise InputError(f"{folder / 'head.json'} does not describe a head; fit it again")
     if about["schema"] > SCHEMA:
         raise InputError(f"the head at {folder} has schema {about['schema']}; this version reads up to {SCHEMA}")
     try:
         settings = head_settings(about["head"], **about["settings"])
         tasks, shared, dim = tuple(about["tasks"]), about["shared"], about["dim"]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder / 'head.json'} lacks or garbles {error}; fit the head again") from None
+    if not all(isinstance(task, str) for task in tasks) or not isinstance(dim, int):
+        raise InputError(f"{folder / 'head.json'} garbles the tasks or the width; fit the head again")
     _check_shapes(folder, settings, dim, 1 if shared else len(tasks), tensors)
     known = {"schema", "head", "settings", "tasks", "shared", "dim"}
     return Head(settings, tasks, dim, tensors, shared, {k: v for k, v in about.items() if k not in known})
@@ -190,6 +195,8 @@ def _check_shapes(folder: Path, settings: HeadSettings, dim: int, stack: int, te
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != expected:
         raise InputError(f"the head at {folder} holds {found}, but its settings ask for {expected}; fit it again")
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise InputError(f"the head at {folder} holds NaN or infinite weights; fit it again")
 
 
 def stack_params(heads: Sequence[Params]) -> Params:

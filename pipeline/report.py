@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +142,7 @@ def _baseline_label(kind: str, cache: Cache) -> str:
 
 def head_label(row: dict) -> str:
     """A head as a line of a table: its kind, width, steps and what else departs from the default."""
-    settings = row["settings"]
+    settings = defaultdict(lambda: "?", row["settings"])
     match row["kind"]:
         case "surgery":
             about = [f"r={settings['rank']}", f"{settings['steps']} steps"]

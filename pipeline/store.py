@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -33,10 +34,21 @@ _OWN = (*_FEATURES, *_HEADS, ".lock")
 KINDS = ("merged", "expert", "pretrained")
 
 
-def _seal(path: Path) -> dict:
-    """Size and digest of a shard's file, as kept in the manifest."""
+def _seal(path: Path, values: np.ndarray) -> dict:
+    """Size and digest of a shard's file and digest of its values, as kept in the manifest.
+
+    The values have their own because what describes an array, its byte order say, lies outside the shard.
+    """
+    return {"bytes": path.stat().st_size, "sha256": _file_digest(path), "values": _values_digest(values)}
+
+
+def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _values_digest(values: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
 
 
 def software() -> dict[str, str]:
@@ -71,10 +83,10 @@ def _read_manifest(path: Path) -> dict:
     except NotADirectoryError:
         raise InputError(f"{path} is not a cache; `probsurgery extract` writes one") from None
     except (ValueError, RecursionError) as error:
-        raise DamagedCacheError(f"{file} is not valid JSON ({error}); extract again with --fresh") from None
+        raise DamagedCacheError(f"{file} is not valid JSON ({error}); delete the folder and extract again") from None
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
-    if not isinstance(schema, int):
-        raise DamagedCacheError(f"{file} does not describe a cache; extract again with --fresh")
+    if type(schema) is not int:
+        raise InputError(f"{file} is not a cache's manifest")
     if schema > SCHEMA:
         raise InputError(
             f"{path} was written by a newer version (schema {schema}, this one reads up to {SCHEMA}); "
@@ -209,7 +221,10 @@ class Cache:
         problem = self._problem(name, part)
         if problem is None:
             try:
-                return self._backend.read(name, part)
+                values = self._backend.read(name, part)
+                if _values_digest(values) == self.manifest["arrays"][name]["shards"][part]["values"]:
+                    return values
+                problem = "is not read as it was written (what describes the array was changed)"
             except Exception as error:  # the formats' libraries raise anything for a garbled file
                 problem = f"cannot be decoded ({first_line(error)})"
         raise DamagedCacheError(
@@ -221,10 +236,9 @@ class Cache:
         path, seal = self._backend.file(name, part), self.manifest["arrays"][name]["shards"][part]
         if not path.is_file():
             return "is missing"
-        found = _seal(path)
-        if found["bytes"] != seal["bytes"]:
-            return f"has {found['bytes']} bytes instead of {seal['bytes']}"
-        return None if found == seal else "was changed since it was written (its digest differs)"
+        if path.stat().st_size != seal["bytes"]:
+            return f"has {path.stat().st_size} bytes instead of {seal['bytes']}"
+        return None if _file_digest(path) == seal["sha256"] else "was changed since it was written (its digest differs)"
 
     def damage(self) -> list[str]:
         """What is wrong with each array that the manifest counts as whole: its shards, and what describes them."""
@@ -243,7 +257,7 @@ class Cache:
 
 
 class CacheWriter:
-    """A cache opened for adding shards to it; it is locked until the context ends."""
+    """A cache opened for adding shards to it."""
 
     def __init__(self, path: Path, manifest: dict) -> None:
         self.path = path
@@ -251,30 +265,22 @@ class CacheWriter:
         self.backend: Backend = BACKENDS[manifest["store"]](path)
 
     @classmethod
-    @contextlib.contextmanager
-    def open(cls, path: Path, identity: dict, store: str, *, fresh: bool = False) -> Iterator[CacheWriter]:
-        """Open the cache at `path`, or begin it.
+    def begin(cls, path: Path, identity: dict, store: str, *, fresh: bool = False) -> CacheWriter:
+        """Open the cache at `path`, or begin it, inside a `locked(path)`.
 
-        Raises `InputError` if a cache of another identity or store is there (with the difference; `fresh` replaces
-        it), if the folder holds something else, if it cannot be written to, or if another process is writing.
+        Raises `InputError` as `check_target` does; `fresh` deletes what is there first, heads and results too.
         """
-        check_target(path, identity, store, fresh=fresh)
-        path.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(path / ".lock", timeout=0):
-                if fresh or not (path / "manifest.json").exists():
-                    _clear(path, heads=fresh)
-                for partial in path.rglob("*.partial"):
-                    if partial.is_file():
-                        partial.unlink()
-                writer = cls(path, _begin(path, identity, store))
-                writer.save()
-                writer.backend.declare(
-                    {n: s for n, s in writer.manifest["arrays"].items() if not writer.backend.declared(n)}
-                )
-                yield writer
-        except Timeout:
-            raise InputError(f"another process is writing to {path}; wait for it, or choose another --out") from None
+        known = check_target(path, identity, store, fresh=fresh)
+        if known is None:
+            _clear(path, heads=fresh and (path / "manifest.json").exists())
+        for name in _FEATURES:
+            for partial in [path / f"{name}.partial", *(path / name).rglob("*.partial")]:
+                partial.unlink(missing_ok=True)
+        writer = cls(path, known or _new_manifest(identity, store))
+        writer.save()
+        arrays = writer.manifest["arrays"]
+        writer.backend.declare({name: spec for name, spec in arrays.items() if not writer.backend.declared(name)})
+        return writer
 
     def request(self, names: list[str]) -> None:
         """Note which `<split>/<task>` this run will write, so that a reader knows an unfinished cache."""
@@ -310,7 +316,7 @@ class CacheWriter:
         """Write one part of several arrays, then count them as whole."""
         for name, array in values.items():
             self.backend.write(name, part, array)
-            self.manifest["arrays"][name]["shards"][part] = _seal(self.backend.file(name, part))
+            self.manifest["arrays"][name]["shards"][part] = _seal(self.backend.file(name, part), array)
         self.save()
 
     def save(self) -> None:
@@ -320,26 +326,66 @@ class CacheWriter:
 
 def require_writable(path: Path, option: str) -> None:
     """Raise `InputError` unless the folder can be written, or made; `option` names another place."""
-    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not parent.is_dir():
+    try:
+        parent = next(p for p in (path, *path.absolute().parents) if _is_there(p))
+        is_folder = stat.S_ISDIR(os.stat(parent).st_mode)
+    except OSError as error:
+        name = str(path) if len(str(path)) <= 80 else f"{str(path)[:77]}..."
+        raise InputError(f"cannot write to {name}: {error.strerror}; choose another place with {option}") from None
+    if not is_folder:
         raise InputError(f"cannot write to {path}: {parent} is a file; choose another place with {option}")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"cannot write to {path}: no permission in {parent}; choose another place with {option}")
 
 
-def check_target(path: Path, identity: dict, store: str, *, fresh: bool = False) -> None:
-    """Raise `InputError` if a cache of this identity cannot be written at `path`; changes nothing."""
-    require_writable(path, "--root")
+def _is_there(path: Path) -> bool:
+    """Whether a path names something, be it a dangling link. Raises an OSError for a name that cannot be one."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep every other writer from the cache at `path`. Raises `InputError` if there is one, or no permission."""
+    require_writable(path, "--root or --out")
+    new = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    lock = path / ".lock"
+    here = lock.exists()
+    try:
+        with FileLock(lock, timeout=0):
+            yield
+    except Timeout:
+        raise InputError(f"another process is writing to {path}; wait for it, or choose another --out") from None
+    finally:
+        if not here and not (path / "manifest.json").exists():  # nothing was begun
+            lock.unlink(missing_ok=True)
+            if new:
+                path.rmdir()
+
+
+def check_target(path: Path, identity: dict, store: str, *, fresh: bool = False) -> dict | None:
+    """The manifest of the cache at `path` if this identity can be added to it; None if one is to be begun there.
+
+    Changes nothing. Raises `InputError` if a cache of another identity or store is there (with the difference;
+    `fresh` is to replace it), if the folder holds something else, or if it cannot be written.
+    """
+    require_writable(path, "--root or --out")
     if not path.exists():
-        return
+        return None
     if not (path / "manifest.json").exists():
         # A kill may have left what a cache is made of without its manifest.
         strange = [p.name for p in path.iterdir() if p.name.removesuffix(".partial") not in _OWN]
         if strange:
             raise InputError(f"{path} exists and is not a cache (it holds {min(strange)}); choose another --out")
-        return
+        return None
     if fresh:
-        return
+        with contextlib.suppress(DamagedCacheError):  # a damaged one may be replaced, another program's may not
+            _read_manifest(path)
+        return None
     manifest = _read_manifest(path)
     differ = differences(manifest["identity"], identity)
     if manifest["store"] != store:
@@ -350,11 +396,10 @@ def check_target(path: Path, identity: dict, store: str, *, fresh: bool = False)
             f"{path} was written with other settings (there / asked): {'; '.join(differ[:3])}{more}; "
             "choose another --out, or replace it with --fresh"
         )
+    return manifest
 
 
-def _begin(path: Path, identity: dict, store: str) -> dict:
-    if (path / "manifest.json").exists():
-        return _read_manifest(path)
+def _new_manifest(identity: dict, store: str) -> dict:
     return {
         "schema": SCHEMA,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

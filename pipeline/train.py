@@ -262,4 +262,6 @@ def solve_ridge(job: Job, device: torch.device | str = "cpu") -> Fitted:
     penalty = job.settings.penalty if job.settings.penalty is not None else min(PENALTIES, key=leave_one_out)
     weight = (vectors @ (target / (eigenvalues + penalty * unit)[:, None])).T
     bias = y_mean - weight @ x_mean
+    if not (weight.isfinite().all() and bias.isfinite().all()):
+        raise ProbsurgeryError(f"ridge regression of task {rows.task} has no finite solution; raise --penalty")
     return Fitted({"weight": weight.float().cpu()[None], "bias": bias.float().cpu()[None]}, penalty=penalty)

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import transformers
 from PIL import Image
 
 from probsurgery.pipeline.backends import SHARD_ROWS
 from probsurgery.pipeline.encoders import model_config
-from probsurgery.pipeline.store import CacheWriter
+from probsurgery.pipeline.store import CacheWriter, locked
 
 DIM = 16
+
+
+@contextlib.contextmanager
+def opened(path, identity, store, *, fresh=False):
+    """A cache opened for writing, as stage one does it."""
+    with locked(path):
+        yield CacheWriter.begin(path, identity, store, fresh=fresh)
 
 
 def identity(tasks, dim=DIM, dtype="float32", **other):
@@ -46,9 +55,11 @@ def synthetic(rows, dim=DIM, classes=3, seed=0):
     }
 
 
-def write_cache(path, sizes, store="zarr", dtype="float32", splits=("test",), change=lambda task, arrays: arrays):
+def write_cache(
+    path, sizes, store="zarr", dtype="float32", splits=("test",), change=lambda task, arrays: arrays, merged=None
+):
     """A cache of synthetic features; `sizes` gives each task's rows, `change` may edit a task's arrays."""
-    with CacheWriter.open(path, identity(sizes, dtype=dtype), store) as writer:
+    with opened(path, identity(merged or sizes, dtype=dtype), store) as writer:
         writer.request([f"{split}/{task}" for split in splits for task in sizes])
         for seed, (task, rows) in enumerate(sizes.items()):
             for split in splits:

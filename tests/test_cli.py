@@ -106,6 +106,11 @@ def test_bad_extract_requests(run, here, arguments, words):
         (["--tasks", "c"], ["'c'", "a, b"]),
         (["--tasks", ""], ["no task was named", "a, b"]),
         (["--name", "../up"], ["'../up'", "plain folder name"]),
+        (["--name", ".hidden"], ["'.hidden'", "plain folder name"]),
+        (["--name", "-x"], ["plain folder name"]),
+        (["--name", "x" * 300], ["plain folder name"]),
+        (["--device", "cpu:1"], ["'cpu:1'", "auto, cpu, cuda"]),
+        (["--head", "ridge", "--penalty", "1e-320"], ["--penalty", "1e-12"]),
         (["--device", "cuda:99"], ["CUDA devices"]),
         (["--fit-split", "train"], ["does not hold a (train)", "--split train"]),
         (["--hidden", "8,16"], ["--hidden"]),
@@ -185,7 +190,7 @@ def test_a_report_without_results_is_refused(run, small_cache):
 
 def test_no_permission_is_refused(run, small_cache, here, monkeypatch):
     """The superuser may write anywhere, so the answer of the system is set here."""
-    monkeypatch.setattr(store, "os", SimpleNamespace(access=lambda path, mode: False, W_OK=2, X_OK=1))
+    monkeypatch.setattr(store, "os", SimpleNamespace(**vars(os) | {"access": lambda path, mode: False}))
     refused(run("fit", "--cache", small_cache.path, *FEW), "no permission", "--results")
     refused(run("extract", "--arch", "mini", "--tasks", "digits8", "--limit", 3), "no permission", "--root")
     assert not list(here.iterdir())
@@ -223,7 +228,7 @@ def test_an_extraction_over_a_cache_of_other_settings_is_refused(run, here):
 def test_a_wrong_checkpoint_names_its_first_differing_key(run, here):
     (here / "mine").mkdir()
     save_file({"conv1.weight": np_tensor((2, 2))}, here / "mine" / "pretrained.safetensors")
-    refused(run("extract", "--arch", "mini", "--tasks", "digits8", "--checkpoints", "mine"), "classifier")
+    refused(run("extract", "--arch", "mini", "--tasks", "digits8", "--checkpoints", "mine"), "pretrained.safetensors")
     save_file({"digits8": np_tensor((10, 64))}, here / "mine" / "classifiers.safetensors")
     refused(
         run("extract", "--arch", "mini", "--tasks", "digits8", "--checkpoints", "mine"),
@@ -278,6 +283,23 @@ def test_ctrl_c_ends_cleanly(small_cache):
     assert err.splitlines()[-1].startswith("interrupted")
     assert "Traceback" not in err
     assert sorted(small_cache.path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-"])
+def test_a_closed_stream_does_not_stop_the_work(small_cache, closed):
+    command = f"{sys.executable} -m probsurgery fit --cache {small_cache.path} --head ridge {closed}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+    assert (small_cache.path / "results.jsonl").exists()
+
+
+def test_several_merges_are_locked_before_the_first_is_replaced(run, here):
+    base = ("extract", "--arch", "mini", "--tasks", "digits8", "--limit", 5, "--merge", "ta", "--merge", "wa")
+    assert run(*base)[0] == 0
+    before = {p: p.read_bytes() for p in here.rglob("*") if p.is_file()}
+    with store.locked(here / "cache" / "mini_wa_digits8"):
+        refused(run(*base, "--fresh"), "another process is writing", "mini_wa_digits8")
+    assert {p: p.read_bytes() for p in here.rglob("*") if p.is_file()} == before
 
 
 def test_a_closed_pipe_is_no_traceback(small_cache):

@@ -15,7 +15,7 @@ from probsurgery.pipeline.heads import load_head
 from probsurgery.pipeline.metrics import accuracy, representation_bias
 from probsurgery.pipeline.report import report
 from probsurgery.pipeline.store import Cache, write_manifest
-from support import write_cache
+from support import identity, opened, write_cache
 
 PROB = ProbSettings(hidden=8, steps=60)
 SURGERY = SurgerySettings(rank=4, steps=60)
@@ -128,6 +128,45 @@ def test_results_survive_a_kill(small_cache, left):
     assert sorted((r["head"], r["task"]) for r in rows) == sorted(
         (head, task) for head in (result.path.name, "surgery-r4-steps60") for task in ("a", "b")
     )
+
+
+def test_lines_of_something_else_do_not_stop_a_report(small_cache):
+    fit(FitConfig(small_cache.path, PROB))
+    with (small_cache.path / "results.jsonl").open("ab") as file:
+        file.write(b'\xff\xfe\n{"task": "a"}\n[1]\nnull\n' + b"[" * 100_000 + b"\n")
+    assert len(read_results(small_cache.path)) == 2
+    assert len(report(small_cache.path)) == 1
+
+
+@pytest.mark.parametrize("garbled", [{"request": None}, {"results": [{}]}, {"results": None}, {"tasks": [None, None]}])
+def test_a_garbled_head_is_refused(small_cache, garbled):
+    path = fit(FitConfig(small_cache.path, PROB)).path / "head.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | garbled))
+    with pytest.raises(InputError, match="damaged|garbles"):
+        fit(FitConfig(small_cache.path, PROB))
+
+
+def test_of_two_equal_fits_at_once_one_finds_the_others_head(small_cache, tmp_path, monkeypatch):
+    real = fit_module.fit_heads
+
+    def meanwhile(jobs, device, progress):
+        monkeypatch.setattr(fit_module, "fit_heads", real)
+        fit(FitConfig(small_cache.path, PROB))
+        return real(jobs, device, progress)
+
+    monkeypatch.setattr(fit_module, "fit_heads", meanwhile)
+    assert fit(FitConfig(small_cache.path, PROB)).repeated
+    assert len(read_results(small_cache.path)) == 2
+    assert [p.name for p in (small_cache.path / "heads").iterdir()] == ["prob-h8-steps60"]
+
+
+def test_heads_of_the_tasks_so_far_do_not_bar_those_of_all(tmp_path):
+    with opened(tmp_path / "cache", identity(["a", "b"]), "zarr"):
+        pass
+    path = write_cache(tmp_path / "cache", {"a": 60}, merged=["a", "b"])
+    assert fit(FitConfig(path, PROB)).path.name == "prob-h8-steps60-a"
+    write_cache(tmp_path / "cache", {"b": 60}, merged=["a", "b"])
+    assert fit(FitConfig(path, PROB)).path.name == "prob-h8-steps60"
 
 
 def test_an_interrupted_fit_leaves_nothing(small_cache):

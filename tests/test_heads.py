@@ -98,6 +98,9 @@ def test_damaged_heads_are_refused(tmp_path):
     (tmp_path / "head.safetensors").write_bytes(b"torn")
     with pytest.raises(InputError, match="damaged"):
         load_head(tmp_path)
+    save_file({name: tensor * float("nan") for name, tensor in tensors.items()}, tmp_path / "head.safetensors")
+    with pytest.raises(InputError, match="NaN or infinite weights"):
+        load_head(tmp_path)
     save_file(tensors, tmp_path / "head.safetensors")
 
     (tmp_path / "head.json").write_text(json.dumps(about | {"schema": 99}))

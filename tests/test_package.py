@@ -124,7 +124,7 @@ def test_the_wheel_holds_the_package_and_nothing_beside_it(wheel):
     expected = {f"probsurgery/{p.relative_to(ROOT).as_posix()}" for p in sources}
     assert {n for n in names if ".dist-info/" not in n} == expected
     metadata = next(n for n in names if n.endswith("entry_points.txt"))
-    assert "probsurgery = probsurgery.cli:main" in zipfile.ZipFile(wheel).read(metadata).decode()
+    assert "probsurgery = probsurgery.__main__:main" in zipfile.ZipFile(wheel).read(metadata).decode()
 
 
 def test_the_wheel_works_where_there_is_no_checkout(wheel, tmp_path):

@@ -12,8 +12,8 @@ import zarr
 
 from probsurgery.pipeline.backends import SHARD_ROWS
 from probsurgery.pipeline.errors import DamagedCacheError, InputError
-from probsurgery.pipeline.store import Cache, CacheWriter, write_atomically
-from support import DIM, identity, synthetic, write_cache
+from probsurgery.pipeline.store import Cache, write_atomically
+from support import DIM, identity, opened, synthetic, write_cache
 
 ROWS = 2 * SHARD_ROWS + 100
 
@@ -145,10 +145,10 @@ def test_a_cache_of_other_settings_is_refused_with_the_difference(cache, store):
         ({"merge": {"method": "wa", "settings": {}, "digest": "0"}}, "merge.method: ta / wa"),
     ]:
         other = identity(["a", "b"]) | change
-        with pytest.raises(InputError, match=words), CacheWriter.open(cache.path, other, store):
+        with pytest.raises(InputError, match=words), opened(cache.path, other, store):
             pass
     other_store = {"zarr": "hdf5", "hdf5": "zarr"}[store]
-    with pytest.raises(InputError, match="store: "), CacheWriter.open(cache.path, cache.identity, other_store):
+    with pytest.raises(InputError, match="store: "), opened(cache.path, cache.identity, other_store):
         pass
     assert sorted((p, p.stat().st_mtime_ns) for p in cache.path.rglob("*")) == before
 
@@ -156,7 +156,7 @@ def test_a_cache_of_other_settings_is_refused_with_the_difference(cache, store):
 def test_fresh_replaces_a_cache_and_its_heads(cache, store):
     (cache.path / "heads").mkdir()
     (cache.path / "results.jsonl").write_text("{}\n")
-    with CacheWriter.open(cache.path, identity(["c"]), store, fresh=True):
+    with opened(cache.path, identity(["c"]), store, fresh=True):
         pass
     again = Cache(cache.path)
     assert again.identity["tasks"] == ["c"]
@@ -170,29 +170,61 @@ def test_no_folder_but_a_cache_is_written_into(tmp_path, store):
     for fresh in (False, True):
         with (
             pytest.raises(InputError, match="not a cache"),
-            CacheWriter.open(tmp_path, identity(["a"]), store, fresh=fresh),
+            opened(tmp_path, identity(["a"]), store, fresh=fresh),
         ):
             pass
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
     with (
         pytest.raises(InputError, match="is a file"),
-        CacheWriter.open(tmp_path / "thesis.tex" / "cache", identity(["a"]), store),
+        opened(tmp_path / "thesis.tex" / "cache", identity(["a"]), store),
     ):
         pass
 
 
+def test_fresh_spares_another_programs_files(tmp_path, store):
+    (tmp_path / "heads").mkdir()
+    (tmp_path / "draft.partial").write_text("mine")
+    (tmp_path / "manifest.json").write_text('{"manifest_version": 3, "name": "a web extension"}')
+    for fresh in (True, False):
+        with (
+            pytest.raises(InputError, match="not a cache's manifest"),
+            opened(tmp_path, identity(["a"]), store, fresh=fresh),
+        ):
+            pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "draft.partial", "heads", "manifest.json"]
+
+
+@pytest.mark.parametrize("name", ["merged", "labels"])
+def test_a_changed_byte_order_is_not_read_as_data(tmp_path, name):
+    """It lies outside the shard's file, so the file's own digest does not see it."""
+    cache = Cache(write_cache(tmp_path / "cache", {"a": 30}))
+    described = cache.path / "features.zarr" / "test" / "a" / name / "zarr.json"
+    described.write_text(described.read_text().replace('"little"', '"big"', 1))
+    with pytest.raises(DamagedCacheError):
+        cache.labels("a") if name == "labels" else cache.features("a")
+    assert len(cache.damage()) == 1
+
+
+def test_places_that_cannot_be_written_are_refused(tmp_path, store):
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("dangling", "loop", "x" * 300):
+        with pytest.raises(InputError, match="cannot write to"), opened(tmp_path / name, identity(["a"]), store):
+            pass
+
+
 def test_two_writers_do_not_meet(cache, store):
     with (
-        CacheWriter.open(cache.path, cache.identity, store),
+        opened(cache.path, cache.identity, store),
         pytest.raises(InputError, match="another process is writing"),
-        CacheWriter.open(cache.path, cache.identity, store),
+        opened(cache.path, cache.identity, store),
     ):
         pass
 
 
 def test_an_unfinished_cache_says_what_is_missing(tmp_path, store):
     path = tmp_path / "cache"
-    with CacheWriter.open(path, identity(["a", "b"]), store) as writer:
+    with opened(path, identity(["a", "b"]), store) as writer:
         writer.request(["test/a", "test/b"])
         writer.declare({"test/a/merged": {"shape": [ROWS, DIM], "dtype": "float32"}})
         writer.write(0, {"test/a/merged": np.zeros((SHARD_ROWS, DIM), "float32")})
@@ -208,11 +240,11 @@ def test_an_unfinished_cache_says_what_is_missing(tmp_path, store):
     ("change", "words"),
     [
         (lambda m: m | {"schema": 99}, "newer version"),
-        (lambda m: m | {"schema": "one"}, "does not describe a cache"),
+        (lambda m: m | {"schema": "one"}, "not a cache's manifest"),
         (lambda m: {k: v for k, v in m.items() if k != "arrays"}, "was changed since it was written"),
         (lambda m: m | {"store": "csv"}, "was changed since it was written"),
         (lambda m: m | {"identity": {}}, "was changed since it was written"),
-        (lambda m: [m], "does not describe a cache"),
+        (lambda m: [m], "not a cache's manifest"),
     ],
 )
 def test_strange_manifests_are_refused(cache, change, words):
@@ -235,7 +267,7 @@ def test_lost_metadata_is_found_and_made_again(cache, store):
     lost = {"zarr": "features.zarr/test/a/merged/zarr.json", "hdf5": "features.h5"}[store]
     (cache.path / lost).unlink()
     assert any("what describes test/a/merged is missing" in problem for problem in cache.damage())
-    with CacheWriter.open(cache.path, cache.identity, store) as writer:
+    with opened(cache.path, cache.identity, store) as writer:
         for part in writer.pending(["test/a/merged"]):
             values = synthetic(ROWS, seed=0)["merged"][part * SHARD_ROWS : (part + 1) * SHARD_ROWS]
             writer.write(part, {"test/a/merged": values})
@@ -259,10 +291,10 @@ def test_a_kill_before_the_first_manifest_does_not_bar_the_next_run(tmp_path, st
     (path / ".lock").touch()
     for name in left:
         (path / name).touch() if name.endswith("partial") else (path / name / "old").mkdir(parents=True)
-    with CacheWriter.open(path, identity(["a"]), store, fresh=fresh):
+    with opened(path, identity(["a"]), store, fresh=fresh):
         pass
     assert Cache(path).identity["tasks"] == ["a"]
-    assert (path / "heads").exists() == ("heads" in left and not fresh)
+    assert (path / "heads").exists() == ("heads" in left)
     assert not (path / "features.zarr" / "old").exists()
 
 
@@ -272,10 +304,9 @@ def test_a_kill_leaves_no_torn_shard(tmp_path, store):
         """
         import sys; from pathlib import Path; import numpy as np
         sys.path.insert(0, sys.argv[3])
-        from support import identity, DIM
+        from support import identity, opened, DIM
         from probsurgery.pipeline.backends import SHARD_ROWS
-        from probsurgery.pipeline.store import CacheWriter
-        with CacheWriter.open(Path(sys.argv[1]), identity(["a"]), sys.argv[2]) as writer:
+        with opened(Path(sys.argv[1]), identity(["a"]), sys.argv[2]) as writer:
             writer.request(["test/a"])
             writer.declare({"test/a/merged": {"shape": [40 * SHARD_ROWS, DIM], "dtype": "float32"}})
             print("ready", flush=True)
