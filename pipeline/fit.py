@@ -79,7 +79,7 @@ def fit(config: FitConfig, progress: Progress = lambda done, total: None) -> Fit
         for task in tasks
     ]
     record = {"request": request, "results": rows, "fits": _fits(jobs, fitted), "software": software()}
-    record |= {"seconds": seconds, "threads": torch.get_num_threads()}
+    record["seconds"] = seconds
     head = replace(head, record=record)
     if not _write(head, folder):  # the same request was fitted meanwhile
         return _existing(folder, request, results)
@@ -218,7 +218,7 @@ def _about(config: FitConfig, cache: Cache, name: str, task: str, seconds: float
 
 def _fits(jobs: Sequence[Job], fitted: Sequence[Fitted]) -> list[dict]:
     return [
-        {"tasks": [rows.task for rows in job.rows], "penalty": f.penalty, "loss_curve": f.curve}
+        {"tasks": [r.task for r in job.rows], "threads": f.threads, "penalty": f.penalty, "loss_curve": f.curve}
         for job, f in zip(jobs, fitted, strict=True)
     ]
 

@@ -66,6 +66,8 @@ class Fitted:
     """(step, mean loss since the last entry)."""
     penalty: float | None = None
     """Ridge: the penalty that was used."""
+    threads: int = field(default_factory=torch.get_num_threads)
+    """CPU threads of the fit."""
 
 
 def generator(task: str, seed: int, purpose: str) -> torch.Generator:
