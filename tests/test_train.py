@@ -131,6 +131,18 @@ def test_what_else_is_trained_changes_a_head_by_float_noise_at_most():
     assert all(torch.allclose(alone[n], among[n], atol=1e-5) for n in alone)
 
 
+def test_a_small_stack_takes_one_thread_and_gives_the_others_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        small = Job((rows("a", 50),), ProbSettings(steps=1, hidden=8))
+        large = Job(small.rows, ProbSettings(steps=1, hidden=4_096, batch_size=64))
+        assert [fit_heads([job])[0].threads for job in (small, large)] == [1, 2]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_fewer_rows_than_a_batch_fill_it_from_the_next_permutation():
     batches = Stream("a", 0, rows=11, batch_size=16, dim=2, samples=0).batches().flatten()
     for epoch in range(5):
