@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import sys
 import time
@@ -397,8 +396,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command; every error becomes one line on standard error and an exit status."""
     # A stream that was closed before the start is None.
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
-    for library in ("huggingface_hub", "datasets"):  # their retries are no news; what fails in the end is said below
-        logging.getLogger(library).setLevel(logging.ERROR)
+    for variable in ("HF_HUB_VERBOSITY", "DATASETS_VERBOSITY"):  # retries are no news; what fails in the end is said
+        os.environ.setdefault(variable, "error")
     try:
         status = app(arguments, prog_name="probsurgery", standalone_mode=False) or 0
     except ProbsurgeryError as error:

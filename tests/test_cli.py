@@ -302,6 +302,17 @@ def test_several_merges_are_locked_before_the_first_is_replaced(run, here):
     assert {p: p.read_bytes() for p in here.rglob("*") if p.is_file()} == before
 
 
+def test_without_a_network_the_published_checkpoints_are_one_line(here):
+    done = subprocess.run(
+        [sys.executable, "-m", "probsurgery", "extract", "--arch", "vitl14"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(here.parent / "hub")},
+    )
+    refused((done.returncode, done.stdout, done.stderr), "openai/clip-vit-large-patch14", "--checkpoints FOLDER")
+    assert not list(here.iterdir())
+
+
 def test_a_closed_pipe_is_no_traceback(small_cache):
     command = f"{sys.executable} -m probsurgery cache ls {small_cache.path} | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
