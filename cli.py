@@ -306,6 +306,8 @@ def _table(columns: list[str]):
 def _print_fit(path: Path, rows: list[dict]) -> None:
     from statistics import fmean
 
+    from probsurgery.pipeline.report import cost
+
     one = rows[0]
     table = _table(["task", "merged", "with head", "expert", "bias before", "after"])
     figures = [
@@ -322,9 +324,9 @@ def _print_fit(path: Path, rows: list[dict]) -> None:
         table.add_row(task, f"{merged:.1f}", f"{head:.1f}", f"{expert:.1f}", f"{before:.3f}", f"{after:.3f}")
     print(f"{path} ({one['protocol']})")
     _console().print(table)
-    seconds = one["seconds"] if one["shared"] else sum(row["seconds"] for row in rows)
+    took = cost(rows)
     heads = 1 if one["shared"] else len(rows)
-    print(f"{heads} head{'s' * (heads > 1)}, {one['parameters']:,} parameters each, fitted in {seconds:.1f} s")
+    print(f"{heads} head{'s' * (heads > 1)}, {took.parameters:,} parameters each, fitted in {took.seconds:.1f} s")
 
 
 def _print_report(one: Report) -> None:

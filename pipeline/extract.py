@@ -191,7 +191,7 @@ def _register(
     names = {f"classifiers/{task.name}": classifiers[task.name].numpy() for task in tasks}
     writer.declare({name: {"shape": list(c.shape), "dtype": "float32"} for name, c in names.items()})
     for name, classifier in names.items():
-        if writer.pending([name]):
+        if writer.pending(name):
             writer.write(0, {name: classifier})
 
 
@@ -215,7 +215,7 @@ def _targets(
         arrays[prefix + "labels"] = {"shape": [rows], "dtype": "int64"}
         writer.declare(arrays)
         for kind, encoder in (sources | {"labels": "labels"}).items():
-            parts = writer.pending([prefix + kind])
+            parts = writer.pending(prefix + kind)
             if parts:
                 targets.append(_Target(writer, prefix + kind, encoder, parts))
     return targets

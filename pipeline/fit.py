@@ -72,10 +72,11 @@ def fit(config: FitConfig, progress: Progress = lambda done, total: None) -> Fit
     fitted = fit_heads(jobs, device, count)
     seconds = time.perf_counter() - start
     head = Head(config.head, tasks, cache.dim, stack_params([f.params for f in fitted]), config.shared)
+    fit_rows = {rows.task: len(rows.merged) for job in jobs for rows in job.rows}
     rows = [
         _evaluate(head, data[task], splits[task][1])
         | _about(config, cache, name, task, seconds / len(jobs))
-        | {"fit_rows": _fit_rows(config, cache, splits[task], task), "device": str(device)}
+        | {"fit_rows": fit_rows[task], "device": str(device)}
         for task in tasks
     ]
     record = {"request": request, "results": rows, "fits": _fits(jobs, fitted), "software": software()}
@@ -173,12 +174,6 @@ def _jobs(
         rows.append(Rows(task, merged[seen], expert[seen]))
     groups = [tuple(rows)] if config.shared else [(r,) for r in rows]
     return [Job(group, config.head, config.seed) for group in groups]
-
-
-def _fit_rows(config: FitConfig, cache: Cache, split: tuple[Tensor, Tensor], task: str) -> int:
-    if config.fit_split == "test":
-        return len(split[0])
-    return len(_fraction(config, task, torch.arange(cache.rows(task, "train"))))
 
 
 def _evaluate(head: Head, data: TaskData, rows: Tensor) -> dict:

@@ -108,11 +108,12 @@ def _table(cache: Cache, protocol: str, rows: Sequence[dict]) -> Report:
         lines,
         tuple(_line(label, values, tasks) for label, values in bias.items()),
         {labels[name]: won for name, its in heads.items() if (won := _won_back(its, tasks)) is not None},
-        {labels[name]: _cost(its) for name, its in heads.items()},
+        {labels[name]: cost(its) for name, its in heads.items()},
     )
 
 
-def _cost(rows: Sequence[dict]) -> Cost:
+def cost(rows: Sequence[dict]) -> Cost:
+    """What the head of these rows, one for each of its tasks, takes."""
     counted = rows[:1] if rows[0]["shared"] else rows  # a shared head's seconds are in each of its rows
     return Cost(rows[0]["parameters"], sum(row["seconds"] for row in counted))
 

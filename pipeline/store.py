@@ -92,6 +92,8 @@ def _read_manifest(path: Path) -> dict:
             f"{path} was written by a newer version (schema {schema}, this one reads up to {SCHEMA}); "
             "update probsurgery"
         )
+    if "identity" not in manifest:
+        raise InputError(f"{file} is not a cache's manifest")
     if manifest.pop("digest", None) != fingerprint(manifest):
         raise DamagedCacheError(f"{file} was changed since it was written (its digest differs); extract with --fresh")
     return manifest
@@ -163,9 +165,9 @@ class Cache:
         """Raise `InputError` unless the task is there and whole."""
         if task not in self.identity["tasks"]:
             raise InputError(f"{self.path} has no task {task!r}; it merges: {', '.join(self.identity['tasks'])}")
-        if self.is_whole(task, split):
-            return
         missing, total = self.missing_shards(task, split)
+        if total and not missing:
+            return
         if total or f"{split}/{task}" in self.manifest["requested"]:
             state = f"{missing} of {total} shards are missing" if total else "it was not begun"
             raise InputError(
@@ -302,14 +304,13 @@ class CacheWriter:
                 self.manifest["arrays"][name] = {**spec, "shards": [None] * shard_count(spec["shape"][0])}
             self.save()
 
-    def pending(self, names: list[str]) -> set[int]:
-        """Parts of which at least one of these arrays lacks a whole shard; a shard whose file is gone is lacking."""
+    def pending(self, name: str) -> set[int]:
+        """Parts of which an array lacks a whole shard; a shard whose file is gone is lacking."""
         lacking = set()
-        for name in names:
-            for part, seal in enumerate(self.manifest["arrays"][name]["shards"]):
-                path = self.backend.file(name, part)
-                if seal is None or not path.is_file() or path.stat().st_size != seal["bytes"]:
-                    lacking.add(part)
+        for part, seal in enumerate(self.manifest["arrays"][name]["shards"]):
+            path = self.backend.file(name, part)
+            if seal is None or not path.is_file() or path.stat().st_size != seal["bytes"]:
+                lacking.add(part)
         return lacking
 
     def write(self, part: int, values: dict[str, np.ndarray]) -> None:

@@ -184,7 +184,7 @@ def test_no_folder_but_a_cache_is_written_into(tmp_path, store):
 def test_fresh_spares_another_programs_files(tmp_path, store):
     (tmp_path / "heads").mkdir()
     (tmp_path / "draft.partial").write_text("mine")
-    (tmp_path / "manifest.json").write_text('{"manifest_version": 3, "name": "a web extension"}')
+    (tmp_path / "manifest.json").write_text('{"manifest_version": 3, "schema": 1, "name": "a web extension"}')
     for fresh in (True, False):
         with (
             pytest.raises(InputError, match="not a cache's manifest"),
@@ -268,7 +268,7 @@ def test_lost_metadata_is_found_and_made_again(cache, store):
     (cache.path / lost).unlink()
     assert any("what describes test/a/merged is missing" in problem for problem in cache.damage())
     with opened(cache.path, cache.identity, store) as writer:
-        for part in writer.pending(["test/a/merged"]):
+        for part in writer.pending("test/a/merged"):
             values = synthetic(ROWS, seed=0)["merged"][part * SHARD_ROWS : (part + 1) * SHARD_ROWS]
             writer.write(part, {"test/a/merged": values})
     assert Cache(cache.path).damage() == []
@@ -310,7 +310,7 @@ def test_a_kill_leaves_no_torn_shard(tmp_path, store):
             writer.request(["test/a"])
             writer.declare({"test/a/merged": {"shape": [40 * SHARD_ROWS, DIM], "dtype": "float32"}})
             print("ready", flush=True)
-            for part in sorted(writer.pending(["test/a/merged"])):
+            for part in sorted(writer.pending("test/a/merged")):
                 writer.write(part, {"test/a/merged": np.full((SHARD_ROWS, DIM), part, "float32")})
         """
     )
