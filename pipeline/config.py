@@ -6,7 +6,9 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, fields
+from collections import Counter
+from dataclasses import asdict, dataclass, field, fields
+from itertools import product
 from pathlib import Path
 
 from probsurgery.pipeline.errors import InputError, unknown
@@ -73,6 +75,7 @@ class _GradientSettings:
         _integer("--steps", self.steps, 1, 10_000_000)
         _integer("--batch-size", self.batch_size, 1, 65_536)
         _number("--lr", self.lr, 0, 10, above_low=True)
+        object.__setattr__(self, "lr", float(self.lr))  # 1 and 1.0 are one setting, and have one digest
         _choice("loss", self.loss, LOSSES)
 
 
@@ -104,6 +107,7 @@ class ProbSettings(_GradientSettings):
         super().__post_init__()
         _integer("--hidden", self.hidden, 1, 16_384)
         _number("--kl-weight", self.kl_weight, 0, 1e6)
+        object.__setattr__(self, "kl_weight", float(self.kl_weight))
         _integer("--samples", self.samples, 1, 1_024)
 
 
@@ -136,14 +140,20 @@ def head_settings(head: str, **given: object) -> HeadSettings:
     """
     if head not in HEAD_SETTINGS:
         raise unknown("head", head, HEAD_SETTINGS)
-    cls = HEAD_SETTINGS[head]
     given = {name: value for name, value in given.items() if value is not None}
-    allowed = [f.name for f in fields(cls)]
     for name in given:
-        if name not in allowed:
-            flags = ", ".join("--" + n.replace("_", "-") for n in allowed)
-            raise InputError(f"--{name.replace('_', '-')} is not a setting of {head} heads; they take: {flags}")
-    return cls(**given)
+        if name not in _names(head):
+            allowed = ", ".join(map(_option, _names(head)))
+            raise InputError(f"{_option(name)} is not a setting of {head} heads; they take: {allowed}")
+    return HEAD_SETTINGS[head](**given)
+
+
+def _names(head: str) -> list[str]:
+    return [f.name for f in fields(HEAD_SETTINGS[head])]
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 @dataclass(frozen=True)
@@ -225,6 +235,10 @@ class FitConfig:
     """Split whose images are fitted; evaluation is always on test images."""
     seed: int = 0
     device: str = "auto"
+    workers: int | None = None
+    """Processes that train on a CPU; 0: this one; None: as many as torch has threads, if the work is worth it."""
+    tf32: bool = False
+    """Multiply in TF32 on CUDA: faster, and less exact."""
     name: str | None = None
     """Folder of the head under `heads/`; None: derived from the settings."""
     results: Path | None = None
@@ -234,6 +248,8 @@ class FitConfig:
         _choice("fit split", self.fit_split, SPLITS)
         _number("--fraction", self.fraction, 0, 1, above_low=True)
         _integer("--seed", self.seed, 0, 2**31 - 1)
+        if self.workers is not None:
+            _integer("--workers", self.workers, 0, 1_024)
         if not 0 <= self.holdout < 1:
             raise InputError(f"--holdout is {self.holdout}; it must be from 0 to below 1")
         if self.holdout and self.fit_split == "train":
@@ -266,6 +282,73 @@ class FitConfig:
             parts.append(self.protocol.replace(", ", "-").replace(" ", ""))
         if self.tasks is not None:
             parts.append("+".join(self.tasks))
+        if self.tf32:
+            parts.append("tf32")
         if self.seed:
             parts.append(f"seed{self.seed}")
         return "-".join(parts)
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Many runs of stage two: every combination of the values given."""
+
+    cache: Path
+    head: tuple[str, ...] = ("prob",)
+    """Kinds of head."""
+    values: dict[str, tuple] = field(default_factory=dict)
+    """Values of the heads' settings, by name; a kind of head takes those that it has."""
+    fraction: tuple[float, ...] = (FitConfig.fraction,)
+    seed: tuple[int, ...] = (FitConfig.seed,)
+    tasks: tuple[str, ...] | None = None
+    shared: bool = FitConfig.shared
+    holdout: float = FitConfig.holdout
+    fit_split: str = FitConfig.fit_split
+    device: str = FitConfig.device
+    workers: int | None = FitConfig.workers
+    tf32: bool = FitConfig.tf32
+    results: Path | None = FitConfig.results
+    keep_heads: bool = False
+    """Keep the fitted heads too, and not their results alone."""
+
+    def __post_init__(self) -> None:
+        for name, values in {"head": self.head, "fraction": self.fraction, "seed": self.seed, **self.values}.items():
+            option = _option(name)
+            if not values:
+                raise InputError(f"{option} is empty; give one value or more, separated by commas")
+            value, times = Counter(values).most_common(1)[0]
+            if times > 1:
+                raise InputError(f"{option} names {_brief(value)} {times} times; give each value once")
+        for name in self.head:
+            if name not in HEAD_SETTINGS:
+                raise unknown("head", name, HEAD_SETTINGS)
+        for name in self.values:
+            if not any(name in _names(head) for head in self.head):
+                # Of one kind of head, say what it takes; of several, none takes this one.
+                head_settings(self.head[0], **{name: self.values[name][0]})
+
+    def __len__(self) -> int:
+        """Settings in the grid, each of which has a head for every task."""
+        return sum(math.prod(map(len, self._own(head).values())) for head in self.head) * self._repeats
+
+    @property
+    def _repeats(self) -> int:
+        return len(self.fraction) * len(self.seed)
+
+    def _own(self, head: str) -> dict[str, tuple]:
+        return {name: values for name, values in self.values.items() if name in _names(head)}
+
+    def expand(self) -> list[FitConfig]:
+        """Every run of the grid, seeds innermost. Raises `InputError` for a value out of range."""
+        common = {f.name: getattr(self, f.name) for f in fields(FitConfig) if f.name in _COMMON}
+        return [
+            FitConfig(head=settings, fraction=fraction, seed=seed, **common)
+            for head in self.head
+            for combination in product(*self._own(head).values())
+            for settings in [head_settings(head, **dict(zip(self._own(head), combination, strict=True)))]
+            for fraction in self.fraction
+            for seed in self.seed
+        ]
+
+
+_COMMON = {f.name for f in fields(SweepConfig)} - {"head", "fraction", "seed"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import psutil
 import torch
 
 from probsurgery.pipeline.errors import InputError
@@ -21,3 +22,8 @@ def choose_device(name: str) -> torch.device:
             f"device {name} was asked for, but there are {torch.cuda.device_count()} CUDA devices; use cpu"
         )
     return device
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can be had on a device without swapping."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

@@ -2,90 +2,215 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from probsurgery.pipeline.config import FitConfig, differences, head_kind
+from probsurgery.pipeline.config import FitConfig, differences, fingerprint, head_kind
 from probsurgery.pipeline.device import choose_device
-from probsurgery.pipeline.errors import InputError
+from probsurgery.pipeline.errors import InputError, ProbsurgeryError
 from probsurgery.pipeline.heads import Head, load_head, parameter_count, stack_params
 from probsurgery.pipeline.metrics import accuracy, representation_bias
+from probsurgery.pipeline.results import append_results, is_result, read_results
+from probsurgery.pipeline.schedule import Wanted, execute, make_plan
 from probsurgery.pipeline.store import Cache, TaskData, load_task, require_writable, software
 from probsurgery.pipeline.tasks import check_names
-from probsurgery.pipeline.train import Fitted, Job, Rows, fit_heads, generator, head_steps
+from probsurgery.pipeline.train import Fitted, Job, Outcome, Rows, generator
+from probsurgery.pipeline.workers import Pool
 
+EVALUATED_AT_ONCE = 4096
+"""Rows. The memory of larger temporary tensors goes back to the system each time, and fetching it anew is slow."""
 Progress = Callable[[int, int], None]
 """Told how many head-steps are done, and how many there are in all."""
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """A fitted head and how good it is on each task."""
+    """What was fitted for one setting, and how good it is on each task."""
 
-    head: Head
-    path: Path
+    config: FitConfig
+    """What was asked for, with the tasks that it stands for."""
     rows: list[dict]
     """One for each task, as in results.jsonl."""
+    path: Path | None = None
+    """The head's folder; None if heads are not kept."""
     repeated: bool = False
-    """The same head was there already, and nothing was done."""
+    """All of it was there already, and nothing was done."""
+    fitted: int = 0
+    """Heads fitted now."""
+    failures: tuple[tuple[str, str], ...] = ()
+    """Each head that could not be fitted, and why; its rows are missing."""
+
+    @property
+    def head(self) -> Head:
+        """The head, read from its folder."""
+        return load_head(self.path)
 
 
 def fit(config: FitConfig, progress: Progress = lambda done, total: None) -> FitResult:
-    """Run stage two for one setting.
+    """Run stage two for one setting, and keep its head.
 
     Raises `InputError` before anything is written if the cache lacks what is asked for, or if a head of that name
-    exists with other settings. The same request again returns what is there.
+    exists with other settings, and `ProbsurgeryError` if a head cannot be fitted. The same request again returns what
+    is there.
     """
-    cache = Cache(config.cache)
-    tasks = _tasks(cache, config)
-    # Named after its tasks unless it has all that are merged: a head of those extracted so far is not in the way then.
-    config = replace(config, tasks=None if len(tasks) == len(cache.identity["tasks"]) else tasks)
-    device = choose_device(config.device)
-    name = config.name or config.default_name()
-    results = Path(config.results or cache.path)
-    folder = results / "heads" / name
-    request = _request(config, cache, tasks)
-    if folder.exists():
-        return _existing(folder, request, results)
-    require_writable(folder, "--results")
+    (result,) = fit_all([config], keep_heads=True, progress=progress)
+    if result.failures:
+        raise ProbsurgeryError("; ".join(failure_lines(result.failures)))
+    return result
 
-    data = {task: load_task(cache, task) for task in tasks}
-    splits = {task: _split_rows(config, data[task]) for task in tasks}
-    jobs = _jobs(config, cache, data, splits)
-    total, done = sum(map(head_steps, jobs)), 0
 
-    def count(steps: int) -> None:
-        nonlocal done
-        done += steps
-        progress(done, total)
+def fit_all(
+    configs: Sequence[FitConfig],
+    *,
+    keep_heads: bool,
+    progress: Progress = lambda done, total: None,
+    finished: Callable[[FitConfig, dict], None] = lambda config, row: None,
+) -> list[FitResult]:
+    """Run stage two for several settings at once, of the same cache, tasks, split, device and place for results.
 
-    start = time.perf_counter()
-    fitted = fit_heads(jobs, device, count)
-    seconds = time.perf_counter() - start
-    head = Head(config.head, tasks, cache.dim, stack_params([f.params for f in fitted]), config.shared)
-    fit_rows = {rows.task: len(rows.merged) for job in jobs for rows in job.rows}
-    rows = [
-        _evaluate(head, data[task], splits[task][1])
-        | _about(config, cache, name, task, seconds / len(jobs))
-        | {"fit_rows": fit_rows[task], "device": str(device)}
-        for task in tasks
-    ]
-    record = {"request": request, "results": rows, "fits": _fits(jobs, fitted), "software": software()}
-    record["seconds"] = seconds
-    head = replace(head, record=record)
-    if not _write(head, folder):  # the same request was fitted meanwhile
-        return _existing(folder, request, results)
-    _append(results, rows)
-    return FitResult(head, folder, rows)
+    A row is written to results.jsonl as soon as its head is fitted. What is there already is not fitted again, unless
+    the head is to be kept and was not. `finished` is told of every row, old ones first. A head that fails leaves the
+    others as they are. Raises `InputError` before anything is written.
+    """
+    common, cache = configs[0], Cache(configs[0].cache)
+    device = choose_device(common.device)
+    if common.tf32 and device.type != "cuda":
+        raise InputError(f"--tf32 is for CUDA devices, and this fit runs on {device}")
+    results = Path(common.results or cache.path)
+    tasks = _tasks(cache, common)
+    settings = [_Setting(replace(config, tasks=tasks), cache, results, keep_heads) for config in configs]
+    known = {(row.get("request"), row["task"]): row for row in read_results(results)}
+    for setting in settings:
+        for row in setting.recall(known):
+            finished(setting.config, row)
+    wishes = [wish for setting in settings for wish in setting.missing]
+    if wishes:
+        require_writable(results / "heads" if keep_heads else results, "--results")
+        with closing(_train(wishes, cache, device, progress)) as outcomes:
+            for wish, outcome, plan, data in outcomes:
+                for row in wish.setting.take(wish, outcome, plan, data):
+                    finished(wish.setting.config, row)
+    return [setting.result() for setting in settings]
+
+
+def failure_lines(failures: Sequence[tuple[str, str]]) -> list[str]:
+    """One line for each reason, with every head that it befell."""
+    by_reason = defaultdict(list)
+    for label, reason in failures:
+        by_reason[reason].append(label)
+    return [f"{', '.join(labels)}: {reason}" for reason, labels in by_reason.items()]
+
+
+@dataclass(frozen=True, eq=False)
+class _Wish:
+    """One head that is asked for: of one task, or shared by several."""
+
+    setting: _Setting
+    tasks: tuple[str, ...]
+
+    @property
+    def request(self) -> str:
+        """Digest of what determines the head; results name it."""
+        return fingerprint(_request(self.setting.config, self.setting.cache, self.tasks))
+
+    @property
+    def label(self) -> str:
+        return f"{self.setting.name} of {' and '.join(self.tasks)}"
+
+
+class _Setting:
+    """One setting of a sweep: the heads that it asks for, and what is known of them so far."""
+
+    def __init__(self, config: FitConfig, cache: Cache, results: Path, keep_heads: bool) -> None:
+        tasks = config.tasks
+        # Named after its tasks unless it has all that are merged: a head of those so far is not in the way then.
+        name_tasks = (keep_heads or config.shared) and len(tasks) < len(cache.identity["tasks"])
+        self.name = config.name or replace(config, tasks=tasks if name_tasks else None).default_name()
+        self.config, self.cache, self.results = config, cache, results
+        self.folder = results / "heads" / self.name if keep_heads else None
+        self.wishes = [_Wish(self, group) for group in ([tasks] if config.shared else [(task,) for task in tasks])]
+        self.missing: list[_Wish] = []
+        self.rows: dict[str, dict] = {}
+        self._fitted: dict[_Wish, tuple[Fitted, dict]] = {}
+        self._taken = 0
+        self._repeated = False
+        self._failures: list[tuple[str, str]] = []
+
+    def recall(self, known: dict[tuple[str, str], dict]) -> list[dict]:
+        """Find what was done before, and note what is missing; gives the rows that are there."""
+        if self.folder is not None and self.folder.exists():
+            self._reopen()
+            return list(self.rows.values())
+        for wish in self.wishes:
+            rows = {task: row for task in wish.tasks if (row := known.get((wish.request, task)))}
+            self.rows |= rows
+            if self.folder is not None or len(rows) < len(wish.tasks):
+                self.missing.append(wish)
+        self._repeated = not self.missing
+        return list(self.rows.values())
+
+    def take(self, wish: _Wish, outcome: Outcome, plan: dict, data: _Data) -> list[dict]:
+        """Evaluate and write what has just been fitted; gives the rows that are new."""
+        if isinstance(outcome, ProbsurgeryError):
+            self._failures.append((wish.label, str(outcome)))
+            return []
+        self._taken += 1
+        config, dim = self.config, self.cache.dim
+        head = Head(config.head, wish.tasks, dim, outcome.params, config.shared)
+        about = {"seconds": outcome.seconds, "device": str(data.device), "plan": plan}
+        new = {
+            task: data.evaluate(config, head, task) | _about(wish, task) | about
+            for task in wish.tasks
+            if task not in self.rows
+        }
+        self.rows |= new
+        append_results(self.results, list(new.values()))
+        if self.folder is not None:
+            self._fitted[wish] = outcome, plan
+            if len(self._fitted) == len(self.wishes):
+                self._keep()
+        return list(new.values())
+
+    def _keep(self) -> None:
+        """Write the head's folder, now that every part of it is there."""
+        config = self.config
+        parts = [(wish, *self._fitted[wish]) for wish in self.wishes]
+        record = {
+            "request": _request(config, self.cache, config.tasks),
+            "results": [self.rows[task] for task in config.tasks],
+            "fits": [
+                {"tasks": wish.tasks, "plan": plan, "penalty": part.penalty, "loss_curve": part.curve}
+                for wish, part, plan in parts
+            ],
+            "seconds": sum(part.seconds for _, part, _ in parts),
+            "software": software(),
+        }
+        params = stack_params([part.params for _, part, _ in parts])
+        self._fitted.clear()
+        if not _write(Head(config.head, config.tasks, self.cache.dim, params, config.shared, record), self.folder):
+            self._reopen()  # the same request was fitted meanwhile
+
+    def _reopen(self) -> None:
+        head = _existing(self.folder, _request(self.config, self.cache, self.config.tasks), self.results)
+        self.rows = {row["task"]: row for row in head.record["results"]}
+        self._repeated = True
+
+    def result(self) -> FitResult:
+        return FitResult(
+            self.config,
+            [self.rows[task] for task in self.config.tasks if task in self.rows],
+            self.folder,
+            repeated=self._repeated,
+            fitted=self._taken,
+            failures=tuple(self._failures),
+        )
 
 
 def _tasks(cache: Cache, config: FitConfig) -> tuple[str, ...]:
@@ -105,7 +230,7 @@ def _tasks(cache: Cache, config: FitConfig) -> tuple[str, ...]:
 
 def _request(config: FitConfig, cache: Cache, tasks: Sequence[str]) -> dict:
     """What determines a head: two requests that are equal here give the same head."""
-    return {
+    request = {
         "head": head_kind(config.head),
         "settings": asdict(config.head),
         "tasks": list(tasks),
@@ -117,12 +242,14 @@ def _request(config: FitConfig, cache: Cache, tasks: Sequence[str]) -> dict:
             for task in tasks
         },
     }
+    return request | ({"tf32": True} if config.tf32 else {})
 
 
-def _existing(folder: Path, request: dict, results: Path) -> FitResult:
+def _existing(folder: Path, request: dict, results: Path) -> Head:
+    """The head in a folder, which must be the one that is asked for."""
     head = load_head(folder)
     there, rows = head.record.get("request"), head.record.get("results")
-    if not isinstance(there, dict) or not isinstance(rows, list) or not all(map(_is_result, rows)):
+    if not isinstance(there, dict) or not isinstance(rows, list) or not all(map(is_result, rows)):
         raise InputError(f"{folder / 'head.json'} is damaged; delete {folder} and fit again")
     differ = differences(there, request)
     if differ:
@@ -131,12 +258,113 @@ def _existing(folder: Path, request: dict, results: Path) -> FitResult:
             "delete it"
         )
     kept = read_results(results)
-    # A fit that was killed between the head and its rows left the rows in the head's record alone.
-    missing = [row for row in rows if row not in kept]
+    missing = [row for row in rows if row not in kept]  # results.jsonl may have been lost or torn
     if missing:
         require_writable(results, "--results")
-        _append(results, missing)
-    return FitResult(head, folder, rows, repeated=True)
+        append_results(results, missing)
+    return head
+
+
+def _train(
+    wishes: Sequence[_Wish], cache: Cache, device: torch.device, progress: Progress
+) -> Iterator[tuple[_Wish, Outcome, dict, _Data]]:
+    """Fit every head that is asked for; gives each with its outcome and the record of the plan, as stacks finish."""
+    common = wishes[0].setting.config
+    tasks = tuple(dict.fromkeys(task for wish in wishes for task in wish.tasks))
+    splits = dict.fromkeys(("test", common.fit_split))
+    plan = make_plan(
+        [Wanted(wish.setting.config.head, len(wish.tasks), cache.dim) for wish in wishes],
+        device,
+        workers=common.workers,
+        tf32=common.tf32,
+        held_bytes=sum(3 * 4 * cache.dim * cache.rows(task, split) for task in tasks for split in splits),
+    )
+    records = {number: plan.record(stack) for stack in plan.stacks for number in stack}
+    with ExitStack() as cleanup:
+        # Workers take seconds to start, so they do that while features are read.
+        pool = cleanup.enter_context(Pool(plan.workers)) if plan.workers else None
+        scratch = Path(cleanup.enter_context(tempfile.TemporaryDirectory())) if pool else None
+        data = _Data(cache, tasks, common.fit_split, scratch, device)
+        jobs = [data.job(wish) for wish in wishes]
+        total, done = sum(job.head_steps for job in jobs), 0
+
+        def count(head_steps: int) -> None:
+            nonlocal done
+            done += head_steps
+            progress(done, total)
+
+        for number, outcome in execute(jobs, plan, pool, count):
+            yield wishes[number], outcome, records[number], data
+            progress(done, total)
+
+
+class _Data:
+    """Tasks in memory, or features on disk for workers to map: either way each is held once."""
+
+    def __init__(
+        self, cache: Cache, tasks: Sequence[str], fit_split: str, scratch: Path | None, device: torch.device
+    ) -> None:
+        self.device = device
+        self._fit_split = fit_split
+        self._tasks: dict[str, TaskData] = {}
+        self._features: dict[str, Rows] = {}
+        for task in tasks:
+            its = load_task(cache, task)
+            if fit_split == "train":
+                features = Rows(task, *(cache.features(task, kind, "train") for kind in ("merged", "expert")))
+                features = features.spilled(scratch) if scratch else features
+            else:
+                features = Rows(task, its.merged, its.expert)
+                features = features.spilled(scratch) if scratch else features
+                its = replace(its, merged=features.merged, expert=features.expert)
+            self._tasks[task], self._features[task] = its, features
+        self._seen: dict[tuple, Rows] = {}
+        self._baselines: dict[tuple, dict] = {}
+
+    def job(self, wish: _Wish) -> Job:
+        """Merged and expert features only. Heads that see the same rows share them as one object."""
+        config = wish.setting.config
+        return Job(tuple(self._rows(config, task) for task in wish.tasks), config.head, config.seed)
+
+    def _rows(self, config: FitConfig, task: str) -> Rows:
+        whole = self._features[task]
+        key = (task, config.seed, config.fraction) if config.holdout or config.fraction < 1 else (task,)
+        if key not in self._seen:
+            if self._fit_split == "train":
+                seen = _fraction(config, task, torch.arange(len(whole)))
+            else:
+                seen, _ = _split_rows(config, self._tasks[task])
+            self._seen[key] = replace(whole, seen=seen) if len(seen) < len(whole) else whole
+        return self._seen[key]
+
+    def evaluate(self, config: FitConfig, head: Head, task: str) -> dict:
+        """Accuracy in [0, 1] and bias of each kind of features on the rows that this setting evaluates on."""
+        its = self._tasks[task]
+        _, rows = _split_rows(config, its)
+        key = (task, config.seed) if config.holdout else (task,)
+        if key not in self._baselines:
+            kinds = {"individual": its.expert, "merged": its.merged}
+            kinds = {"pretrained": its.pretrained} | kinds if its.pretrained is not None else kinds
+            figures = {kind: _figures(its, rows, lambda part, v=values: v[part]) for kind, values in kinds.items()}
+            self._baselines[key] = figures
+        baselines = self._baselines[key]
+        its_accuracy, bias = _figures(its, rows, lambda part: head(its.merged[part], task))
+        return {
+            "fit_rows": len(self._rows(config, task)),
+            "eval_rows": len(rows),
+            "accuracy": {kind: figure for kind, (figure, _) in baselines.items()} | {"head": its_accuracy},
+            "bias": {"before": baselines["merged"][1], "after": bias},
+        }
+
+
+def _figures(its: TaskData, rows: Tensor, features: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+    """Accuracy of features on these rows, and their bias; `features` gives those of some row numbers."""
+    right, off = 0, 0.0
+    for part in rows.split(EVALUATED_AT_ONCE):
+        values = features(part)
+        right += round(accuracy(values, its.classifier, its.labels[part]) * len(part))
+        off += representation_bias(values, its.expert[part]) * len(part)
+    return right / len(rows), off / len(rows)
 
 
 def _split_rows(config: FitConfig, data: TaskData) -> tuple[Tensor, Tensor]:
@@ -160,62 +388,24 @@ def _fraction(config: FitConfig, task: str, rows: Tensor) -> Tensor:
     return rows[order[: max(1, round(config.fraction * len(rows)))].sort().values]
 
 
-def _jobs(
-    config: FitConfig, cache: Cache, data: dict[str, TaskData], splits: dict[str, tuple[Tensor, Tensor]]
-) -> list[Job]:
-    """One job for each head: merged and expert features only."""
-    rows = []
-    for task, its in data.items():
-        if config.fit_split == "train":
-            merged, expert = (cache.features(task, kind, "train") for kind in ("merged", "expert"))
-            seen = _fraction(config, task, torch.arange(len(merged)))
-        else:
-            merged, expert, seen = its.merged, its.expert, splits[task][0]
-        rows.append(Rows(task, merged[seen], expert[seen]))
-    groups = [tuple(rows)] if config.shared else [(r,) for r in rows]
-    return [Job(group, config.head, config.seed) for group in groups]
-
-
-def _evaluate(head: Head, data: TaskData, rows: Tensor) -> dict:
-    """Accuracy in [0, 1] and bias of each kind of features on these rows."""
-    labels, expert, merged = data.labels[rows], data.expert[rows], data.merged[rows]
-    corrected = head(merged, data.task)
-    features = {"individual": expert, "merged": merged, "head": corrected}
-    if data.pretrained is not None:
-        features = {"pretrained": data.pretrained[rows]} | features
-    return {
-        "eval_rows": len(rows),
-        "accuracy": {kind: accuracy(values, data.classifier, labels) for kind, values in features.items()},
-        "bias": {
-            "before": representation_bias(merged, expert),
-            "after": representation_bias(corrected, expert),
-        },
-    }
-
-
-def _about(config: FitConfig, cache: Cache, name: str, task: str, seconds: float) -> dict:
+def _about(wish: _Wish, task: str) -> dict:
+    config, cache = wish.setting.config, wish.setting.cache
     identity = cache.identity
     return {
         "task": task,
-        "head": name,
+        "head": wish.setting.name,
         "kind": head_kind(config.head),
         "settings": asdict(config.head),
         "shared": config.shared,
+        "tasks": list(wish.tasks),
         "seed": config.seed,
         "protocol": config.protocol,
+        "request": wish.request,
         "cache": cache.task_fingerprint(task),
         "arch": identity["arch"],
         "merge": identity["merge"]["method"],
         "parameters": parameter_count(config.head, cache.dim),
-        "seconds": seconds,
     }
-
-
-def _fits(jobs: Sequence[Job], fitted: Sequence[Fitted]) -> list[dict]:
-    return [
-        {"tasks": [r.task for r in job.rows], "threads": f.threads, "penalty": f.penalty, "loss_curve": f.curve}
-        for job, f in zip(jobs, fitted, strict=True)
-    ]
 
 
 def _write(head: Head, folder: Path) -> bool:
@@ -232,42 +422,3 @@ def _write(head: Head, folder: Path) -> bool:
                 raise
             return False
     return True
-
-
-def _append(results: Path, rows: Sequence[dict]) -> None:
-    """Add rows to results.jsonl in one write; a torn last line, left by a kill, is closed first."""
-    file = results / "results.jsonl"
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    with file.open("a+b") as out:
-        if out.tell():
-            out.seek(-1, os.SEEK_END)
-            if out.read(1) != b"\n":
-                text = "\n" + text
-        out.write(text.encode())
-
-
-def read_results(folder: Path) -> list[dict]:
-    """Rows of results.jsonl; lines that a kill left torn, or that hold something else, are passed over."""
-    try:
-        lines = (folder / "results.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
-    rows = []
-    for line in lines:
-        with contextlib.suppress(ValueError, RecursionError):
-            rows.append(json.loads(line))
-    return [row for row in rows if _is_result(row)]
-
-
-_NUMBER = (int, float)
-_ROW = {"task": str, "head": str, "kind": str, "settings": dict, "shared": bool, "seed": int, "protocol": str}
-_ROW |= {"cache": str, "parameters": int, "seconds": _NUMBER, "accuracy": dict, "bias": dict}
-
-
-def _is_result(row: object) -> bool:
-    """Whether a row has what a report reads of it."""
-    if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in _ROW.items()):
-        return False
-    figures = [row["accuracy"].get(kind) for kind in ("individual", "merged", "head")]
-    figures += [row["bias"].get(when) for when in ("before", "after")]
-    return all(isinstance(figure, _NUMBER) for figure in figures)

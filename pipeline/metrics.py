@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -22,4 +23,4 @@ def representation_bias(features: Float[Tensor, "N d"], expert: Float[Tensor, "N
     The equation divides the L1 norm by the number of rows alone. This is the mean over rows and dimensions, which is
     what the paper's published bars of 0.1 to 0.3 show.
     """
-    return (features.double() - expert.double()).abs().mean().item()
+    return (features - expert).abs().mean(dtype=torch.float64).item()

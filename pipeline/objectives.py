@@ -1,6 +1,7 @@
-"""What a head is trained to minimise: pure functions of tensors, one value for each head of a stack.
+"""What a head is trained to minimise, and the gradients: pure functions of tensors, one value for each head of a stack.
 
-Shapes: K heads, S samples, B rows, d dimensions.
+Shapes: K heads, S samples, B rows, d dimensions. A gradient is that of the SUM over heads, so that each head gets its
+own.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+_SHORTEST = 1e-8
+"""Length below which `cosine` takes a feature for this long, as `cosine_similarity` does."""
 
 
 def distance(corrected: Float[Tensor, "... K B d"], expert: Float[Tensor, "K B d"], loss: str) -> Float[Tensor, " K"]:
@@ -27,13 +31,27 @@ def distance(corrected: Float[Tensor, "... K B d"], expert: Float[Tensor, "K B d
     return error.mean(dim=(*range(error.ndim - 3), -2, -1))
 
 
+def distance_gradient(
+    corrected: Float[Tensor, "... K B d"], expert: Float[Tensor, "K B d"], loss: str, out: Tensor | None = None
+) -> Float[Tensor, "... K B d"]:
+    """Gradient of `distance` with respect to the corrected features; written into `out` if that is given."""
+    heads, _, dim = expert.shape
+    count = corrected.numel() // heads
+    if loss == "cosine":
+        length, other = (x.norm(dim=-1, keepdim=True).clamp_min(_SHORTEST) for x in (corrected, expert))
+        cosine = (corrected * expert).sum(-1, keepdim=True) / (length * other)
+        gradient = (corrected * (cosine / length) - expert / other) / (length * (count // dim))
+        return gradient if out is None else out.copy_(gradient)
+    difference = torch.sub(corrected, expert, out=out)
+    if loss == "mse":
+        return difference.mul_(2 / count)
+    bounded = difference.sign_() if loss == "l1" else difference.clamp_(-1, 1)
+    return bounded.div_(count)
+
+
 def kl_divergence(mu: Float[Tensor, "K B d"], log_var: Float[Tensor, "K B d"]) -> Float[Tensor, " K"]:
-    """KL divergence of N(mu, exp(log_var)) from N(0, I): summed over dimensions, mean over rows (ProbSurgery)."""
+    """KL divergence of N(mu, exp(log_var)) from N(0, I): summed over dimensions, mean over rows (ProbSurgery).
+
+    Its gradient is ``mu / B`` with respect to mu and ``(exp(log_var) - 1) / (2 B)`` to log_var.
+    """
     return -0.5 * (1 + log_var - mu.square() - log_var.exp()).sum(-1).mean(-1)
-
-
-def sample_correction(
-    mu: Float[Tensor, "K B d"], log_var: Float[Tensor, "K B d"], noise: Float[Tensor, "S K B d"]
-) -> Float[Tensor, "S K B d"]:
-    """Reparameterised draws ``mu + noise * exp(log_var / 2)`` of the correction (ProbSurgery)."""
-    return torch.addcmul(mu, noise, (log_var / 2).exp())

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import csv
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
+from probsurgery.pipeline.config import HEAD_SETTINGS, fingerprint
 from probsurgery.pipeline.errors import InputError
-from probsurgery.pipeline.fit import read_results
+from probsurgery.pipeline.results import read_results
 from probsurgery.pipeline.store import Cache
 
 BASELINES = ("pretrained", "individual", "merged")
@@ -64,8 +65,8 @@ def report(cache: str | Path, results: str | Path | None = None) -> list[Report]
     tasks = {task: about["splits"] for task, about in opened.manifest["tasks"].items()}
     current = {task: opened.task_fingerprint(task) for task, splits in tasks.items() if "test" in splits}
     rows = [row for row in read_results(folder) if row["cache"] == current.get(row["task"])]
-    # A head that was deleted and fitted anew under its name has a later row.
-    rows = list({(row["head"], row["protocol"], row["task"]): row for row in rows}.values())
+    # A head that was fitted anew has a later row.
+    rows = list({(_setting(row), row["protocol"], row["task"]): row for row in rows}.values())
     if not rows:
         raise InputError(f"no results of this cache in {folder}; run `probsurgery fit --cache {opened.path}` first")
     protocols = dict.fromkeys(row["protocol"] for row in rows)
@@ -84,19 +85,24 @@ def published(arch: str) -> list[dict[str, str]]:
 
 def _table(cache: Cache, protocol: str, rows: Sequence[dict]) -> Report:
     tasks = tuple(t for t in cache.identity["tasks"] if any(row["task"] == t for row in rows))
-    heads = {name: [row for row in rows if row["head"] == name] for name in dict.fromkeys(row["head"] for row in rows)}
-    labels = {name: head_label(its[0]) for name, its in heads.items()}
-    if len(set(labels.values())) < len(labels):
-        labels = {name: f"{label} [{name}]" for name, label in labels.items()}
+    heads = defaultdict(list)
+    for row in rows:
+        heads[_setting(row)].append(row)
+    labels = {setting: head_label(its[0]) for setting, its in heads.items()}
+    count = Counter(labels.values())
+    labels = {
+        setting: label if count[label] == 1 else f"{label} [{heads[setting][0]['head']}]"
+        for setting, label in labels.items()
+    }
 
     accuracy = {
         _baseline_label(kind, cache): _by_task(rows, tasks, lambda row, kind=kind: row["accuracy"].get(kind))
         for kind in BASELINES
     }
     bias = {"merged (before)": _by_task(rows, tasks, lambda row: row["bias"]["before"])}
-    for name, its in heads.items():
-        accuracy[labels[name]] = _by_task(its, tasks, lambda row: row["accuracy"]["head"])
-        bias[labels[name]] = _by_task(its, tasks, lambda row: row["bias"]["after"])
+    for setting, its in heads.items():
+        accuracy[labels[setting]] = _by_task(its, tasks, lambda row: row["accuracy"]["head"])
+        bias[labels[setting]] = _by_task(its, tasks, lambda row: row["bias"]["after"])
     accuracy = {label: {t: 100 * v for t, v in values.items()} for label, values in accuracy.items() if values}
     lines = tuple(_line(label, values, tasks) for label, values in accuracy.items())
     return Report(
@@ -107,9 +113,19 @@ def _table(cache: Cache, protocol: str, rows: Sequence[dict]) -> Report:
         tasks,
         lines,
         tuple(_line(label, values, tasks) for label, values in bias.items()),
-        {labels[name]: won for name, its in heads.items() if (won := _won_back(its, tasks)) is not None},
-        {labels[name]: cost(its) for name, its in heads.items()},
+        {labels[setting]: won for setting, its in heads.items() if (won := _won_back(its, tasks)) is not None},
+        {labels[setting]: cost(its) for setting, its in heads.items()},
     )
+
+
+def _setting(row: dict) -> str:
+    """What makes the heads of several tasks one line, whatever they are called: all but the task."""
+    shared_by = row.get("tasks") if row["shared"] else None
+    return fingerprint([row["kind"], row["settings"], row["seed"], shared_by, _is_tf32(row)])
+
+
+def _is_tf32(row: dict) -> bool:
+    return isinstance(row.get("plan"), dict) and row["plan"].get("precision") == "tf32"
 
 
 def cost(rows: Sequence[dict]) -> Cost:
@@ -147,12 +163,16 @@ def head_label(row: dict) -> str:
     match row["kind"]:
         case "surgery":
             about = [f"r={settings['rank']}", f"{settings['steps']} steps"]
-            name = "Surgery"
+            name, shown = "Surgery", {"rank", "steps"}
         case "prob":
             about = [f"h={settings['hidden']}", f"{settings['steps']} steps"]
-            name = "ProbSurgery"
+            name, shown = "ProbSurgery", {"hidden", "steps"}
         case kind:
-            about, name = [], kind
+            about, name, shown = [], kind, set()
+    defaults = asdict(HEAD_SETTINGS[row["kind"]]()) if row["kind"] in HEAD_SETTINGS else {}
+    other = {key: value for key, value in settings.items() if key not in shown and value != defaults.get(key)}
+    about += [f"{key.replace('_', '-')}={value}" for key, value in other.items()]
     about += ["shared"] if row["shared"] else []
+    about += ["tf32"] if _is_tf32(row) else []
     about += [f"seed {row['seed']}"] if row["seed"] else []
     return f"+ {name}" + (f" ({', '.join(about)})" if about else "")

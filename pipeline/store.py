@@ -111,6 +111,7 @@ class Cache:
         self.path = Path(path)
         self.manifest = _read_manifest(self.path)
         self._backend: Backend = BACKENDS[self.manifest["store"]](self.path)
+        self._fingerprints: dict[tuple[str, str], str] = {}
 
     def __repr__(self) -> str:
         return f"Cache({str(self.path)!r}, arch={self.identity['arch']!r}, dim={self.dim})"
@@ -127,8 +128,11 @@ class Cache:
 
     def task_fingerprint(self, task: str, split: str = "test") -> str:
         """Digest of what determines one task's numbers: the identity, its classifier, its images. Results name it."""
-        about = self.manifest["tasks"][task]
-        return fingerprint([self.identity, about["classifier"], about["splits"][split]])
+        if (task, split) not in self._fingerprints:
+            about = self.manifest["tasks"][task]
+            digest = fingerprint([self.identity, about["classifier"], about["splits"][split]])
+            self._fingerprints[task, split] = digest
+        return self._fingerprints[task, split]
 
     @property
     def dim(self) -> int:

@@ -1,7 +1,4 @@
-"""The fit: tensors in, frozen heads out. No files, no labels, no printing.
-
-Heads of equal settings are trained as one stack of K: their losses are summed and Adam works entry by entry, so each
-head takes exactly the steps that it would take alone.
+"""The optimiser loop: tensors in, fitted heads out. No files, no labels, no printing.
 
 Randomness comes from one stream for each (task, seed): the order of the rows and the noise. It is drawn on the CPU in
 blocks of `BLOCK` steps, whatever the device. It depends on the batch size, and on no other setting or head.
@@ -11,41 +8,77 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from probsurgery.pipeline.config import HeadSettings, ProbSettings, RidgeSettings, SurgerySettings, head_kind
+from probsurgery.pipeline.config import HeadSettings, RidgeSettings, head_kind
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
-from probsurgery.pipeline.heads import (
-    HEADS,
-    Params,
-    parameter_count,
-    prob_distribution,
-    stack_params,
-    surgery_correction,
-)
-from probsurgery.pipeline.objectives import distance, kl_divergence, sample_correction
+from probsurgery.pipeline.heads import HEADS, Params
+from probsurgery.pipeline.ridge import solve_ridge
+from probsurgery.pipeline.step import Stack
 
 BLOCK = 64
-SMALL = 2**23
-"""Multiplications in a step's forward pass below which a stack is trained on one thread."""
-PENALTIES = tuple(10.0 ** (exponent / 2) for exponent in range(-12, 5))
-"""Ridge penalties to choose from, relative to the mean eigenvalue of the features' covariance."""
+NOTED = 8
+"""The loss is noted in every so many steps: it is not needed for the gradients, and costs up to a quarter of a step."""
+Batch = tuple[Float[Tensor, "K B d"], Float[Tensor, "K B d"], Float[Tensor, "S K B d"] | None]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a head is fitted on: a task's merged and expert features, both (N, d), which the fit checks. No labels."""
+    """What a head is fitted on: a task's merged and expert features, both (N, d). No labels."""
 
     task: str
     merged: Tensor
     expert: Tensor
+    seen: Tensor | None = None
+    """Numbers of the rows that the fit may see; None: all."""
+    files: tuple[Path, Path] | None = None
+    """Where both lie as .npy files. With them, rows are pickled as paths, and mapped into memory when unpickled."""
+
+    def __len__(self) -> int:
+        return len(self.merged if self.seen is None else self.seen)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | ({"merged": None, "expert": None} if self.files else {})
+
+    def __setstate__(self, state: dict) -> None:
+        if state["files"]:
+            state |= {name: mapped(file) for name, file in zip(("merged", "expert"), state["files"], strict=True)}
+        self.__dict__.update(state)
+
+    def spilled(self, folder: Path) -> Rows:
+        """The same rows, on disk: their features are written to `folder`, and held by no process's own memory."""
+        files = (folder / f"{self.task}.merged.npy", folder / f"{self.task}.expert.npy")
+        for file, values in zip(files, (self.merged, self.expert), strict=True):
+            np.save(file, values.numpy())
+        return replace(self, merged=mapped(files[0]), expert=mapped(files[1]), files=files)
+
+    def check(self) -> None:
+        """Raise `InputError` unless both are finite and of one shape, with rows in them."""
+        if self.merged.shape != self.expert.shape or self.merged.ndim != 2:
+            raise InputError(
+                f"task {self.task}: merged features have shape {tuple(self.merged.shape)}, expert features "
+                f"{tuple(self.expert.shape)}; both must be (N, d)"
+            )
+        if not len(self):
+            raise InputError(f"task {self.task} has no rows to fit")
+        for kind, values in (("merged", self.merged), ("expert", self.expert)):
+            bad = (~values.isfinite()).any(-1).nonzero()
+            if len(bad):
+                raise InputError(f"{kind} features of task {self.task} are NaN or infinite in row {bad[0].item()}")
+
+
+def mapped(file: Path) -> Tensor:
+    """An array on disk as a tensor, read when it is used; writing to it would not reach the file."""
+    return torch.from_numpy(np.load(file, mmap_mode="c"))
 
 
 @dataclass(frozen=True)
@@ -56,6 +89,16 @@ class Job:
     settings: HeadSettings
     seed: int = 0
 
+    @property
+    def stream(self) -> str:
+        """What its starting weights are drawn for."""
+        return self.rows[0].task if len(self.rows) == 1 else "shared " + "+".join(rows.task for rows in self.rows)
+
+    @property
+    def head_steps(self) -> int:
+        """Updates that it takes; a shared head takes its steps for each task."""
+        return 0 if isinstance(self.settings, RidgeSettings) else self.settings.steps * len(self.rows)
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -63,11 +106,16 @@ class Fitted:
 
     params: Params
     curve: list[tuple[int, float]] = field(default_factory=list)
-    """(step, mean loss since the last entry)."""
+    """(step, mean loss since the last entry), from every `NOTED`-th step."""
     penalty: float | None = None
     """Ridge: the penalty that was used."""
-    threads: int = field(default_factory=torch.get_num_threads)
-    """CPU threads of the fit."""
+    seconds: float = 0.0
+    """Its share of the time that its stack took."""
+
+
+Outcome = Fitted | ProbsurgeryError
+Progress = Callable[[int], None]
+"""Told how many head-steps have just been done."""
 
 
 def generator(task: str, seed: int, purpose: str) -> torch.Generator:
@@ -97,173 +145,160 @@ class Stream:
         self._left = flat[wanted:]
         return flat[:wanted].view(BLOCK, self.batch_size)
 
-    def noise(self) -> Float[Tensor, "BLOCK S B d"]:
+    def noise(self, out: Tensor | None = None) -> Float[Tensor, "S BLOCK B d"]:
         """Standard normal noise of the next `BLOCK` steps; the first sample does not depend on how many there are."""
-        shape = (BLOCK, self.batch_size, self.dim)
-        return torch.stack([torch.randn(shape, generator=g) for g in self._noise], dim=1)
+        out = torch.empty(len(self._noise), BLOCK, self.batch_size, self.dim) if out is None else out
+        for sample, its_generator in zip(out, self._noise, strict=True):
+            sample.normal_(generator=its_generator)
+        return out
 
 
-def training_loss(
-    settings: HeadSettings,
-    params: Params,
-    z: Float[Tensor, "K B d"],
-    expert: Float[Tensor, "K B d"],
-    noise: Float[Tensor, "S K B d"] | None,
-) -> Float[Tensor, " K"]:
-    """What each head of a stack minimises in one step.
+class Feed:
+    """The batches of a stack's heads, a block at a time. Heads of the same rows and seed share a stream.
 
-    Surgery: the distance of ``z - W_up relu(W_down z)`` to the expert. ProbSurgery: the same with sampled
-    corrections, plus ``kl_weight`` times the KL divergence.
+    Buffers are (U, T, ...) for U streams of T tasks each, and are filled anew for each block.
     """
-    if isinstance(settings, SurgerySettings):
-        return distance(z - surgery_correction(params, z), expert, settings.loss)
-    mu, log_var = prob_distribution(params, z)
-    corrected = z - sample_correction(mu, log_var, noise)
-    return distance(corrected, expert, settings.loss) + settings.kl_weight * kl_divergence(mu, log_var)
+
+    def __init__(self, jobs: Sequence[Job], device: torch.device) -> None:
+        settings, dim, tasks = jobs[0].settings, jobs[0].rows[0].merged.shape[1], len(jobs[0].rows)
+        keys = [(*map(id, job.rows), job.seed) for job in jobs]
+        unique = list(dict.fromkeys(keys))
+        self._which = None
+        if len(unique) < len(jobs):
+            self._which = torch.tensor([unique.index(key) for key in keys], device=device)
+        firsts = [jobs[keys.index(key)] for key in unique]
+        batch, samples = settings.batch_size, getattr(settings, "samples", 0)
+        self._streams = [[Stream(r.task, j.seed, len(r), batch, dim, samples) for r in j.rows] for j in firsts]
+        # Each task's features once on the device, however many streams take from them.
+        there = {id(v): v.to(device) for j in firsts for r in j.rows for v in (r.merged, r.expert)}
+        self._sources = [[(r.seen, there[id(r.merged)], there[id(r.expert)]) for r in j.rows] for j in firsts]
+        shape = (len(unique), tasks, BLOCK, batch, dim)
+        self._z, self._expert = (torch.empty(shape, device=device) for _ in range(2))
+        self._noise = torch.empty(*shape[:2], samples, *shape[2:], device=device)
+        self._device = device
+        # Views of the buffers are made once: each takes as long as a small operation. Tasks are taken in turn.
+        self._batches: list[Batch] = [
+            (self._z[:, t, b], self._expert[:, t, b], self._noise[:, t, :, b].transpose(0, 1) if samples else None)
+            for b in range(BLOCK)
+            for t in range(tasks)
+        ]
+        if device.type == "cuda":
+            # The next block is drawn while the device works on this one.
+            self._threads = ThreadPoolExecutor()
+            self._host = [torch.empty(self._noise.shape, pin_memory=True) for _ in range(2)]
+            self._ahead = self._draw_on_threads()
+
+    def fill(self) -> None:
+        """Go on to the next block."""
+        for u, sources in enumerate(self._sources):
+            for t, (seen, merged, expert) in enumerate(sources):
+                picked = self._streams[u][t].batches().flatten()
+                picked = (picked if seen is None else seen[picked]).to(self._device)
+                for out, values in ((self._z, merged), (self._expert, expert)):
+                    torch.index_select(values, 0, picked, out=out[u, t].view(-1, values.shape[1]))
+        if self._device.type == "cuda":
+            for drawn in self._ahead:
+                drawn.result()
+            self._noise.copy_(self._host[0], non_blocking=True)
+            self._host.reverse()
+            self._ahead = self._draw_on_threads()
+        else:
+            for u, t in np.ndindex(self._noise.shape[:2]):
+                self._streams[u][t].noise(self._noise[u, t])
+
+    def _draw_on_threads(self) -> list:
+        noise = self._host[0]
+        pairs = np.ndindex(noise.shape[:2])
+        return [self._threads.submit(self._streams[u][t].noise, noise[u, t]) for u, t in pairs]
+
+    def batch(self, update: int) -> Batch:
+        """What each head takes in one update of the block: the buffers' own memory where every head has a stream."""
+        z, expert, noise = self._batches[update]
+        if self._which is None:
+            return z, expert, noise
+        return tuple(v if v is None else v.index_select(-3, self._which) for v in (z, expert, noise))
 
 
-def fit_heads(
+class _Graphed:
+    """A stack's step as a CUDA graph, which reads each batch from buffers that stay where they are."""
+
+    WARM_UP = 3
+
+    def __init__(self, stack: Stack) -> None:
+        self._stack, self._done = stack, 0
+        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        self._batch: Batch | None = None
+
+    def step(self, z: Tensor, expert: Tensor, noise: Tensor | None, note_loss: bool) -> None:
+        if self._batch is None:
+            self._batch = tuple(values if values is None else values.clone() for values in (z, expert, noise))
+        for there, values in zip(self._batch, (z, expert, noise), strict=True):
+            if there is not None:
+                there.copy_(values)
+        self._done += 1
+        if self._done <= self.WARM_UP:
+            self._stack.step(*self._batch, note_loss)
+            return
+        if note_loss not in self._graphs:
+            # Capturing runs nothing: the steps taken so far stand, and the replay below takes this one.
+            self._graphs[note_loss] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graphs[note_loss]):
+                self._stack.step(*self._batch, note_loss)
+        self._graphs[note_loss].replay()
+
+
+@torch.no_grad()
+def train_stack(
     jobs: Sequence[Job],
     device: torch.device | str = "cpu",
-    progress: Callable[[int], None] = lambda head_steps: None,
-) -> list[Fitted]:
-    """Fit every job; results come in the order of the jobs. `progress` is told how many head-steps have just been done.
+    *,
+    graph: bool = False,
+    progress: Progress = lambda head_steps: None,
+) -> list[Outcome]:
+    """Train K heads as one stack: their settings may differ in the KL weight alone, and each has as many tasks.
 
-    Raises `InputError` if features do not fit together, and `ProbsurgeryError` if a loss stops being finite.
+    A head whose loss stops being finite becomes an error in the list; it does not touch the others.
     """
-    fitted: dict[int, Fitted] = {}
-    stacks = defaultdict(list)
-    for index, job in enumerate(jobs):
-        _check(job)
-        if isinstance(job.settings, RidgeSettings):
-            fitted[index] = solve_ridge(job, device)
-        else:
-            stacks[job.settings, len(job.rows), job.rows[0].merged.shape[1]].append(index)
-    for indices in stacks.values():
-        stack = [jobs[i] for i in indices]
-        with _threads_for(stack):
-            fitted |= dict(zip(indices, _train_stack(stack, torch.device(device), progress), strict=True))
-    return [fitted[index] for index in range(len(jobs))]
-
-
-@contextmanager
-def _threads_for(jobs: Sequence[Job]) -> Iterator[None]:
-    """One thread for a small stack: a second gains nothing there, and waits for its core on a busy machine."""
-    before, settings = torch.get_num_threads(), jobs[0].settings
-    work = len(jobs) * settings.batch_size * parameter_count(settings, jobs[0].rows[0].merged.shape[1])
-    try:
-        torch.set_num_threads(1 if work < SMALL else before)
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def head_steps(job: Job) -> int:
-    """Updates that a job takes; a shared head takes its steps for each task."""
-    return 0 if isinstance(job.settings, RidgeSettings) else job.settings.steps * len(job.rows)
-
-
-def _check(job: Job) -> None:
-    for rows in job.rows:
-        if rows.merged.shape != rows.expert.shape or rows.merged.ndim != 2:
-            raise InputError(
-                f"task {rows.task}: merged features have shape {tuple(rows.merged.shape)}, expert features "
-                f"{tuple(rows.expert.shape)}; both must be (N, d)"
-            )
-        if not len(rows.merged):
-            raise InputError(f"task {rows.task} has no rows to fit")
-        for kind, values in (("merged", rows.merged), ("expert", rows.expert)):
-            bad = (~values.isfinite()).any(-1).nonzero()
-            if len(bad):
-                raise InputError(f"{kind} features of task {rows.task} are NaN or infinite in row {bad[0].item()}")
-
-
-def _train_stack(jobs: Sequence[Job], device: torch.device, progress: Callable[[int], None]) -> list[Fitted]:
-    """Train K heads of equal settings, each on as many tasks, as one stack."""
-    settings, tasks = jobs[0].settings, len(jobs[0].rows)
-    kind, dim = HEADS[head_kind(settings)], jobs[0].rows[0].merged.shape[1]
-    samples = settings.samples if isinstance(settings, ProbSettings) else 0
-    starts = [kind.init(settings, dim, generator(_stream_name(job), job.seed, "init")) for job in jobs]
-    params = stack_params([{n: t.unsqueeze(0) for n, t in start.items()} for start in starts])
-    params = {name: tensor.to(device).requires_grad_() for name, tensor in params.items()}
-    optimizer = torch.optim.Adam(params.values(), lr=settings.lr, betas=(0.9, 0.999), fused=True)
-    streams = [
-        [Stream(r.task, job.seed, len(r.merged), settings.batch_size, dim, samples) for r in job.rows] for job in jobs
-    ]
+    begun = time.perf_counter()
+    if isinstance(jobs[0].settings, RidgeSettings):
+        return [_solve(job, device) for job in jobs]
+    settings, dim, tasks = jobs[0].settings, jobs[0].rows[0].merged.shape[1], len(jobs[0].rows)
+    device = torch.device(device)
+    init = HEADS[head_kind(settings)].init
+    starts = [init(job.settings, dim, generator(job.stream, job.seed, "init")) for job in jobs]
+    stack = Stack([job.settings for job in jobs], starts, device)
+    advance = _Graphed(stack).step if graph else stack.step
+    feed = Feed(jobs, device)
     curves: list[list[tuple[int, float]]] = [[] for _ in jobs]
-    total = settings.steps * tasks
-    done = 0
-    while done < total:
-        z, expert, noise = _next_block(jobs, streams, samples, device)
-        updates = min(len(z), total - done)
-        sums = torch.zeros(len(jobs), device=device)
-        for step in range(updates):
-            optimizer.zero_grad()
-            losses = training_loss(settings, params, z[step], expert[step], noise[step] if samples else None)
-            losses.sum().backward()
-            optimizer.step()
-            sums += losses.detach()
+    failed: dict[int, ProbsurgeryError] = {}
+    total, done = settings.steps * tasks, 0
+    while done < total and len(failed) < len(jobs):
+        feed.fill()
+        updates = min(BLOCK * tasks, total - done)
+        stack.loss_sums.zero_()
+        for update in range(updates):
+            advance(*feed.batch(update), update % NOTED == 0)
         done += updates
-        for job, curve, mean in zip(jobs, curves, (sums / updates).tolist(), strict=True):
-            if not math.isfinite(mean):
-                raise ProbsurgeryError(
-                    f"the loss of the head for {_stream_name(job)} is {mean} by step {done}; lower --lr or --kl-weight"
-                )
-            curve.append((done, mean))
+        means = (stack.loss_sums / math.ceil(updates / NOTED)).tolist()
+        for k, mean in enumerate(means):
+            if not math.isfinite(mean) and k not in failed:
+                failed[k] = ProbsurgeryError(f"the loss is {mean} by step {done}; lower --lr or --kl-weight")
+            curves[k].append((done, mean))
         progress(updates * len(jobs))
-    return [
-        Fitted({name: tensor.detach()[k : k + 1].cpu().clone() for name, tensor in params.items()}, curve)
-        for k, curve in enumerate(curves)
-    ]
+    seconds = (time.perf_counter() - begun) / len(jobs)
+    fitted = [Fitted(stack.params(k), curve, seconds=seconds) for k, curve in enumerate(curves)]
+    for k, one in enumerate(fitted):
+        if k not in failed and not all(tensor.isfinite().all() for tensor in one.params.values()):
+            failed[k] = ProbsurgeryError("weights are no numbers any more; lower --lr or --kl-weight")
+    return [failed.get(k, one) for k, one in enumerate(fitted)]
 
 
-def _stream_name(job: Job) -> str:
-    return job.rows[0].task if len(job.rows) == 1 else "shared " + "+".join(rows.task for rows in job.rows)
-
-
-def _next_block(
-    jobs: Sequence[Job], streams: list[list[Stream]], samples: int, device: torch.device
-) -> tuple[Float[Tensor, "U K B d"], Float[Tensor, "U K B d"], Float[Tensor, "U S K B d"] | None]:
-    """The rows and the noise of the next U = BLOCK * tasks updates; a shared head takes its tasks in turn."""
-    merged, expert, noise = [], [], []
-    for job, its_streams in zip(jobs, streams, strict=True):
-        batches = [stream.batches() for stream in its_streams]
-        for out, source in ((merged, "merged"), (expert, "expert")):
-            turns = [getattr(rows, source)[b] for rows, b in zip(job.rows, batches, strict=True)]
-            out.append(torch.stack(turns, dim=1).flatten(0, 1))
-        if samples:
-            noise.append(torch.stack([stream.noise() for stream in its_streams], dim=1).flatten(0, 1))
-    stacked = (torch.stack(merged, dim=1), torch.stack(expert, dim=1), torch.stack(noise, dim=2) if samples else None)
-    return tuple(tensor if tensor is None else tensor.to(device) for tensor in stacked)
-
-
-def solve_ridge(job: Job, device: torch.device | str = "cpu") -> Fitted:
-    """Ridge regression from merged to expert features, ``W z + b``, in float64 and closed form.
-
-    Minimises ``sum |W z + b - z_expert|^2 + N * penalty * s * |W|^2``, the bias not penalised, where s is the mean
-    eigenvalue of the merged features' covariance. Without a given penalty, the one of `PENALTIES` with the least
-    leave-one-out squared error is taken: exact, from the hat matrix, and without labels.
-    """
+def _solve(job: Job, device: torch.device | str) -> Outcome:
+    begun = time.perf_counter()
     (rows,) = job.rows
-    x, y = (values.to(device, torch.float64) for values in (rows.merged, rows.expert))
-    x_mean, y_mean = x.mean(0), y.mean(0)
-    x, y = x - x_mean, y - y_mean
-    eigenvalues, vectors = torch.linalg.eigh(x.T @ x)
-    eigenvalues = eigenvalues.clamp(min=0)
-    unit = max(eigenvalues.mean().item(), torch.finfo(torch.float64).tiny)
-    projected = x @ vectors
-    target = projected.T @ y
-
-    def leave_one_out(penalty: float) -> float:
-        shrink = 1 / (eigenvalues + penalty * unit)
-        residual = y - projected @ (shrink[:, None] * target)
-        leverage = (projected.square() * shrink).sum(1) + 1 / len(x)
-        error = (residual / (1 - leverage)[:, None]).square().mean().item()
-        return error if math.isfinite(error) else math.inf
-
-    penalty = job.settings.penalty if job.settings.penalty is not None else min(PENALTIES, key=leave_one_out)
-    weight = (vectors @ (target / (eigenvalues + penalty * unit)[:, None])).T
-    bias = y_mean - weight @ x_mean
-    if not (weight.isfinite().all() and bias.isfinite().all()):
-        raise ProbsurgeryError(f"ridge regression of task {rows.task} has no finite solution; raise --penalty")
-    return Fitted({"weight": weight.float().cpu()[None], "bias": bias.float().cpu()[None]}, penalty=penalty)
+    merged, expert = (v if rows.seen is None else v[rows.seen] for v in (rows.merged, rows.expert))
+    try:
+        params, penalty = solve_ridge(merged, expert, job.settings.penalty, device)
+    except ProbsurgeryError as error:
+        return error
+    return Fitted(params, penalty=penalty, seconds=time.perf_counter() - begun)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from jaxtyping import install_import_hook
 
-install_import_hook(
-    [f"probsurgery.pipeline.{module}" for module in ("heads", "objectives", "metrics", "train")], "beartype.beartype"
-)
+CHECKED = ("heads", "objectives", "metrics", "ridge", "step", "train")
+install_import_hook([f"probsurgery.pipeline.{module}" for module in CHECKED], "beartype.beartype")
 
 import numpy as np
 import pytest

@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 from probsurgery.pipeline import fit as fit_module
 from probsurgery.pipeline.config import FitConfig, ProbSettings, RidgeSettings, SurgerySettings
 from probsurgery.pipeline.errors import InputError
-from probsurgery.pipeline.fit import fit, read_results
+from probsurgery.pipeline.fit import fit
 from probsurgery.pipeline.heads import load_head
 from probsurgery.pipeline.metrics import accuracy, representation_bias
 from probsurgery.pipeline.report import report
+from probsurgery.pipeline.results import read_results
 from probsurgery.pipeline.store import Cache, write_manifest
 from support import identity, opened, write_cache
 
@@ -147,14 +148,14 @@ def test_a_garbled_head_is_refused(small_cache, garbled):
 
 
 def test_of_two_equal_fits_at_once_one_finds_the_others_head(small_cache, tmp_path, monkeypatch):
-    real = fit_module.fit_heads
+    real = fit_module.execute
 
-    def meanwhile(jobs, device, progress):
-        monkeypatch.setattr(fit_module, "fit_heads", real)
+    def meanwhile(*arguments):
+        monkeypatch.setattr(fit_module, "execute", real)
         fit(FitConfig(small_cache.path, PROB))
-        return real(jobs, device, progress)
+        return real(*arguments)
 
-    monkeypatch.setattr(fit_module, "fit_heads", meanwhile)
+    monkeypatch.setattr(fit_module, "execute", meanwhile)
     assert fit(FitConfig(small_cache.path, PROB)).repeated
     assert len(read_results(small_cache.path)) == 2
     assert [p.name for p in (small_cache.path / "heads").iterdir()] == ["prob-h8-steps60"]

@@ -77,14 +77,27 @@ def test_protocols_have_tables_of_their_own_and_partial_heads_no_average(small_c
     assert partial.label not in transductive.won_back
 
 
-def test_equal_labels_are_told_apart_by_the_heads_name(small_cache):
-    fit(FitConfig(small_cache.path, PROB))
-    fit(FitConfig(small_cache.path, ProbSettings(hidden=8, steps=60, kl_weight=0.5)))
-    (one,) = report(small_cache.path)
+def test_labels_tell_settings_apart_and_the_heads_name_does_where_they_do_not(tmp_path):
+    path = write_cache(tmp_path / "cache", {"a": 60, "b": 40, "c": 20})
+    fit(FitConfig(path, PROB))
+    fit(FitConfig(path, ProbSettings(hidden=8, steps=60, kl_weight=0.5, loss="mse"), seed=1))
+    for tasks in (("a", "b"), ("b", "c")):
+        fit(FitConfig(path, PROB, tasks=tasks, shared=True))
+    (one,) = report(path)
     assert [line.label for line in one.accuracy[3:]] == [
-        "+ ProbSurgery (h=8, 60 steps) [prob-h8-steps60]",
-        "+ ProbSurgery (h=8, 60 steps) [prob-h8-steps60-kl0.5]",
+        "+ ProbSurgery (h=8, 60 steps)",
+        "+ ProbSurgery (h=8, 60 steps, loss=mse, kl-weight=0.5, seed 1)",
+        "+ ProbSurgery (h=8, 60 steps, shared) [prob-h8-steps60-shared-a+b]",
+        "+ ProbSurgery (h=8, 60 steps, shared) [prob-h8-steps60-shared-b+c]",
     ]
+
+
+def test_heads_of_one_setting_are_one_line_whatever_they_are_called(small_cache):
+    for task in ("a", "b"):
+        fit(FitConfig(small_cache.path, PROB, tasks=(task,)))
+    (one,) = report(small_cache.path)
+    assert [line.label for line in one.accuracy[3:]] == ["+ ProbSurgery (h=8, 60 steps)"]
+    assert one.accuracy[3].mean is not None
 
 
 def test_results_of_another_identity_are_left_out(small_cache):

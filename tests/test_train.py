@@ -10,7 +10,8 @@ from torch import nn
 from probsurgery.pipeline.config import LOSSES, ProbSettings, RidgeSettings, SurgerySettings
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
 from probsurgery.pipeline.heads import HEADS
-from probsurgery.pipeline.train import BLOCK, Job, Rows, Stream, fit_heads, generator
+from probsurgery.pipeline.schedule import fit_heads
+from probsurgery.pipeline.train import BLOCK, Job, Rows, Stream, generator
 
 DIM = 24
 
@@ -65,7 +66,7 @@ def plain_loop(job):
         for step in range(min(BLOCK, job.settings.steps - done)):
             for data, order, noise in zip(job.rows, orders, noises, strict=True):
                 picked = order[step]
-                drawn = noise[step] if samples else None
+                drawn = noise[:, step] if samples else None
                 optimizer.zero_grad()
                 head.loss(job.settings, data.merged[picked], data.expert[picked], drawn).backward()
                 optimizer.step()
@@ -73,10 +74,14 @@ def plain_loop(job):
     return {n: p.detach() for n, p in ((n.removesuffix(".weight"), p) for n, p in head.named_parameters())}
 
 
+def assert_same(params, weights, atol=1e-5):
+    for name, weight in weights.items():
+        assert torch.allclose(params[name][0], weight, atol=atol, rtol=0), name
+
+
 def assert_parity(jobs):
     for job, fitted in zip(jobs, fit_heads(jobs), strict=True):
-        for name, weight in plain_loop(job).items():
-            assert torch.allclose(fitted.params[name][0], weight, atol=1e-5, rtol=0), name
+        assert_same(fitted.params, plain_loop(job))
 
 
 @pytest.mark.parametrize("settings", [SurgerySettings(steps=250), ProbSettings(steps=250, hidden=32)])
@@ -103,44 +108,11 @@ def test_parity_has_a_negative_control():
     assert not torch.allclose(fitted, plain_loop(other)["mu"], atol=1e-5, rtol=0)
 
 
-def test_at_many_steps_the_plain_loop_ends_at_the_same_loss():
-    data = rows("a", 300)
-    job = Job((data,), SurgerySettings(steps=2_000, rank=8))
-    ours = fit_heads([job])[0].params
-    plain = plain_loop(job)
-
-    def bias(down, up):
-        return (data.merged - torch.relu(data.merged @ down.T) @ up.T - data.expert).abs().mean().item()
-
-    start = (data.merged - data.expert).abs().mean().item()
-    assert bias(ours["down"][0], ours["up"][0]) < 0.8 * start
-    assert bias(ours["down"][0], ours["up"][0]) == pytest.approx(bias(plain["down"], plain["up"]), rel=0.01)
-
-
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not():
     jobs = [Job((rows("a", 50),), ProbSettings(steps=70, hidden=8), seed) for seed in (0, 0, 1)]
     first, second, other = (fit_heads([job])[0].params for job in jobs)
     assert all(first[n].numpy().tobytes() == second[n].numpy().tobytes() for n in first)
     assert not torch.equal(first["hidden"], other["hidden"])
-
-
-def test_what_else_is_trained_changes_a_head_by_float_noise_at_most():
-    job = Job((rows("a", 50),), ProbSettings(steps=128, hidden=8))
-    others = [Job((rows("b", 70, 1),), job.settings), Job((rows("a", 50),), SurgerySettings(steps=10))]
-    alone, among = fit_heads([job])[0].params, fit_heads([*others, job])[2].params
-    assert all(torch.allclose(alone[n], among[n], atol=1e-5) for n in alone)
-
-
-def test_a_small_stack_takes_one_thread_and_gives_the_others_back():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        small = Job((rows("a", 50),), ProbSettings(steps=1, hidden=8))
-        large = Job(small.rows, ProbSettings(steps=1, hidden=4_096, batch_size=64))
-        assert [fit_heads([job])[0].threads for job in (small, large)] == [1, 2]
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_fewer_rows_than_a_batch_fill_it_from_the_next_permutation():
@@ -154,8 +126,8 @@ def test_order_carries_over_from_block_to_block_and_noise_is_shared_by_settings(
     taken = torch.cat([stream.batches().flatten() for _ in range(3)])
     assert sorted(taken[:1_000].tolist()) == list(range(1_000))
     one, five = (Stream("a", 0, 10, 4, 3, samples).noise() for samples in (1, 5))
-    assert torch.equal(one[:, 0], five[:, 0])
-    assert not torch.equal(five[:, 0], five[:, 1])
+    assert torch.equal(one[0], five[0])
+    assert not torch.equal(five[0], five[1])
     assert not torch.equal(one, Stream("b", 0, 10, 4, 3, 1).noise())
     assert not torch.equal(one, Stream("a", 1, 10, 4, 3, 1).noise())
 
@@ -213,12 +185,5 @@ def test_bad_rows_are_refused_by_task_and_row():
 
 
 def test_a_loss_that_leaves_the_numbers_is_an_error_and_no_head():
-    with pytest.raises(ProbsurgeryError, match="the loss of the head for a is"):
+    with pytest.raises(ProbsurgeryError, match="the head for a: the loss is"):
         fit_heads([Job((rows("a", 20),), ProbSettings(lr=10.0, steps=500, kl_weight=1e6))])
-
-
-@pytest.mark.gpu
-def test_cuda_agrees_with_the_cpu():
-    job = Job((rows("a", 200),), ProbSettings(steps=250, hidden=32))
-    cpu, cuda = (fit_heads([job], device)[0].params for device in ("cpu", "cuda"))
-    assert all(torch.allclose(cpu[n], cuda[n], atol=1e-4) for n in cpu)
