@@ -1,7 +1,8 @@
 """probsurgery: representation surgery for merged CLIP encoders.
 
 Stage one, `extract`, writes the features of the merged and the individual encoders to a cache. Stage two, `fit`,
-trains heads on the cache. `report` says what they won back. The command `probsurgery` does the same.
+trains heads on the cache, and `sweep` many of them. `report` says what they won back. The command `probsurgery` does
+the same.
 
     cache = probsurgery.open_cache("cache/mini_ta")
     head = probsurgery.load_head("cache/mini_ta/heads/prob-h128")
@@ -14,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from probsurgery.pipeline.config import ExtractConfig, FitConfig, head_settings
+    from probsurgery.pipeline.config import ExtractConfig, FitConfig, SweepConfig, head_settings
     from probsurgery.pipeline.errors import ProbsurgeryError
     from probsurgery.pipeline.extract import extract
     from probsurgery.pipeline.fit import fit
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from probsurgery.pipeline.metrics import accuracy, representation_bias
     from probsurgery.pipeline.report import report
     from probsurgery.pipeline.store import Cache as open_cache
+    from probsurgery.pipeline.sweep import sweep
 
 __version__ = "0.1.0"
 
@@ -32,6 +34,7 @@ _HOMES = {
     "FitConfig": ("config", "FitConfig"),
     "Head": ("heads", "Head"),
     "ProbsurgeryError": ("errors", "ProbsurgeryError"),
+    "SweepConfig": ("config", "SweepConfig"),
     "accuracy": ("metrics", "accuracy"),
     "extract": ("extract", "extract"),
     "fit": ("fit", "fit"),
@@ -41,6 +44,7 @@ _HOMES = {
     "open_cache": ("store", "Cache"),
     "report": ("report", "report"),
     "representation_bias": ("metrics", "representation_bias"),
+    "sweep": ("sweep", "sweep"),
 }
 
 __all__ = [
@@ -48,6 +52,7 @@ __all__ = [
     "FitConfig",
     "Head",
     "ProbsurgeryError",
+    "SweepConfig",
     "accuracy",
     "extract",
     "fit",
@@ -57,6 +62,7 @@ __all__ = [
     "open_cache",
     "report",
     "representation_bias",
+    "sweep",
 ]
 
 

@@ -25,12 +25,14 @@ from probsurgery.pipeline.config import (
     FitConfig,
     ProbSettings,
     SurgerySettings,
+    SweepConfig,
     head_settings,
 )
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
 
 if TYPE_CHECKING:
     from probsurgery.pipeline.report import Line, Report
+    from probsurgery.pipeline.sweep import Spread, SweepResult
 
 app = typer.Typer(
     help="Representation surgery for merged CLIP encoders: extract features once, fit heads in seconds.",
@@ -44,14 +46,38 @@ app.add_typer(cache_app, name="cache")
 
 _E = ExtractConfig(arch="mini")
 _F = FitConfig(cache=Path())
+_S = SweepConfig(cache=Path())
 _JSON = typer.Option("--json", help="Print a machine-readable result on standard output.")
 _CACHE = typer.Option("--cache", help="Folder of the cache, such as cache/mini_ta.")
 _CACHE_ARGUMENT = typer.Argument(metavar="CACHE", help="Folder of the cache.")
+# Options of both `fit` and `sweep`.
+_SHARED = typer.Option("--shared", help="One head for all tasks.")
+_HOLDOUT = typer.Option(help="Share of the test rows kept from the fit to evaluate on.")
+_FIT_SPLIT = typer.Option(help="Fit on test (the papers' protocol) or train images.")
+_TASKS = typer.Option(help="Tasks to fit, a,b,... [all in the cache]")
+_DEVICE = typer.Option(help="auto, cpu, cuda or cuda:N.")
+_WORKERS = typer.Option(help="Processes that train on a CPU; 0: this one. [by the amount of work]")
+_TF32 = typer.Option("--tf32", help="Multiply in TF32 on CUDA: faster, less exact.")
+_RESULTS = typer.Option(help="Keep heads and results here. [in the cache]")
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:
     """A comma list as a tuple; an empty one is kept, for the stage to refuse by name."""
     return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _numbers(option: str, text: str | None, kind: type) -> tuple | None:
+    """A comma list of whole numbers or of numbers; None if the option was not given."""
+    if text is None:
+        return None
+    numbers = []
+    for part in _names(text):
+        try:
+            numbers.append(kind(part))
+        except ValueError:
+            what = "whole numbers" if kind is int else "numbers"
+            raise InputError(f"{option} has {part[:80]!r}; it takes {what}, separated by commas") from None
+    return tuple(numbers)
 
 
 @app.command("extract")
@@ -134,17 +160,17 @@ def fit_command(
     lr: Annotated[float | None, typer.Option(help=f"Adam's learning rate. [{ProbSettings.lr:g}]")] = None,
     loss: Annotated[str | None, typer.Option(help=f"{', '.join(LOSSES)}. [{ProbSettings.loss}]")] = None,
     penalty: Annotated[float | None, typer.Option(help="ridge: penalty. [by leave-one-out, without labels]")] = None,
-    shared: Annotated[bool, typer.Option("--shared", help="One head for all tasks.")] = _F.shared,
+    shared: Annotated[bool, _SHARED] = _F.shared,
     fraction: Annotated[float, typer.Option(help="Share of the rows that the fit may see.")] = _F.fraction,
-    holdout: Annotated[
-        float, typer.Option(help="Share of the test rows kept from the fit to evaluate on.")
-    ] = _F.holdout,
-    fit_split: Annotated[str, typer.Option(help="Fit on test (the papers' protocol) or train images.")] = _F.fit_split,
+    holdout: Annotated[float, _HOLDOUT] = _F.holdout,
+    fit_split: Annotated[str, _FIT_SPLIT] = _F.fit_split,
     seed: Annotated[int, typer.Option(help="Seed of row order, noise and starting weights.")] = _F.seed,
-    tasks: Annotated[str | None, typer.Option(help="Tasks to fit, a,b,... [all in the cache]")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = _F.device,
+    tasks: Annotated[str | None, _TASKS] = None,
+    device: Annotated[str, _DEVICE] = _F.device,
+    workers: Annotated[int | None, _WORKERS] = _F.workers,
+    tf32: Annotated[bool, _TF32] = _F.tf32,
     name: Annotated[str | None, typer.Option(help="Name of the head's folder. [from the settings]")] = _F.name,
-    results: Annotated[Path | None, typer.Option(help="Keep heads and results here. [in the cache]")] = _F.results,
+    results: Annotated[Path | None, _RESULTS] = _F.results,
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
     """Stage two: fit a head for each task on the cached features."""
@@ -170,6 +196,8 @@ def fit_command(
         fit_split=fit_split,
         seed=seed,
         device=device,
+        workers=workers,
+        tf32=tf32,
         name=name,
         results=results,
     )
@@ -183,6 +211,75 @@ def fit_command(
     if result.repeated:
         _note(f"{result.path} is there already, with the same settings; nothing to do")
     _print_fit(result.path, result.rows)
+
+
+@app.command("sweep")
+def sweep_command(
+    cache: Annotated[Path, _CACHE],
+    head: Annotated[str, typer.Option(help="Kinds of head, a,b,...: " + ", ".join(HEAD_SETTINGS) + ".")] = "prob",
+    hidden: Annotated[str | None, typer.Option(help="prob: widths h, such as 32,64,128.")] = None,
+    rank: Annotated[str | None, typer.Option(help="surgery: ranks r.")] = None,
+    kl_weight: Annotated[str | None, typer.Option(help="prob: KL weights.")] = None,
+    samples: Annotated[str | None, typer.Option(help="prob: draws in a step.")] = None,
+    steps: Annotated[str | None, typer.Option(help="Updates for each task.")] = None,
+    batch_size: Annotated[str | None, typer.Option(help="Rows in a step.")] = None,
+    lr: Annotated[str | None, typer.Option(help="Adam's learning rates.")] = None,
+    loss: Annotated[str | None, typer.Option(help=f"Losses: {', '.join(LOSSES)}.")] = None,
+    penalty: Annotated[str | None, typer.Option(help="ridge: penalties.")] = None,
+    fraction: Annotated[str, typer.Option(help="Shares of the rows that the fit may see.")] = "1",
+    seed: Annotated[str, typer.Option(help="Seeds; figures are means and standard deviations over them.")] = "0",
+    shared: Annotated[bool, _SHARED] = _S.shared,
+    holdout: Annotated[float, _HOLDOUT] = _S.holdout,
+    fit_split: Annotated[str, _FIT_SPLIT] = _S.fit_split,
+    tasks: Annotated[str | None, _TASKS] = None,
+    device: Annotated[str, _DEVICE] = _S.device,
+    workers: Annotated[int | None, _WORKERS] = _S.workers,
+    tf32: Annotated[bool, _TF32] = _S.tf32,
+    results: Annotated[Path | None, _RESULTS] = _S.results,
+    keep_heads: Annotated[
+        bool, typer.Option("--keep-heads", help="Keep the heads too, and not their results alone.")
+    ] = _S.keep_heads,
+    as_json: Annotated[bool, _JSON] = False,
+) -> None:
+    """Stage two for every combination of comma-separated values; what was fitted before is not fitted again."""
+    given = {
+        "hidden": _numbers("--hidden", hidden, int),
+        "rank": _numbers("--rank", rank, int),
+        "kl_weight": _numbers("--kl-weight", kl_weight, float),
+        "samples": _numbers("--samples", samples, int),
+        "steps": _numbers("--steps", steps, int),
+        "batch_size": _numbers("--batch-size", batch_size, int),
+        "lr": _numbers("--lr", lr, float),
+        "loss": _names(loss),
+        "penalty": _numbers("--penalty", penalty, float),
+    }
+    config = SweepConfig(
+        cache=cache,
+        head=_names(head),
+        values={name: values for name, values in given.items() if values is not None},
+        fraction=_numbers("--fraction", fraction, float),
+        seed=_numbers("--seed", seed, int),
+        tasks=_names(tasks),
+        shared=shared,
+        holdout=holdout,
+        fit_split=fit_split,
+        device=device,
+        workers=workers,
+        tf32=tf32,
+        results=results,
+        keep_heads=keep_heads,
+    )
+    from probsurgery.pipeline.fit import failure_lines
+    from probsurgery.pipeline.sweep import sweep
+
+    with _progress("head-steps") as progress:
+        result = sweep(config, progress)
+    if as_json:
+        _print_json(asdict(result))
+    else:
+        _print_sweep(result)
+    if result.failures:
+        raise ProbsurgeryError("; ".join(failure_lines(result.failures)))
 
 
 @app.command("report")
@@ -326,7 +423,62 @@ def _print_fit(path: Path, rows: list[dict]) -> None:
     _console().print(table)
     took = cost(rows)
     heads = 1 if one["shared"] else len(rows)
-    print(f"{heads} head{'s' * (heads > 1)}, {took.parameters:,} parameters each, fitted in {took.seconds:.1f} s")
+    print(f"{heads} head{'s' * (heads > 1)}, {took.parameters:,} parameters each, {took.seconds:.1f} s of training")
+
+
+def _print_sweep(result: SweepResult) -> None:
+    console = _console()
+    tasks = result.tasks
+    over_seeds = any(line.seeds > 1 for line in result.lines)
+    what = "; mean and standard deviation over seeds" if over_seeds else ""
+    print(f"Accuracy in % ({result.cache}: {result.protocol}){what}")
+    table = _table(["", *tasks, "Avg", "bias"])
+    for kind, values in result.baselines.items():
+        average = sum(values.values()) / len(tasks) if len(values) == len(tasks) else None
+        figures = [*(values.get(task) for task in tasks), average]
+        table.add_row(kind, *("-" if value is None else f"{value:.1f}" for value in figures), "")
+    for line in result.lines:
+        figures = [*(line.accuracy.get(task) for task in tasks), line.average_accuracy]
+        bias = _spread(line.average_bias, ".4f")
+        table.add_row(_setting_label(line.setting), *(_spread(figure, ".1f") for figure in figures), bias)
+    console.print(table)
+    if len(result.varied) == 2:
+        for title, name, form in (("Average accuracy", "average_accuracy", ".1f"), ("Bias", "average_bias", ".4f")):
+            _print_grid(title, result, name, form)
+    there = result.heads - result.fitted - len(result.failures)
+    notes = [f"{result.fitted:,} of {result.heads:,} heads fitted in {result.seconds:.1f} s"]
+    notes += [f"{there:,} were there already"] if there else []
+    notes += [f"{len(result.failures):,} failed"] if result.failures else []
+    print(", ".join(notes))
+
+
+def _print_grid(title: str, result: SweepResult, figure: str, form: str) -> None:
+    """Two settings that vary: one down, one across."""
+    (down, rows), (across, columns) = result.varied.items()
+    found = {(line.setting.get(down), line.setting.get(across)): getattr(line, figure) for line in result.lines}
+    table = _table([f"{_option(down)} \\ {_option(across)}", *map(_value, columns)])
+    for row in rows:
+        table.add_row(_value(row), *(_spread(found.get((row, column)), form) for column in columns))
+    print(title)
+    _console().print(table)
+
+
+def _setting_label(setting: dict[str, object]) -> str:
+    return " ".join(f"{_option(name)} {_value(value)}" for name, value in setting.items()) or "with head"
+
+
+def _option(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _value(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _spread(figure: Spread | None, form: str) -> str:
+    if figure is None:
+        return "-"
+    return format(figure.mean, form) + ("" if figure.sd is None else f"±{figure.sd:{form}}")
 
 
 def _print_report(one: Report) -> None:
@@ -345,7 +497,7 @@ def _print_report(one: Report) -> None:
         won = one.won_back.get(label)
         won = "-" if won is None else f"{100 * won:.0f} %"
         table.add_row(label, won, f"{cost.parameters:,}", f"{cost.seconds:.1f}")
-    print("Heads: share of the average loss to the experts won back, parameters of each, seconds to fit all tasks")
+    print("Heads: share of the average loss to the experts won back, parameters of each, seconds of training in all")
     console.print(table)
 
 

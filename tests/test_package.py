@@ -24,16 +24,24 @@ FLOORS = {
     "heads": 1,
     "objectives": 1,
     "metrics": 1,
+    "results": 1,
     "mini": 1,
+    "ridge": 2,
+    "step": 2,
     "train": 2,
+    "workers": 2,
+    "schedule": 2,
     "merging": 2,
     "encoders": 2,
     "tasks": 2,
     "extract": 3,
     "fit": 3,
+    "sweep": 3,
     "report": 3,
 }
-WITHIN_A_FLOOR = {("config", "errors"), ("encoders", "tasks"), ("store", "backends"), ("report", "fit")}
+WITHIN_A_FLOOR = {("config", "errors"), ("encoders", "tasks"), ("store", "backends"), ("sweep", "fit")}
+WITHIN_A_FLOOR |= {("train", "ridge"), ("train", "step"), ("workers", "train")}
+WITHIN_A_FLOOR |= {("schedule", "train"), ("schedule", "workers")}
 
 
 def imported_modules(path):
@@ -142,7 +150,7 @@ def test_the_wheel_works_where_there_is_no_checkout(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", ["extract", "fit", "report", "cache info", "cache ls", "cache verify"])
+@pytest.mark.parametrize("command", ["extract", "fit", "sweep", "report", "cache info", "cache ls", "cache verify"])
 def test_the_readme_names_every_command_and_option(run, command):
     readme = (ROOT / "README.md").read_text()
     assert f"probsurgery {command}" in readme
