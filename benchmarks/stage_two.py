@@ -1,0 +1,210 @@
+"""How much faster is stage two than one autograd loop for each head, and than the public code's way?
+
+Trains heads on random features with the row counts of the eight tasks, and prints each time beside what the naive loop
+would take in the same run on the same machine:
+
+    python benchmarks/stage_two.py [--device auto] [--quick]
+
+The naive loop (nn.Linear, autograd, torch's default Adam, with one thread or all, whichever is faster) is timed for
+some steps before and after each case, and multiplied. So is the public code's way, which runs two encoders in every
+step. Times of stage two are whole: starting workers and writing scratch files is included. Evaluation is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from dataclasses import dataclass
+from itertools import product
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from probsurgery.pipeline.config import HeadSettings, ProbSettings, SurgerySettings
+from probsurgery.pipeline.device import choose_device
+from probsurgery.pipeline.heads import parameter_count
+from probsurgery.pipeline.schedule import Wanted, fit_heads, make_plan
+from probsurgery.pipeline.train import Job, Rows
+
+ROWS = {"sun397": 19_850, "cars": 8_041, "resisc45": 6_300, "eurosat": 2_700}
+ROWS |= {"svhn": 26_032, "gtsrb": 12_630, "mnist": 10_000, "dtd": 1_880}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Every setting is fitted on every task."""
+
+    title: str
+    dim: int
+    settings: list[HeadSettings]
+
+
+def cases(steps: int) -> list[Case]:
+    prob = [ProbSettings(steps=steps)]
+    grid = [ProbSettings(steps=steps, hidden=h, kl_weight=k) for h, k in product((32, 64, 128), (0, 1e-5, 1e-4, 1e-3))]
+    ranks = [SurgerySettings(steps=steps, rank=rank) for rank in (4, 8, 16, 32, 64)]
+    return [
+        Case("ProbSurgery h=128, 8 tasks", 512, prob),
+        Case("ProbSurgery h=128, 8 tasks", 768, prob),
+        Case("ProbSurgery h=32, 8 tasks x 4 KL weights", 512, grid[:4]),
+        Case("ProbSurgery h=32,64,128 x 4 KL weights, 8 tasks", 512, grid),
+        Case("Surgery r=4,8,16,32,64, 8 tasks", 512, ranks),
+    ]
+
+
+def cuda_cases(steps: int) -> list[Case]:
+    weights = [0.0, *(10.0 ** -(2 + i / 12) for i in range(49))]
+    return [
+        Case(f"ProbSurgery h=128, {8 * n} heads", 768, [ProbSettings(steps=steps, kl_weight=w) for w in weights[:n]])
+        for n in (1, 12, 50)
+    ]
+
+
+class Naive(nn.Module):
+    def __init__(self, settings: HeadSettings, dim: int) -> None:
+        super().__init__()
+        self.settings = settings
+        width = settings.hidden if isinstance(settings, ProbSettings) else settings.rank
+        self.down = nn.Linear(dim, width, bias=False)
+        self.up = nn.Linear(width, dim, bias=False)
+        self.log_var = nn.Linear(width, dim, bias=False) if isinstance(settings, ProbSettings) else None
+
+    def loss(self, z: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
+        u = F.relu(self.down(z))
+        mu = self.up(u)
+        if self.log_var is None:
+            return F.l1_loss(z - mu, expert)
+        log_var = self.log_var(u)
+        drawn = mu + torch.randn_like(mu) * torch.exp(0.5 * log_var)
+        kl = (-0.5 * torch.sum(1 + log_var - mu**2 - log_var.exp(), dim=1)).mean()
+        return F.l1_loss(z - drawn, expert) + self.settings.kl_weight * kl
+
+
+def naive_seconds(settings: HeadSettings, rows: Rows, device: torch.device, wanted: float) -> float:
+    """Seconds of one step of the naive loop, timed for about `wanted` seconds."""
+    merged, expert = rows.merged.to(device), rows.expert.to(device)
+    head = Naive(settings, merged.shape[1]).to(device)
+    optimizer = torch.optim.Adam(head.parameters(), lr=settings.lr)
+    order = torch.randint(len(merged), (100, settings.batch_size))
+
+    def steps() -> float:
+        start = time.perf_counter()
+        for picked in order:
+            optimizer.zero_grad()
+            head.loss(merged[picked], expert[picked]).backward()
+            optimizer.step()
+        synchronize(device)
+        return (time.perf_counter() - start) / len(order)
+
+    all_threads, times = torch.get_num_threads(), {}
+    for threads in {1, all_threads}:
+        torch.set_num_threads(threads)
+        steps()
+        end = time.perf_counter() + wanted / 2
+        times[threads] = [steps()]
+        while time.perf_counter() < end:
+            times[threads].append(steps())
+    torch.set_num_threads(all_threads)
+    return min(sum(taken) / len(taken) for taken in times.values())
+
+
+def reference_seconds(device: torch.device) -> float:
+    """Seconds of the two encoder passes that the public code makes in each step: ViT-B/32, 16 images."""
+    logging.getLogger().setLevel(logging.ERROR)  # random weights will do, and need no warning
+    towers = [open_clip.create_model("ViT-B-32-quickgelu", pretrained=None).visual.to(device).eval() for _ in range(2)]
+    images = torch.randn(16, 3, 224, 224, device=device)
+    with torch.no_grad():
+        for repeat in range(6):
+            if repeat == 1:
+                synchronize(device)
+                start = time.perf_counter()
+            for tower in towers:
+                tower(images)
+        synchronize(device)
+    return (time.perf_counter() - start) / 5
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def features(dim: int) -> list[Rows]:
+    found = []
+    for seed, (task, rows) in enumerate(ROWS.items()):
+        g = torch.Generator().manual_seed(seed)
+        merged = torch.randn(rows, dim, generator=g)
+        found.append(Rows(task, merged, merged + 0.3 * torch.randn(rows, dim, generator=g)))
+    return found
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second that a large copy reads and writes."""
+    source = torch.empty(2**28, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(10):
+        target.copy_(source)
+    synchronize(device)
+    return 10 * 2 * source.nbytes / (time.perf_counter() - start)
+
+
+def measure(case: Case, rows: list[Rows], device: torch.device) -> tuple[float, float, int]:
+    """Seconds of stage two, seconds that the naive loop would take, and head-steps."""
+    jobs = [Job((its,), settings) for settings in case.settings for its in rows]
+    plan = make_plan([Wanted(job.settings, 1, case.dim) for job in jobs], device)
+    shapes = {parameter_count(s, case.dim): s for s in case.settings}
+    naive = {shape: [naive_seconds(s, rows[0], device, 2)] for shape, s in shapes.items()}
+    start = time.perf_counter()
+    fitted = fit_heads(jobs, device)
+    synchronize(device)
+    seconds = time.perf_counter() - start
+    for shape, s in shapes.items():
+        naive[shape].append(naive_seconds(s, rows[0], device, 2))
+    steps = dict.fromkeys(shapes, 0)
+    for job in jobs:
+        steps[parameter_count(job.settings, case.dim)] += job.head_steps
+    theirs = sum(steps[shape] * sum(taken) / len(taken) for shape, taken in naive.items())
+    total = sum(steps.values())
+    busy = sum(one.seconds for one in fitted) / max(1, plan.workers)
+    print(f"\n{case.title}, d={case.dim}: {len(jobs)} heads x {total // len(jobs):,} steps")
+    sizes = [len(stack) for stack in plan.stacks]
+    print(f"  plan: {len(sizes)} stacks of {min(sizes)} to {max(sizes)}, {plan.workers} workers, graph {plan.graph}")
+    print(f"  naive loop  {theirs:8.1f} s  {total / theirs:9,.0f} head-steps/s  (timed for some steps, multiplied)")
+    print(f"  stage two   {seconds:8.1f} s  {total / seconds:9,.0f} head-steps/s  {theirs / seconds:6.1f}x")
+    print(f"  of it training {busy:5.1f} s  {total / busy:9,.0f} head-steps/s  {theirs / busy:6.1f}x", flush=True)
+    return seconds, theirs, total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--quick", action="store_true", help="500 steps instead of 5,000")
+    options = parser.parse_args()
+    device = choose_device(options.device)
+    steps = 500 if options.quick else 5_000
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {name}; batch 16, float32; rows: {sum(ROWS.values()):,} in 8 tasks", flush=True)
+    held = {}
+    for case in [*cases(steps), *(cuda_cases(steps) if device.type == "cuda" else [])]:
+        if case.dim not in held:
+            held = {case.dim: features(case.dim)}
+        seconds, naive, total = measure(case, held[case.dim], device)
+        if case == cases(steps)[0]:
+            encoders = total * reference_seconds(device)
+            theirs = naive + encoders
+            print(f"  two ViT-B/32 passes of 16 images in every step, as in the public code: {theirs:,.0f} s")
+            print(f"    (one step measured, and multiplied)  {theirs / seconds:,.0f}x the time of stage two")
+        if device.type == "cuda":
+            traffic = 7 * 4 * sum(parameter_count(s, case.dim) * s.steps * len(ROWS) for s in case.settings)
+            floor = traffic / copy_bandwidth(device)
+            print(f"  memory floor (weights and moments in and out) {floor:.2f} s: {seconds / floor:.1f} times that")
+
+
+if __name__ == "__main__":
+    main()
