@@ -156,10 +156,11 @@ class Stream:
 class Feed:
     """The batches of a stack's heads, a block at a time. Heads of the same rows and seed share a stream.
 
-    Buffers are (U, T, ...) for U streams of T tasks each, and are filled anew for each block.
+    Buffers are (U, T, ...) for U streams of T tasks each, and are filled anew for each block. With `ahead`, threads
+    draw the noise of the next block while the device works on this one.
     """
 
-    def __init__(self, jobs: Sequence[Job], device: torch.device) -> None:
+    def __init__(self, jobs: Sequence[Job], device: torch.device, *, ahead: bool) -> None:
         settings, dim, tasks = jobs[0].settings, jobs[0].rows[0].merged.shape[1], len(jobs[0].rows)
         keys = [(*map(id, job.rows), job.seed) for job in jobs]
         unique = list(dict.fromkeys(keys))
@@ -182,11 +183,11 @@ class Feed:
             for b in range(BLOCK)
             for t in range(tasks)
         ]
-        if device.type == "cuda":
-            # The next block is drawn while the device works on this one.
-            self._threads = ThreadPoolExecutor()
-            self._host = [torch.empty(self._noise.shape, pin_memory=True) for _ in range(2)]
-            self._ahead = self._draw_on_threads()
+        self._threads = ThreadPoolExecutor() if ahead else None
+        if ahead:
+            on_cuda = device.type == "cuda"
+            self._host = [torch.empty(self._noise.shape, pin_memory=on_cuda) for _ in range(2)]
+            self._drawn = self._draw_on_threads()
 
     def fill(self) -> None:
         """Go on to the next block."""
@@ -196,15 +197,16 @@ class Feed:
                 picked = (picked if seen is None else seen[picked]).to(self._device)
                 for out, values in ((self._z, merged), (self._expert, expert)):
                     torch.index_select(values, 0, picked, out=out[u, t].view(-1, values.shape[1]))
-        if self._device.type == "cuda":
-            for drawn in self._ahead:
-                drawn.result()
-            self._noise.copy_(self._host[0], non_blocking=True)
-            self._host.reverse()
-            self._ahead = self._draw_on_threads()
-        else:
+        if self._threads is None:
             for u, t in np.ndindex(self._noise.shape[:2]):
                 self._streams[u][t].noise(self._noise[u, t])
+            return
+        for drawn in self._drawn:
+            drawn.result()
+        self._noise.copy_(self._host[0], non_blocking=True)
+        # The other buffer's own copy was over before its block was: losses are read at the end of each.
+        self._host.reverse()
+        self._drawn = self._draw_on_threads()
 
     def _draw_on_threads(self) -> list:
         noise = self._host[0]
@@ -268,7 +270,7 @@ def train_stack(
     starts = [init(job.settings, dim, generator(job.stream, job.seed, "init")) for job in jobs]
     stack = Stack([job.settings for job in jobs], starts, device)
     advance = _Graphed(stack).step if graph else stack.step
-    feed = Feed(jobs, device)
+    feed = Feed(jobs, device, ahead=device.type == "cuda")
     curves: list[list[tuple[int, float]]] = [[] for _ in jobs]
     failed: dict[int, ProbsurgeryError] = {}
     total, done = settings.steps * tasks, 0

@@ -1,5 +1,6 @@
 """Whatever the plan, a head's result is that of the plain loop; what a plan chooses; what a dead worker leaves."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,11 +12,12 @@ import pytest
 import torch
 from test_train import assert_same, plain_loop, rows
 
-from probsurgery.pipeline import schedule
+from probsurgery.pipeline import schedule, train
 from probsurgery.pipeline.config import ProbSettings, RidgeSettings, SurgerySettings
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
 from probsurgery.pipeline.schedule import Plan, Wanted, execute, fit_heads, make_plan
-from probsurgery.pipeline.train import Fitted, Job, Rows
+from probsurgery.pipeline.step import Stack
+from probsurgery.pipeline.train import Feed, Fitted, Job, Rows
 from probsurgery.pipeline.workers import Pool
 
 CPU = torch.device("cpu")
@@ -230,6 +232,51 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     while any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in orphans):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+class FakeGraph:
+    """Stands in for a CUDA graph on a CPU: a step taken while capturing is noted and not run; replay runs it."""
+
+    def __init__(self):
+        self.captured = None
+
+    def replay(self):
+        self.captured()
+
+
+@pytest.fixture
+def fake_graphs(monkeypatch):
+    capturing, made, real = [], [], Stack.step
+
+    @contextlib.contextmanager
+    def capture(graph):
+        capturing.append(graph)
+        made.append(graph)
+        yield
+        capturing.pop()
+
+    def step(stack, *batch):
+        if capturing:
+            capturing[-1].captured = lambda: real(stack, *batch)
+        else:
+            real(stack, *batch)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(Stack, "step", step)
+    return made
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["drawn as needed", "drawn ahead"])
+def test_replayed_steps_are_those_of_the_plain_loop(fake_graphs, monkeypatch, ahead):
+    """What a CPU can tell of the path for CUDA: its buffers, its order of capture and replay, its drawing ahead."""
+    monkeypatch.setattr(train, "Feed", lambda jobs, device, **_: Feed(jobs, device, ahead=ahead))
+    all_jobs = jobs()
+    stacks = make_plan([Wanted(job.settings, len(job.rows), 24) for job in all_jobs], CPU).stacks
+    outcomes = dict(execute(all_jobs, Plan(CPU, stacks, graph=True)))
+    assert len(fake_graphs) == 2 * len(stacks)  # with and without the loss
+    for number, job in enumerate(all_jobs):
+        assert_same(outcomes[number].params, plain_loop(job))
 
 
 @pytest.mark.gpu

@@ -2,6 +2,9 @@
 formula.
 """
 
+import pickle
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -187,3 +190,26 @@ def test_bad_rows_are_refused_by_task_and_row():
 def test_a_loss_that_leaves_the_numbers_is_an_error_and_no_head():
     with pytest.raises(ProbsurgeryError, match="the head for a: the loss is"):
         fit_heads([Job((rows("a", 20),), ProbSettings(lr=10.0, steps=500, kl_weight=1e6))])
+
+
+def test_rows_on_disk_are_sent_as_paths_and_mapped(tmp_path):
+    data = replace(rows("a", 1_000), seen=torch.tensor([3, 1, 4]))
+    sent = pickle.dumps(data.spilled(tmp_path))
+    assert len(sent) < 3_000
+    assert len(pickle.dumps(data)) > 2 * 4 * 1_000 * DIM
+    there = pickle.loads(sent)
+    assert torch.equal(there.merged, data.merged)
+    assert torch.equal(there.expert, data.expert)
+    assert torch.equal(there.seen, data.seen)
+    assert len(there) == 3
+    there.merged[0] = 0
+    assert torch.equal(pickle.loads(sent).merged, data.merged)
+
+
+def test_a_head_sees_the_rows_that_it_may_see():
+    """The same head comes out of some of the rows and of a copy of those alone."""
+    data, settings = rows("a", 60), ProbSettings(steps=64, hidden=8)
+    seen = torch.arange(5, 40, 2)
+    some = fit_heads([Job((replace(data, seen=seen),), settings)])[0].params
+    alone = fit_heads([Job((Rows("a", data.merged[seen], data.expert[seen]),), settings)])[0].params
+    assert all(torch.equal(some[n], alone[n]) for n in some)
