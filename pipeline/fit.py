@@ -10,22 +10,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from probsurgery.pipeline.config import FitConfig, differences, fingerprint, head_kind
 from probsurgery.pipeline.device import choose_device
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
 from probsurgery.pipeline.heads import Head, load_head, parameter_count, stack_params
-from probsurgery.pipeline.metrics import accuracy, representation_bias
+from probsurgery.pipeline.protocol import LoadedTasks
 from probsurgery.pipeline.results import append_results, is_result, read_results
 from probsurgery.pipeline.schedule import Wanted, execute, make_plan
-from probsurgery.pipeline.store import Cache, TaskData, load_task, require_writable, software
+from probsurgery.pipeline.store import Cache, require_writable, software
 from probsurgery.pipeline.tasks import check_names
-from probsurgery.pipeline.train import Fitted, Job, Outcome, Rows, generator
+from probsurgery.pipeline.train import Fitted, Job, Outcome
 from probsurgery.pipeline.workers import Pool
 
-EVALUATED_AT_ONCE = 4096
-"""Rows. The memory of larger temporary tensors goes back to the system each time, and fetching it anew is slow."""
 Progress = Callable[[int, int], None]
 """Told how many head-steps are done, and how many there are in all."""
 
@@ -94,8 +91,8 @@ def fit_all(
     if wishes:
         require_writable(results / "heads" if keep_heads else results, "--results")
         with closing(_train(wishes, cache, device, progress)) as outcomes:
-            for wish, outcome, plan, data in outcomes:
-                for row in wish.setting.take(wish, outcome, plan, data):
+            for wish, outcome, planned, loaded in outcomes:
+                for row in wish.setting.take(wish, outcome, planned, loaded):
                     finished(wish.setting.config, row)
     return [setting.result() for setting in settings]
 
@@ -156,7 +153,7 @@ class _Setting:
         self._repeated = not self.missing
         return list(self.rows.values())
 
-    def take(self, wish: _Wish, outcome: Outcome, plan: dict, data: _Data) -> list[dict]:
+    def take(self, wish: _Wish, outcome: Outcome, planned: dict, loaded: LoadedTasks) -> list[dict]:
         """Evaluate and write what has just been fitted; gives the rows that are new."""
         if isinstance(outcome, ProbsurgeryError):
             self._failures.append((wish.label, str(outcome)))
@@ -164,16 +161,15 @@ class _Setting:
         self._taken += 1
         config, dim = self.config, self.cache.dim
         head = Head(config.head, wish.tasks, dim, outcome.params, config.shared)
-        about = {"seconds": outcome.seconds, "device": str(data.device), "plan": plan}
         new = {
-            task: data.evaluate(config, head, task) | _about(wish, task) | about
+            task: loaded.evaluate(config, head, task) | _about(wish, task) | {"seconds": outcome.seconds} | planned
             for task in wish.tasks
             if task not in self.rows
         }
         self.rows |= new
         append_results(self.results, list(new.values()))
         if self.folder is not None:
-            self._fitted[wish] = outcome, plan
+            self._fitted[wish] = outcome, planned
             if len(self._fitted) == len(self.wishes):
                 self._keep()
         return list(new.values())
@@ -186,8 +182,8 @@ class _Setting:
             "request": _request(config, self.cache, config.tasks),
             "results": [self.rows[task] for task in config.tasks],
             "fits": [
-                {"tasks": wish.tasks, "plan": plan, "penalty": part.penalty, "loss_curve": part.curve}
-                for wish, part, plan in parts
+                {"tasks": wish.tasks, "penalty": part.penalty, "loss_curve": part.curve} | planned
+                for wish, part, planned in parts
             ],
             "seconds": sum(part.seconds for _, part, _ in parts),
             "software": software(),
@@ -267,8 +263,8 @@ def _existing(folder: Path, request: dict, results: Path) -> Head:
 
 def _train(
     wishes: Sequence[_Wish], cache: Cache, device: torch.device, progress: Progress
-) -> Iterator[tuple[_Wish, Outcome, dict, _Data]]:
-    """Fit every head that is asked for; gives each with its outcome and the record of the plan, as stacks finish."""
+) -> Iterator[tuple[_Wish, Outcome, dict, LoadedTasks]]:
+    """Fit every head that is asked for; gives each with its outcome and how it was planned, as stacks finish."""
     common = wishes[0].setting.config
     tasks = tuple(dict.fromkeys(task for wish in wishes for task in wish.tasks))
     splits = dict.fromkeys(("test", common.fit_split))
@@ -279,13 +275,13 @@ def _train(
         tf32=common.tf32,
         held_bytes=sum(3 * 4 * cache.dim * cache.rows(task, split) for task in tasks for split in splits),
     )
-    records = {number: plan.record(stack) for stack in plan.stacks for number in stack}
+    records = {number: {"device": str(device), "plan": plan.record(s)} for s in plan.stacks for number in s}
     with ExitStack() as cleanup:
         # Workers take seconds to start, so they do that while features are read.
         pool = cleanup.enter_context(Pool(plan.workers)) if plan.workers else None
         scratch = Path(cleanup.enter_context(tempfile.TemporaryDirectory())) if pool else None
-        data = _Data(cache, tasks, common.fit_split, scratch, device)
-        jobs = [data.job(wish) for wish in wishes]
+        loaded = LoadedTasks(cache, tasks, common.fit_split, scratch)
+        jobs = [_job(wish, loaded) for wish in wishes]
         total, done = sum(job.head_steps for job in jobs), 0
 
         def count(head_steps: int) -> None:
@@ -294,98 +290,13 @@ def _train(
             progress(done, total)
 
         for number, outcome in execute(jobs, plan, pool, count):
-            yield wishes[number], outcome, records[number], data
+            yield wishes[number], outcome, records[number], loaded
             progress(done, total)
 
 
-class _Data:
-    """Tasks in memory, or features on disk for workers to map: either way each is held once."""
-
-    def __init__(
-        self, cache: Cache, tasks: Sequence[str], fit_split: str, scratch: Path | None, device: torch.device
-    ) -> None:
-        self.device = device
-        self._fit_split = fit_split
-        self._tasks: dict[str, TaskData] = {}
-        self._features: dict[str, Rows] = {}
-        for task in tasks:
-            its = load_task(cache, task)
-            if fit_split == "train":
-                features = Rows(task, *(cache.features(task, kind, "train") for kind in ("merged", "expert")))
-                features = features.spilled(scratch) if scratch else features
-            else:
-                features = Rows(task, its.merged, its.expert)
-                features = features.spilled(scratch) if scratch else features
-                its = replace(its, merged=features.merged, expert=features.expert)
-            self._tasks[task], self._features[task] = its, features
-        self._seen: dict[tuple, Rows] = {}
-        self._baselines: dict[tuple, dict] = {}
-
-    def job(self, wish: _Wish) -> Job:
-        """Merged and expert features only. Heads that see the same rows share them as one object."""
-        config = wish.setting.config
-        return Job(tuple(self._rows(config, task) for task in wish.tasks), config.head, config.seed)
-
-    def _rows(self, config: FitConfig, task: str) -> Rows:
-        whole = self._features[task]
-        key = (task, config.seed, config.fraction) if config.holdout or config.fraction < 1 else (task,)
-        if key not in self._seen:
-            if self._fit_split == "train":
-                seen = _fraction(config, task, torch.arange(len(whole)))
-            else:
-                seen, _ = _split_rows(config, self._tasks[task])
-            self._seen[key] = replace(whole, seen=seen) if len(seen) < len(whole) else whole
-        return self._seen[key]
-
-    def evaluate(self, config: FitConfig, head: Head, task: str) -> dict:
-        """Accuracy in [0, 1] and bias of each kind of features on the rows that this setting evaluates on."""
-        its = self._tasks[task]
-        _, rows = _split_rows(config, its)
-        key = (task, config.seed) if config.holdout else (task,)
-        if key not in self._baselines:
-            kinds = {"individual": its.expert, "merged": its.merged}
-            kinds = {"pretrained": its.pretrained} | kinds if its.pretrained is not None else kinds
-            figures = {kind: _figures(its, rows, lambda part, v=values: v[part]) for kind, values in kinds.items()}
-            self._baselines[key] = figures
-        baselines = self._baselines[key]
-        its_accuracy, bias = _figures(its, rows, lambda part: head(its.merged[part], task))
-        return {
-            "fit_rows": len(self._rows(config, task)),
-            "eval_rows": len(rows),
-            "accuracy": {kind: figure for kind, (figure, _) in baselines.items()} | {"head": its_accuracy},
-            "bias": {"before": baselines["merged"][1], "after": bias},
-        }
-
-
-def _figures(its: TaskData, rows: Tensor, features: Callable[[Tensor], Tensor]) -> tuple[float, float]:
-    """Accuracy of features on these rows, and their bias; `features` gives those of some row numbers."""
-    right, off = 0, 0.0
-    for part in rows.split(EVALUATED_AT_ONCE):
-        values = features(part)
-        right += round(accuracy(values, its.classifier, its.labels[part]) * len(part))
-        off += representation_bias(values, its.expert[part]) * len(part)
-    return right / len(rows), off / len(rows)
-
-
-def _split_rows(config: FitConfig, data: TaskData) -> tuple[Tensor, Tensor]:
-    """Numbers of the test rows that may be fitted, and of those that are evaluated on."""
-    rows = len(data.merged)
-    order = torch.randperm(rows, generator=generator(data.task, config.seed, "holdout"))
-    kept = round(config.holdout * rows)
-    if config.holdout and not 0 < kept < rows:
-        raise InputError(
-            f"--holdout {config.holdout:g} of the {rows} rows of task {data.task} leaves none to "
-            f"{'evaluate on' if not kept else 'fit'}"
-        )
-    seen, held_out = order[kept:].sort().values, order[:kept].sort().values
-    return _fraction(config, data.task, seen), held_out if kept else torch.arange(rows)
-
-
-def _fraction(config: FitConfig, task: str, rows: Tensor) -> Tensor:
-    if config.fraction == 1:
-        return rows
-    order = torch.randperm(len(rows), generator=generator(task, config.seed, "fraction"))
-    return rows[order[: max(1, round(config.fraction * len(rows)))].sort().values]
+def _job(wish: _Wish, loaded: LoadedTasks) -> Job:
+    config = wish.setting.config
+    return Job(tuple(loaded.rows(config, task) for task in wish.tasks), config.head, config.seed)
 
 
 def _about(wish: _Wish, task: str) -> dict:

@@ -13,6 +13,7 @@ from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.fit import fit
 from probsurgery.pipeline.heads import load_head
 from probsurgery.pipeline.metrics import accuracy, representation_bias
+from probsurgery.pipeline.protocol import split_rows
 from probsurgery.pipeline.report import report
 from probsurgery.pipeline.results import read_results
 from probsurgery.pipeline.store import Cache, write_manifest
@@ -194,7 +195,7 @@ def test_a_shared_head_is_one_head_that_takes_its_steps_for_each_task(small_cach
 
 def test_held_out_rows_are_never_fitted(tmp_path):
     """Spoiling the rows that are held out changes what is reported and not the head."""
-    seen, held_out = fit_module._split_rows(
+    seen, held_out = split_rows(
         FitConfig(tmp_path, holdout=0.25), type("T", (), {"task": "a", "merged": torch.zeros(200, 1)})
     )
     assert sorted([*seen.tolist(), *held_out.tolist()]) == list(range(200))

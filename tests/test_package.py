@@ -35,11 +35,18 @@ FLOORS = {
     "encoders": 2,
     "tasks": 2,
     "extract": 3,
+    "protocol": 3,
     "fit": 3,
     "sweep": 3,
     "report": 3,
 }
-WITHIN_A_FLOOR = {("config", "errors"), ("encoders", "tasks"), ("store", "backends"), ("sweep", "fit")}
+WITHIN_A_FLOOR = {
+    ("config", "errors"),
+    ("encoders", "tasks"),
+    ("store", "backends"),
+    ("sweep", "fit"),
+    ("fit", "protocol"),
+}
 WITHIN_A_FLOOR |= {("train", "ridge"), ("train", "step"), ("workers", "train")}
 WITHIN_A_FLOOR |= {("schedule", "train"), ("schedule", "workers")}
 
