@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -27,6 +28,7 @@ from probsurgery.pipeline.config import (
     SurgerySettings,
     SweepConfig,
     head_settings,
+    number,
 )
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
 
@@ -429,8 +431,7 @@ def _print_fit(path: Path, rows: list[dict]) -> None:
 def _print_sweep(result: SweepResult) -> None:
     console = _console()
     tasks = result.tasks
-    over_seeds = any(line.seeds > 1 for line in result.lines)
-    what = "; mean and standard deviation over seeds" if over_seeds else ""
+    what = "; mean and standard deviation over seeds" if result.seeds > 1 else ""
     print(f"Accuracy in % ({result.cache}: {result.protocol}){what}")
     table = _table(["", *tasks, "Avg", "bias"])
     for kind, values in result.baselines.items():
@@ -440,9 +441,10 @@ def _print_sweep(result: SweepResult) -> None:
     for line in result.lines:
         figures = [*(line.accuracy.get(task) for task in tasks), line.average_accuracy]
         bias = _spread(line.average_bias, ".4f")
-        table.add_row(_setting_label(line.setting), *(_spread(figure, ".1f") for figure in figures), bias)
+        incomplete = f" ({line.seeds} of {result.seeds} seeds)" if line.seeds < result.seeds else ""
+        table.add_row(_setting_label(line.setting) + incomplete, *(_spread(figure, ".1f") for figure in figures), bias)
     console.print(table)
-    if len(result.varied) == 2:
+    if len(result.varied) == 2 and all(len(line.setting) == 2 for line in result.lines):
         for title, name, form in (("Average accuracy", "average_accuracy", ".1f"), ("Bias", "average_bias", ".4f")):
             _print_grid(title, result, name, form)
     there = result.heads - result.fitted - len(result.failures)
@@ -472,7 +474,7 @@ def _option(name: str) -> str:
 
 
 def _value(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return number(value) if isinstance(value, float) else str(value)
 
 
 def _spread(figure: Spread | None, form: str) -> str:
@@ -515,15 +517,17 @@ def _progress(unit: str) -> Iterator[Callable[..., None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    columns = (BarColumn(16), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.description}"), console=console, transient=True) as bar:
         task = bar.add_task("", total=None, rate="")
 
         def show(done: int, total: int, what: str = "") -> None:
             speed = bar.tasks[0].speed
-            bar.update(
-                task, completed=done, total=total, description=what, rate=f"{speed:,.0f} {unit}/s" if speed else ""
-            )
+            rate = f"{speed:,.0f} {unit}/s" if speed else ""
+            # What does not fit is cut here, and not from the numbers before it.
+            room = max(0, console.width - 16 - 2 * len(f"{total:,}") - len(rate) - 14)
+            bar.update(task, completed=done, total=total, description=what[:room], rate=rate)
 
         yield show
 
@@ -540,8 +544,8 @@ def _plain_progress(unit: str, every: float = 10.0) -> Callable[..., None]:
             return
         last = now
         rate = (done - already) / (now - begun)
-        left = (total - done) / rate
-        _note(f"{what + ': ' if what else ''}{done:,} of {total:,} {unit}, {rate:,.0f}/s, {left:,.0f} s left")
+        speed = f", {rate:,.0f}/s, {(total - done) / rate:,.0f} s left" if rate else ""
+        _note(f"{what + ': ' if what else ''}{done:,} of {total:,} {unit}{speed}")
 
     return show
 
@@ -550,6 +554,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command; every error becomes one line on standard error and an exit status."""
     # A stream that was closed before the start is None.
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    with suppress(AttributeError):  # a terminal or file that cannot show a character gets a question mark
+        sys.stdout.reconfigure(errors="replace")
+    # Batch systems end a job so; what was begun is then cleaned up as after Ctrl-C.
+    with suppress(ValueError):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     for variable in ("HF_HUB_VERBOSITY", "DATASETS_VERBOSITY"):  # retries are no news; what fails in the end is said
         os.environ.setdefault(variable, "error")
     try:
@@ -580,7 +589,7 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             _fail(error.format_message(), status)
     if status == 130:
-        _note("interrupted; nothing is half-written, and the same command may be run again (extract goes on)")
+        _note("interrupted; nothing is half-written, and the same command may be run again (extract and sweep go on)")
     sys.exit(status if isinstance(status, int) else 0)
 
 

@@ -42,6 +42,12 @@ def _brief(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def number(value: float) -> str:
+    """A number as short as it can be without being another's text: names and protocols tell settings apart."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
 def _choice(what: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise unknown(what, value, allowed)
@@ -107,7 +113,7 @@ class ProbSettings(_GradientSettings):
         super().__post_init__()
         _integer("--hidden", self.hidden, 1, 16_384)
         _number("--kl-weight", self.kl_weight, 0, 1e6)
-        object.__setattr__(self, "kl_weight", float(self.kl_weight))
+        object.__setattr__(self, "kl_weight", float(self.kl_weight) + 0.0)  # -0.0 becomes 0.0
         _integer("--samples", self.samples, 1, 1_024)
 
 
@@ -265,8 +271,8 @@ class FitConfig:
         if self.fit_split == "train":
             how = "train"
         else:
-            how = f"holdout {self.holdout:g}" if self.holdout else "transductive"
-        return how if self.fraction == 1 else f"{how}, fraction {self.fraction:g}"
+            how = f"holdout {number(self.holdout)}" if self.holdout else "transductive"
+        return how if self.fraction == 1 else f"{how}, fraction {number(self.fraction)}"
 
     def default_name(self) -> str:
         """The head, its width, and whatever departs from the defaults."""
@@ -274,7 +280,7 @@ class FitConfig:
         parts = [kind]
         for name, value in sorted(asdict(self.head).items(), key=lambda item: item[0] not in ("hidden", "rank")):
             if name in ("hidden", "rank") or value != getattr(defaults, name):
-                value = f"{value:g}" if isinstance(value, float) else str(value)
+                value = number(value) if isinstance(value, float) else str(value)
                 parts.append(_ABBREVIATIONS.get(name, name) + value)
         if self.shared:
             parts.append("shared")
@@ -327,7 +333,8 @@ class SweepConfig:
                 # Of one kind of head, say what it takes; of several, none takes this one.
                 head_settings(self.head[0], **{name: self.values[name][0]})
 
-    def __len__(self) -> int:
+    @property
+    def size(self) -> int:
         """Settings in the grid, each of which has a head for every task."""
         return sum(math.prod(map(len, self._own(head).values())) for head in self.head) * self._repeats
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -83,9 +84,11 @@ def fit_all(
     results = Path(common.results or cache.path)
     tasks = _tasks(cache, common)
     settings = [_Setting(replace(config, tasks=tasks), cache, results, keep_heads) for config in configs]
-    known = {(row.get("request"), row["task"]): row for row in read_results(results)}
+    kept = read_results(results)
+    known = {(row.get("request"), row["task"]): row for row in kept}
+    written = {_text(row) for row in kept}
     for setting in settings:
-        for row in setting.recall(known):
+        for row in setting.recall(known, written):
             finished(setting.config, row)
     wishes = [wish for setting in settings for wish in setting.missing]
     if wishes:
@@ -140,10 +143,10 @@ class _Setting:
         self._repeated = False
         self._failures: list[tuple[str, str]] = []
 
-    def recall(self, known: dict[tuple[str, str], dict]) -> list[dict]:
+    def recall(self, known: dict[tuple[str, str], dict], written: set[str]) -> list[dict]:
         """Find what was done before, and note what is missing; gives the rows that are there."""
         if self.folder is not None and self.folder.exists():
-            self._reopen()
+            self._reopen(written)
             return list(self.rows.values())
         for wish in self.wishes:
             rows = {task: row for task in wish.tasks if (row := known.get((wish.request, task)))}
@@ -191,10 +194,11 @@ class _Setting:
         params = stack_params([part.params for _, part, _ in parts])
         self._fitted.clear()
         if not _write(Head(config.head, config.tasks, self.cache.dim, params, config.shared, record), self.folder):
-            self._reopen()  # the same request was fitted meanwhile
+            # The same request was fitted meanwhile.
+            self._reopen({_text(row) for row in read_results(self.results)})
 
-    def _reopen(self) -> None:
-        head = _existing(self.folder, _request(self.config, self.cache, self.config.tasks), self.results)
+    def _reopen(self, written: set[str]) -> None:
+        head = _existing(self.folder, _request(self.config, self.cache, self.config.tasks), self.results, written)
         self.rows = {row["task"]: row for row in head.record["results"]}
         self._repeated = True
 
@@ -241,8 +245,12 @@ def _request(config: FitConfig, cache: Cache, tasks: Sequence[str]) -> dict:
     return request | ({"tf32": True} if config.tf32 else {})
 
 
-def _existing(folder: Path, request: dict, results: Path) -> Head:
-    """The head in a folder, which must be the one that is asked for."""
+def _text(row: dict) -> str:
+    return json.dumps(row, sort_keys=True)
+
+
+def _existing(folder: Path, request: dict, results: Path, written: set[str]) -> Head:
+    """The head in a folder, which must be the one that is asked for; `written` is what results.jsonl holds."""
     head = load_head(folder)
     there, rows = head.record.get("request"), head.record.get("results")
     if not isinstance(there, dict) or not isinstance(rows, list) or not all(map(is_result, rows)):
@@ -253,8 +261,7 @@ def _existing(folder: Path, request: dict, results: Path) -> Head:
             f"{folder} exists with other settings (there / asked): {'; '.join(differ[:3])}; choose another --name, or "
             "delete it"
         )
-    kept = read_results(results)
-    missing = [row for row in rows if row not in kept]  # results.jsonl may have been lost or torn
+    missing = [row for row in rows if _text(row) not in written]  # results.jsonl may have been lost or torn
     if missing:
         require_writable(results, "--results")
         append_results(results, missing)
@@ -275,11 +282,15 @@ def _train(
         tf32=common.tf32,
         held_bytes=sum(3 * 4 * cache.dim * cache.rows(task, split) for task in tasks for split in splits),
     )
-    records = {number: {"device": str(device), "plan": plan.record(s)} for s in plan.stacks for number in s}
+    records = {
+        number: {"device": str(device), "plan": plan.record(stack, wishes[number].setting.config.head)}
+        for stack in plan.stacks
+        for number in stack
+    }
     with ExitStack() as cleanup:
-        # Workers take seconds to start, so they do that while features are read.
+        # Workers take seconds to start, so they do that while features are read; they end before their files do.
+        scratch = Path(cleanup.enter_context(tempfile.TemporaryDirectory())) if plan.workers else None
         pool = cleanup.enter_context(Pool(plan.workers)) if plan.workers else None
-        scratch = Path(cleanup.enter_context(tempfile.TemporaryDirectory())) if pool else None
         loaded = LoadedTasks(cache, tasks, common.fit_split, scratch)
         jobs = [_job(wish, loaded) for wish in wishes]
         total, done = sum(job.head_steps for job in jobs), 0

@@ -46,6 +46,8 @@ def is_result(row: object) -> bool:
     """Whether a row has what a report reads of it."""
     if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in _ROW.items()):
         return False
+    if not isinstance(row.get("request"), str | None):
+        return False
     figures = [row["accuracy"].get(kind) for kind in ("individual", "merged", "head")]
     figures += [row["bias"].get(when) for when in ("before", "after")]
     return all(isinstance(figure, _NUMBER) for figure in figures)

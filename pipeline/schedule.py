@@ -53,8 +53,10 @@ class Plan:
     tf32: bool = False
     """Whether CUDA multiplies in TF32."""
 
-    def record(self, stack: Sequence[int]) -> dict:
-        """What is kept with a head's result."""
+    def record(self, stack: Sequence[int], settings: HeadSettings) -> dict:
+        """What is kept with the result of a head in this stack."""
+        if isinstance(settings, RidgeSettings):  # solved by this process
+            return {"stack": 1, "workers": 0, "graph": False, "precision": "fp64"}
         precision = "tf32" if self.tf32 else "fp32"
         return {"stack": len(stack), "workers": self.workers, "graph": self.graph, "precision": precision}
 

@@ -63,9 +63,6 @@ class Stack:
             self._slope_mu, self._slope_log_var = self._slope.split(self.dim, dim=-1)
             self._g_of_one = self._g[0] if samples == 1 else None
 
-    def __len__(self) -> int:
-        return len(self.weights[0])
-
     def step(
         self,
         z: Float[Tensor, "K B d"],

@@ -34,6 +34,7 @@ class SettingLine:
     setting: dict[str, object]
     """The settings that vary in this sweep."""
     seeds: int
+    """Of which every task is there."""
     accuracy: dict[str, Spread]
     """In percent, for each task."""
     bias: dict[str, Spread]
@@ -56,6 +57,7 @@ class SweepResult:
     baselines: dict[str, dict[str, float]]
     """Accuracy in percent of the merged and the individual encoders, for each task."""
     lines: tuple[SettingLine, ...]
+    seeds: int
     heads: int
     """In the grid."""
     fitted: int
@@ -91,6 +93,7 @@ def sweep(config: SweepConfig, progress: Progress = lambda done, total, best: No
         varied,
         {kind: _baseline(results, tasks, kind) for kind in ("merged", "individual")},
         tuple(_line(its, tasks, varied) for its in by_setting.values()),
+        seeds=len(config.seed),
         heads=len(results) * (1 if config.shared else len(tasks)),
         fitted=sum(result.fitted for result in results),
         failures=tuple(failure for result in results for failure in result.failures),
@@ -101,7 +104,7 @@ def sweep(config: SweepConfig, progress: Progress = lambda done, total, best: No
 def _check_size(config: SweepConfig) -> None:
     free = available_memory(choose_device("cpu"))
     tasks = config.tasks or Cache(config.cache).identity["tasks"]
-    heads = len(config) * (1 if config.shared else len(tasks))
+    heads = config.size * (1 if config.shared else len(tasks))
     if heads * HEAD_BYTES > free:
         raise too_large(heads, heads * HEAD_BYTES, free)
 
@@ -142,7 +145,7 @@ def _line(results: Sequence[FitResult], tasks: Sequence[str], varied: Sequence[s
         whole = [fmean(figure(row) for row in rows.values()) for rows in seeds if len(rows) == len(tasks)]
         average[name] = _spread(whole)
     setting = _setting(results[0].config, varied)
-    return SettingLine(setting, len(seeds), by_task["accuracy"], by_task["bias"], average["accuracy"], average["bias"])
+    return SettingLine(setting, len(whole), by_task["accuracy"], by_task["bias"], average["accuracy"], average["bias"])
 
 
 def _spread(values: Sequence[float]) -> Spread | None:

@@ -6,6 +6,7 @@ blocks of `BLOCK` steps, whatever the device. It depends on the batch size, and 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import time
@@ -20,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from probsurgery.pipeline.config import HeadSettings, RidgeSettings, head_kind
-from probsurgery.pipeline.errors import InputError, ProbsurgeryError
+from probsurgery.pipeline.errors import InputError, ProbsurgeryError, first_line
 from probsurgery.pipeline.heads import HEADS, Params
 from probsurgery.pipeline.ridge import solve_ridge
 from probsurgery.pipeline.step import Stack
@@ -57,8 +58,14 @@ class Rows:
     def spilled(self, folder: Path) -> Rows:
         """The same rows, on disk: their features are written to `folder`, and held by no process's own memory."""
         files = (folder / f"{self.task}.merged.npy", folder / f"{self.task}.expert.npy")
-        for file, values in zip(files, (self.merged, self.expert), strict=True):
-            np.save(file, values.numpy())
+        try:
+            for file, values in zip(files, (self.merged, self.expert), strict=True):
+                np.save(file, values.numpy())
+        except OSError as error:
+            raise ProbsurgeryError(
+                f"cannot write {files[1].parent}: {first_line(error)}; point TMPDIR to a folder with room for the "
+                "features, or use --workers 0"
+            ) from None
         return replace(self, merged=mapped(files[0]), expert=mapped(files[1]), files=files)
 
     def check(self) -> None:
@@ -171,7 +178,8 @@ class Feed:
         batch, samples = settings.batch_size, getattr(settings, "samples", 0)
         self._streams = [[Stream(r.task, j.seed, len(r), batch, dim, samples) for r in j.rows] for j in firsts]
         # Each task's features once on the device, however many streams take from them.
-        there = {id(v): v.to(device) for j in firsts for r in j.rows for v in (r.merged, r.expert)}
+        features = {id(v): v for j in firsts for r in j.rows for v in (r.merged, r.expert)}
+        there = {key: values.to(device) for key, values in features.items()}
         self._sources = [[(r.seen, there[id(r.merged)], there[id(r.expert)]) for r in j.rows] for j in firsts]
         shape = (len(unique), tasks, BLOCK, batch, dim)
         self._z, self._expert = (torch.empty(shape, device=device) for _ in range(2))
@@ -189,8 +197,8 @@ class Feed:
             self._host = [torch.empty(self._noise.shape, pin_memory=on_cuda) for _ in range(2)]
             self._drawn = self._draw_on_threads()
 
-    def fill(self) -> None:
-        """Go on to the next block."""
+    def fill(self, *, last: bool = False) -> None:
+        """Go on to the next block; after the `last` one none is drawn ahead."""
         for u, sources in enumerate(self._sources):
             for t, (seen, merged, expert) in enumerate(sources):
                 picked = self._streams[u][t].batches().flatten()
@@ -206,7 +214,10 @@ class Feed:
         self._noise.copy_(self._host[0], non_blocking=True)
         # The other buffer's own copy was over before its block was: losses are read at the end of each.
         self._host.reverse()
-        self._drawn = self._draw_on_threads()
+        if last:
+            self._threads.shutdown(wait=False)
+        else:
+            self._drawn = self._draw_on_threads()
 
     def _draw_on_threads(self) -> list:
         noise = self._host[0]
@@ -259,13 +270,24 @@ def train_stack(
 ) -> list[Outcome]:
     """Train K heads as one stack: their settings may differ in the KL weight alone, and each has as many tasks.
 
-    A head whose loss stops being finite becomes an error in the list; it does not touch the others.
+    A head whose loss stops being finite becomes an error in the list; it does not touch the others. So does every head
+    if something else goes wrong, memory that runs out say.
     """
-    begun = time.perf_counter()
-    if isinstance(jobs[0].settings, RidgeSettings):
-        return [_solve(job, device) for job in jobs]
-    settings, dim, tasks = jobs[0].settings, jobs[0].rows[0].merged.shape[1], len(jobs[0].rows)
     device = torch.device(device)
+    # A CUDA graph is captured on the current device, whichever holds the tensors.
+    current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    try:
+        with current:
+            if isinstance(jobs[0].settings, RidgeSettings):
+                return [_solve(job, device) for job in jobs]
+            return _train(jobs, device, graph, progress)
+    except (RuntimeError, MemoryError) as error:
+        return [ProbsurgeryError(f"training failed: {first_line(error)}") for _ in jobs]
+
+
+def _train(jobs: Sequence[Job], device: torch.device, graph: bool, progress: Progress) -> list[Outcome]:
+    begun = time.perf_counter()
+    settings, dim, tasks = jobs[0].settings, jobs[0].rows[0].merged.shape[1], len(jobs[0].rows)
     init = HEADS[head_kind(settings)].init
     starts = [init(job.settings, dim, generator(job.stream, job.seed, "init")) for job in jobs]
     stack = Stack([job.settings for job in jobs], starts, device)
@@ -275,13 +297,14 @@ def train_stack(
     failed: dict[int, ProbsurgeryError] = {}
     total, done = settings.steps * tasks, 0
     while done < total and len(failed) < len(jobs):
-        feed.fill()
         updates = min(BLOCK * tasks, total - done)
+        feed.fill(last=done + updates == total)
         stack.loss_sums.zero_()
+        noted = [update // tasks % NOTED == 0 for update in range(updates)]  # of a shared head, every task's
         for update in range(updates):
-            advance(*feed.batch(update), update % NOTED == 0)
+            advance(*feed.batch(update), noted[update])
         done += updates
-        means = (stack.loss_sums / math.ceil(updates / NOTED)).tolist()
+        means = (stack.loss_sums / sum(noted)).tolist()
         for k, mean in enumerate(means):
             if not math.isfinite(mean) and k not in failed:
                 failed[k] = ProbsurgeryError(f"the loss is {mean} by step {done}; lower --lr or --kl-weight")
@@ -295,7 +318,7 @@ def train_stack(
     return [failed.get(k, one) for k, one in enumerate(fitted)]
 
 
-def _solve(job: Job, device: torch.device | str) -> Outcome:
+def _solve(job: Job, device: torch.device) -> Outcome:
     begun = time.perf_counter()
     (rows,) = job.rows
     merged, expert = (v if rows.seen is None else v[rows.seen] for v in (rows.merged, rows.expert))

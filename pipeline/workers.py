@@ -22,9 +22,13 @@ import torch
 from probsurgery.pipeline.errors import ProbsurgeryError, first_line
 from probsurgery.pipeline.train import Job, Outcome, Progress, train_stack
 
+READY = "ready"
 SUPPORTED = os.name == "posix"
 """Pipes are handed over by number, which other systems do not do."""
 _GONE = (EOFError, ConnectionError)
+"""What a pipe raises whose other end has gone."""
+_TORN = (*_GONE, OSError)
+"""The same for a reader, when it went in the middle of a message."""
 
 
 class Pool:
@@ -48,20 +52,22 @@ class Pool:
         """
         waiting, left = deque(enumerate(stacks)), len(stacks)
         while left:
-            for worker in self._workers:
-                if worker.ready and worker.stack is None and waiting:
-                    worker.train(*waiting.popleft())
             for connection in wait([worker.connection for worker in self._workers if not worker.is_idle]):
                 worker = next(w for w in self._workers if w.connection is connection)
                 try:
                     message = _receive(connection)
-                except _GONE:
+                except _TORN:
                     message = self._replace(worker)
-                if isinstance(message, int):
+                finished = None
+                if message == READY:
                     worker.ready = True
+                elif isinstance(message, int):
                     progress(message)
                 else:
                     finished, worker.stack = worker.stack, None
+                if worker.is_idle and waiting:  # before its outcomes are looked into, which takes a while
+                    worker.train(*waiting.popleft())
+                if finished is not None:
                     left -= 1
                     yield finished, message
 
@@ -72,6 +78,7 @@ class Pool:
         if not worker.ready:
             raise ProbsurgeryError(f"a worker process did not start ({how}); try --workers 0")
         self._workers[self._workers.index(worker)] = _Worker()
+        worker.ready = False
         worker.connection.close()
         error = f"the worker that trained it died ({how}); if memory ran out, use fewer --workers"
         return [ProbsurgeryError(error) for _ in range(worker.heads)]
@@ -90,6 +97,7 @@ class _Worker:
             pass_fds=[theirs.fileno()],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the parent to handle
         )
         theirs.close()
 
@@ -100,7 +108,7 @@ class _Worker:
     def train(self, stack: int, jobs: Sequence[Job]) -> None:
         self.stack, self.heads = stack, len(jobs)
         with suppress(*_GONE):  # of a death we hear from the pipe when it is read
-            _send(self.connection, list(jobs))
+            _send(self.connection, (len(jobs), pickle.dumps(list(jobs))))
 
     def stop(self) -> None:
         self.connection.close()
@@ -118,19 +126,18 @@ def _receive(connection: Connection) -> object:
 
 
 def _serve(connection: Connection) -> None:
-    """A worker's life: train what comes until the pipe is closed. Ctrl-C is for the parent to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A worker's life: train what comes until the pipe is closed."""
     torch.set_num_threads(1)
     with suppress(*_GONE):
-        _send(connection, 0)
+        _send(connection, READY)
         while True:
-            jobs = _receive(connection)
+            heads, message = _receive(connection)
             try:
-                outcomes = train_stack(jobs, progress=lambda head_steps: _send(connection, head_steps))
+                outcomes = train_stack(pickle.loads(message), progress=lambda head_steps: _send(connection, head_steps))
             except _GONE:
                 raise
             except Exception as error:
-                outcomes = [ProbsurgeryError(f"its worker failed: {first_line(error)}") for _ in jobs]
+                outcomes = [ProbsurgeryError(f"its worker failed: {first_line(error)}")] * heads
             _send(connection, outcomes)
 
 

@@ -334,3 +334,15 @@ def _seconds(argument):
     start = time.perf_counter()
     subprocess.run([sys.executable, "-m", "probsurgery", argument], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
+
+
+def test_plain_progress_says_no_rate_before_there_is_one(capsys, monkeypatch):
+    now = iter([0.0, 2.0, 20.0])
+    monkeypatch.setattr(cli.time, "monotonic", lambda: next(now))
+    show = cli._plain_progress("head-steps")
+    for done in (0, 0, 500):
+        show(done, 1_000, "best")
+    assert capsys.readouterr().err.splitlines() == [
+        "best: 0 of 1,000 head-steps",
+        "best: 500 of 1,000 head-steps, 25/s, 20 s left",
+    ]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_train import assert_same, plain_loop, rows
 
-from probsurgery.pipeline import schedule, train
+from probsurgery.pipeline import schedule, train, workers
 from probsurgery.pipeline.config import ProbSettings, RidgeSettings, SurgerySettings
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
 from probsurgery.pipeline.schedule import Plan, Wanted, execute, fit_heads, make_plan
@@ -102,6 +102,20 @@ def test_a_head_that_fails_leaves_those_of_its_stack_as_they_are():
         fit_heads([tame, wild])
 
 
+def test_what_goes_wrong_in_one_stack_leaves_the_others(monkeypatch):
+    def fails_when_narrow(stack, *batch):
+        if stack.weights[0].shape[1] == 4:
+            raise RuntimeError("out of memory\nand more")
+        return real(stack, *batch)
+
+    real = Stack.step
+    monkeypatch.setattr(Stack, "step", fails_when_narrow)
+    both = [Job((rows("a", 50),), SURGERY), Job((rows("a", 50),), PROB)]
+    outcomes = dict(execute(both, Plan(CPU, ((0,), (1,)))))
+    assert str(outcomes[0]) == "training failed: out of memory"
+    assert isinstance(outcomes[1], Fitted)
+
+
 def plan_of(settings, heads, **choices):
     return make_plan([Wanted(settings, 1, 512)] * heads, CPU, **choices)
 
@@ -138,7 +152,7 @@ def test_every_head_is_planned_once_and_the_longest_first():
     hidden = [wanted[stack[0]].settings.hidden for stack in plan.stacks]
     assert hidden == sorted(hidden, reverse=True)
     assert all(len({wanted[number].settings.hidden for number in stack}) == 1 for stack in plan.stacks)
-    assert plan.record(plan.stacks[0])["workers"] == 2
+    assert plan.record(plan.stacks[0], ProbSettings())["workers"] == 2
 
 
 def test_cuda_takes_stacks_as_large_as_memory_allows_and_a_graph(monkeypatch):
@@ -148,8 +162,10 @@ def test_cuda_takes_stacks_as_large_as_memory_allows_and_a_graph(monkeypatch):
     assert [len(stack) for stack in plan.stacks] == [400]
     assert plan.graph
     assert plan.workers == 0
-    assert plan.record(plan.stacks[0]) == {"stack": 400, "workers": 0, "graph": True, "precision": "fp32"}
-    assert make_plan(wanted, cuda, tf32=True).record(plan.stacks[0])["precision"] == "tf32"
+    record = plan.record(plan.stacks[0], ProbSettings())
+    assert record == {"stack": 400, "workers": 0, "graph": True, "precision": "fp32"}
+    assert plan.record(plan.stacks[0], RidgeSettings())["graph"] is False
+    assert make_plan(wanted, cuda, tf32=True).record(plan.stacks[0], ProbSettings())["precision"] == "tf32"
     monkeypatch.setattr(schedule, "available_memory", lambda device: 2**30)
     small = make_plan(wanted, cuda)
     assert 1 < max(map(len, small.stacks)) < 100
@@ -190,6 +206,37 @@ def test_a_worker_that_dies_costs_its_own_heads_only(tmp_path):
     for number in (1, 2, 3):
         assert_same(outcomes[number].params, plain_loop(all_jobs[number]))
     assert not children()
+
+
+def test_a_worker_that_dies_in_the_middle_of_a_message_costs_its_own_heads_only(tmp_path, monkeypatch):
+    """Its result is larger than a pipe holds, and it is killed while the parent has read a part."""
+    wide = ProbSettings(steps=1, hidden=8_192, batch_size=1)
+    all_jobs = [Job((rows("a", 50),), wide), Job((rows("b", 50),), PROB)]
+    real, torn = workers._receive, []
+
+    def tear(connection):
+        message = real(connection)
+        if isinstance(message, int) and not torn:
+            (worker,) = children()
+            torn.append(worker)
+            while worker.status() != psutil.STATUS_SLEEPING:  # it waits for the pipe to be read
+                time.sleep(0.05)
+            time.sleep(0.5)
+            worker.kill()
+        return message
+
+    monkeypatch.setattr(workers, "_receive", tear)
+    outcomes = trained(Plan(CPU, ((0,), (1,)), workers=1), all_jobs, tmp_path)
+    assert "died (SIGKILL)" in str(outcomes[0])
+    assert_same(outcomes[1].params, plain_loop(all_jobs[1]))
+
+
+def test_a_worker_that_does_not_find_its_rows_says_so(tmp_path):
+    spilled = Job((rows("a", 50).spilled(tmp_path),), PROB)
+    (tmp_path / "a.merged.npy").unlink()
+    with Pool(1) as pool:
+        outcomes = dict(execute([spilled], Plan(CPU, ((0,),), workers=1), pool))
+    assert "its worker failed: [Errno 2]" in str(outcomes[0])
 
 
 def test_workers_end_with_an_interrupt(tmp_path):

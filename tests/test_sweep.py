@@ -1,10 +1,17 @@
 """Sweeps: what they fit, what they skip, what they say, and what a failure or an interrupt leaves."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
 
+from probsurgery import cli
 from probsurgery.pipeline import fit as fit_module
 from probsurgery.pipeline import sweep as sweep_module
 from probsurgery.pipeline.config import FitConfig, ProbSettings, RidgeSettings, SurgerySettings, SweepConfig
@@ -26,7 +33,7 @@ def grid(cache, **other):
 def test_a_grid_is_the_product_of_its_values():
     config = SweepConfig(cache=None, values=GRID, seed=(0, 1), fraction=(0.5, 1.0))
     runs = config.expand()
-    assert len(runs) == len(config) == 2 * 2 * 2 * 2
+    assert len(runs) == config.size == 2 * 2 * 2 * 2
     assert len({(run.head, run.seed, run.fraction) for run in runs}) == 16
     assert {run.head.steps for run in runs} == {60}
 
@@ -38,7 +45,7 @@ def test_a_kind_of_head_takes_the_settings_that_it_has():
     kinds = [type(run.head) for run in config.expand()]
     counts = [kinds.count(kind) for kind in (ProbSettings, SurgerySettings, RidgeSettings)]
     assert counts == [4, 6, 1]
-    assert len(config) == 11
+    assert config.size == 11
 
 
 def test_a_line_is_what_single_fits_give_over_seeds(small_cache, tmp_path):
@@ -59,6 +66,42 @@ def test_a_line_is_what_single_fits_give_over_seeds(small_cache, tmp_path):
     assert line.average_accuracy.sd == pytest.approx(accuracy.mean(1).std(ddof=1))
     assert line.average_bias.mean == pytest.approx(bias.mean(), rel=1e-5)
     assert result.baselines["merged"]["b"] == pytest.approx(100 * fits[0][1]["accuracy"]["merged"])
+
+
+@pytest.mark.parametrize("other", [{}, {"holdout": 0.3}, {"fit_split": "train"}], ids=str)
+def test_heads_of_a_sweep_see_and_are_judged_on_the_rows_of_their_own_fraction_and_seed(tmp_path, other):
+    path = write_cache(tmp_path / "cache", {"a": 90, "b": 30}, splits=("test", "train"))
+    values = {"rank": (2,), "steps": (60,)}
+    sweep(SweepConfig(path, ("surgery",), values, fraction=(0.3, 0.6, 1.0), seed=(0, 1), **other))
+    found = {(row["protocol"], row["seed"], row["task"]): row for row in read_results(path)}
+    assert len(found) == 12
+    for fraction in (0.3, 0.6, 1.0):
+        for seed in (0, 1):
+            settings = SurgerySettings(rank=2, steps=60)
+            config = FitConfig(path, settings, fraction=fraction, seed=seed, results=tmp_path / "alone", **other)
+            for row in fit(config).rows:
+                same = found[row["protocol"], seed, row["task"]]
+                assert same["fit_rows"] == row["fit_rows"]
+                assert same["bias"] == pytest.approx(row["bias"], rel=1e-5)
+                assert same["accuracy"] == row["accuracy"]
+    assert len({row["bias"]["after"] for row in found.values()}) == 12
+
+
+def test_evaluation_in_parts_is_that_of_all_rows(small_cache, tmp_path, monkeypatch):
+    whole = sweep(grid(small_cache)).lines
+    monkeypatch.setattr("probsurgery.pipeline.protocol.EVALUATED_AT_ONCE", 7)
+    parts = sweep(grid(small_cache, results=tmp_path)).lines
+    for one, other in zip(whole, parts, strict=True):
+        assert one.average_accuracy == other.average_accuracy
+        assert one.average_bias.mean == pytest.approx(other.average_bias.mean, rel=1e-6)
+
+
+def test_values_that_are_nearly_equal_are_told_apart(small_cache):
+    lrs = (0.002, 0.0020000001, 0.003)
+    values = {"hidden": (4,), "steps": (60,), "lr": lrs}
+    result = sweep(SweepConfig(small_cache.path, values=values, fraction=(0.5, 0.50000001), keep_heads=True))
+    assert result.fitted == 2 * 2 * 3
+    assert len(list((small_cache.path / "heads").iterdir())) == 6
 
 
 def test_rows_are_those_of_a_fit_and_name_their_plan(small_cache, tmp_path):
@@ -249,9 +292,74 @@ def test_a_grid_that_memory_does_not_hold_is_refused_with_its_size(small_cache, 
         run("sweep", "--cache", small_cache.path, "--seed", many, "--hidden", many.removeprefix("0,"), "--lr", "1,2"),
         *("35,988,000 heads need about", "GiB", "in parts"),
     )
+    names = ("hidden", "kl-weight", "samples", "steps", "batch-size")
+    every = [part for name in names for part in (f"--{name}", ",".join(map(str, range(1, 1_000))))]
+    refused(run("sweep", "--cache", small_cache.path, "--seed", many, *every), "GiB", "in parts")
     monkeypatch.setattr("probsurgery.pipeline.schedule.available_memory", lambda device: 2**20)
     with pytest.raises(InputError, match="24 heads need about .*run the grid in parts"):
         sweep(grid(small_cache))
+
+
+def test_an_interrupt_from_the_terminal_is_one_line_and_leaves_nothing_behind(small_cache, tmp_path):
+    """Ctrl-C goes to the whole process group, workers that are just starting included; SIGTERM to the command."""
+    (scratch := tmp_path / "scratch").mkdir()
+    command = [sys.executable, "-m", "probsurgery", "sweep", "--cache", small_cache.path, "--workers", "2"]
+    command += ["--hidden", "64,32", "--steps", "1000000"]
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        sent = subprocess.Popen(
+            list(map(str, command)),
+            env=os.environ | {"TMPDIR": str(scratch)},
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        parent, deadline = psutil.Process(sent.pid), time.monotonic() + 60
+        while len(parent.children()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.3)
+        workers = parent.children()
+        assert len(workers) == 2
+        os.killpg(sent.pid, number)
+        _, err = sent.communicate(timeout=60)
+        assert sent.returncode == status
+        assert err.count("\n") == (1 if number == signal.SIGINT else 0), err
+        assert not any(worker.is_running() for worker in workers)
+        assert list(scratch.iterdir()) == []
+
+
+def test_a_full_scratch_folder_is_one_line(small_cache, run, monkeypatch):
+    def full(*arguments):
+        raise OSError("94528 requested and 25568 written")
+
+    monkeypatch.setattr("probsurgery.pipeline.train.np.save", full)
+    refused(run("sweep", "--cache", small_cache.path, "--workers", "1", "--hidden", "4,8"), "TMPDIR", status=1)
+
+
+def test_a_line_with_a_garbled_request_is_passed_over(small_cache):
+    sweep(grid(small_cache))
+    file = small_cache.path / "results.jsonl"
+    row = json.loads(file.read_text().splitlines()[0])
+    with file.open("a") as out:
+        out.writelines(json.dumps(row | {"request": garbled}) + "\n" for garbled in (["x"], {}, 7))
+    assert sweep(grid(small_cache)).fitted == 0
+
+
+def test_ridge_beside_heads_that_take_steps(small_cache, run, monkeypatch):
+    """Ridge takes no step, so that progress stands still; time passes nevertheless."""
+    now = iter(range(10_000))
+    monkeypatch.setattr(cli.time, "monotonic", lambda: float(next(now)))
+    code, out, err = run("sweep", "--cache", small_cache.path, "--head", "ridge", "--penalty", "0.1,0.2,0.3")
+    assert code == 0, err
+    assert "6 of 6 heads fitted" in out
+    assert {row["plan"]["precision"] for row in read_results(small_cache.path)} == {"fp64"}
+
+
+def test_a_narrow_character_set_gets_its_table(small_cache):
+    command = [sys.executable, "-m", "probsurgery", "sweep", "--cache", str(small_cache.path)]
+    command += ["--hidden", "4,8", "--steps", "10", "--seed", "0,1"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "8 of 8 heads fitted" in done.stdout
 
 
 def test_a_head_that_fails_is_named_and_the_others_are_kept(tmp_path, run):

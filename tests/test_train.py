@@ -125,9 +125,10 @@ def test_fewer_rows_than_a_batch_fill_it_from_the_next_permutation():
 
 
 def test_order_carries_over_from_block_to_block_and_noise_is_shared_by_settings():
-    stream = Stream("a", 0, rows=1_000, batch_size=16, dim=2, samples=1)
+    stream = Stream("a", 0, rows=1_500, batch_size=16, dim=2, samples=1)  # more than a block holds
     taken = torch.cat([stream.batches().flatten() for _ in range(3)])
-    assert sorted(taken[:1_000].tolist()) == list(range(1_000))
+    for epoch in range(2):
+        assert sorted(taken[1_500 * epoch : 1_500 * (epoch + 1)].tolist()) == list(range(1_500))
     one, five = (Stream("a", 0, 10, 4, 3, samples).noise() for samples in (1, 5))
     assert torch.equal(one[0], five[0])
     assert not torch.equal(five[0], five[1])
@@ -173,6 +174,15 @@ def test_ridge_recovers_an_affine_map_and_chooses_its_penalty_by_leaving_one_out
     errors = {p: left_out_error(p) for p in (chosen / 10**0.5, chosen, chosen * 10**0.5)}
     assert min(errors, key=errors.get) == chosen
     assert exact.penalty < chosen
+
+
+@pytest.mark.parametrize("offsets", [(3.0,), (0.0, 10.0), (0.0, 1.0, 2.0, 9.0)])
+def test_the_curve_is_the_mean_loss_of_every_task(offsets):
+    """Heads that hardly move, so that the loss is what it is at the start."""
+    tasks = tuple(Rows(str(i), (z := rows("a", 40).merged), z + offset) for i, offset in enumerate(offsets))
+    (fitted,) = fit_heads([Job(tasks, SurgerySettings(steps=70, lr=1e-12))])
+    assert [step for step, _ in fitted.curve] == [64 * len(offsets), 70 * len(offsets)]
+    assert [loss for _, loss in fitted.curve] == [pytest.approx(sum(offsets) / len(offsets), rel=1e-4)] * 2
 
 
 def test_bad_rows_are_refused_by_task_and_row():
