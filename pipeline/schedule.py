@@ -122,11 +122,15 @@ def make_plan(
     groups = defaultdict(list)
     for number, one in enumerate(wanted):
         groups[one.shape].append(number)
+    most = {
+        shape: _most_on_cuda(wanted[numbers[0]], free) if cuda else _most_on_cpu(wanted[numbers[0]], workers)
+        for shape, numbers in groups.items()
+    }
+    many = sum(math.ceil(len(numbers) / most[shape]) for shape, numbers in groups.items()) >= 2 * workers
     stacks = []
-    for numbers in groups.values():
-        one = wanted[numbers[0]]
-        most = _most_on_cuda(one, free) if cuda else _most_on_cpu(one, workers)
-        stacks += _split(numbers, most, max(1, workers))
+    for shape, numbers in groups.items():
+        # Few stacks are cut so that every worker has as much to do; many even out by themselves.
+        stacks += _split(numbers, most[shape], 1 if many else workers)
     stacks.sort(key=lambda stack: -sum(wanted[number].work for number in stack))
     trained = sum(wanted[stack[0]].work > 0 for stack in stacks)
     workers = min(workers, trained) if trained > 1 else 0
@@ -171,7 +175,7 @@ def _most_on_cuda(one: Wanted, free: int) -> int:
 
 
 def _split(numbers: list[int], most: int, workers: int) -> list[list[int]]:
-    """Stacks of nearly equal size, none above `most`, and as many for each worker as for the next."""
+    """Stacks of nearly equal size, none above `most`, their number a multiple of the workers'."""
     stacks = math.ceil(math.ceil(len(numbers) / most) / workers) * workers
     return [part.tolist() for part in np.array_split(numbers, min(stacks, len(numbers)))]
 

@@ -127,6 +127,10 @@ def test_wide_heads_go_singly_or_in_few_and_narrow_ones_in_stacks(monkeypatch):
     assert {len(stack) for stack in plan_of(narrow, 96, workers=2).stacks} == {48}
     assert {len(stack) for stack in plan_of(narrow, 512, workers=2).stacks} == {64}
     assert {len(stack) for stack in plan_of(RidgeSettings(), 3).stacks} == {1}
+    ranks = make_plan(
+        [Wanted(SurgerySettings(rank=r), 1, 512) for r in (4, 8, 16, 32) for _ in range(8)], CPU, workers=2
+    )
+    assert {len(stack) for stack in ranks.stacks} == {8}
     monkeypatch.setattr(schedule, "_last_level_cache", lambda: 64 * 2**20)
     assert {len(stack) for stack in plan_of(ProbSettings(), 8, workers=2).stacks} == {4}
 
