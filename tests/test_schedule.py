@@ -339,4 +339,4 @@ def test_cuda_takes_the_steps_of_the_plain_loop(graph):
     outcomes = dict(execute(all_jobs, Plan(torch.device("cuda"), stacks, graph=graph)))
     for number, job in enumerate(all_jobs):
         assert isinstance(outcomes[number], Fitted)
-        assert_same(outcomes[number].params, plain_loop(job), atol=1e-4)
+        assert_same(outcomes[number].params, plain_loop(job, "cuda"))

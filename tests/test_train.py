@@ -51,14 +51,14 @@ class PlainHead(nn.Module):
         return sum(terms) / len(terms) + settings.kl_weight * kl
 
 
-def plain_loop(job):
+def plain_loop(job, device="cpu"):
     """One head, one loop, torch's default Adam; rows and noise are injected from the documented streams."""
     name = {SurgerySettings: "surgery", ProbSettings: "prob"}[type(job.settings)]
     samples = getattr(job.settings, "samples", 0)
     tasks = [r.task for r in job.rows]
     stream_name = tasks[0] if len(tasks) == 1 else "shared " + "+".join(tasks)
     start = HEADS[name].init(job.settings, DIM, generator(stream_name, job.seed, "init"))
-    head = PlainHead(start)
+    head = PlainHead(start).to(device)
     optimizer = torch.optim.Adam(head.parameters(), lr=job.settings.lr)
     batch = job.settings.batch_size
     streams = [Stream(r.task, job.seed, len(r.merged), batch, DIM, samples) for r in job.rows]
@@ -71,15 +71,16 @@ def plain_loop(job):
                 picked = order[step]
                 drawn = noise[:, step] if samples else None
                 optimizer.zero_grad()
-                head.loss(job.settings, data.merged[picked], data.expert[picked], drawn).backward()
+                batch = (data.merged[picked], data.expert[picked], drawn)
+                head.loss(job.settings, *(x if x is None else x.to(device) for x in batch)).backward()
                 optimizer.step()
         done += BLOCK
-    return {n: p.detach() for n, p in ((n.removesuffix(".weight"), p) for n, p in head.named_parameters())}
+    return {n: p.detach().cpu() for n, p in ((n.removesuffix(".weight"), p) for n, p in head.named_parameters())}
 
 
-def assert_same(params, weights, atol=1e-5):
+def assert_same(params, weights):
     for name, weight in weights.items():
-        assert torch.allclose(params[name][0], weight, atol=atol, rtol=0), name
+        assert torch.allclose(params[name][0], weight, atol=1e-5, rtol=0), name
 
 
 def assert_parity(jobs):
