@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
+from probsurgery import cli
 from probsurgery.pipeline import store
 from probsurgery.pipeline.store import Cache, write_atomically, write_manifest
 from support import refused, write_cache
@@ -338,7 +339,7 @@ def _seconds(argument):
 
 def test_plain_progress_says_no_rate_before_there_is_one(capsys, monkeypatch):
     now = iter([0.0, 2.0, 20.0])
-    monkeypatch.setattr(cli.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: next(now)))
     show = cli._plain_progress("head-steps")
     for done in (0, 0, 500):
         show(done, 1_000, "best")
