@@ -338,7 +338,7 @@ def _seconds(argument):
 
 
 def test_plain_progress_says_no_rate_before_there_is_one(capsys, monkeypatch):
-    now = iter([0.0, 2.0, 20.0])
+    now = iter([100.0, 102.0, 120.0])
     monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: next(now)))
     show = cli._plain_progress("head-steps")
     for done in (0, 0, 500):

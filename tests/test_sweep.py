@@ -347,7 +347,7 @@ def test_a_line_with_a_garbled_request_is_passed_over(small_cache):
 
 def test_ridge_beside_heads_that_take_steps(small_cache, run, monkeypatch):
     """Ridge takes no step, so that progress stands still; time passes nevertheless."""
-    now = iter(range(10_000))
+    now = iter(range(1, 10_000))
     monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: float(next(now))))
     code, out, err = run("sweep", "--cache", small_cache.path, "--head", "ridge", "--penalty", "0.1,0.2,0.3")
     assert code == 0, err
