@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
-from probsurgery.pipeline.config import HEAD_SETTINGS, fingerprint
+from probsurgery.pipeline.config import HEAD_SETTINGS, fingerprint, number
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.results import read_results
 from probsurgery.pipeline.store import Cache
@@ -171,7 +171,8 @@ def head_label(row: dict) -> str:
             about, name, shown = [], kind, set()
     defaults = asdict(HEAD_SETTINGS[row["kind"]]()) if row["kind"] in HEAD_SETTINGS else {}
     other = {key: value for key, value in settings.items() if key not in shown and value != defaults.get(key)}
-    about += [f"{key.replace('_', '-')}={value}" for key, value in other.items()]
+    texts = {key: number(value) if isinstance(value, float) else value for key, value in other.items()}
+    about += [f"{key.replace('_', '-')}={text}" for key, text in texts.items()]
     about += ["shared"] if row["shared"] else []
     about += ["tf32"] if _is_tf32(row) else []
     about += [f"seed {row['seed']}"] if row["seed"] else []
