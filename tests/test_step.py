@@ -29,7 +29,7 @@ def starts(settings):
 
 
 def loss_of_one_head(settings, weights, z, expert, noise):
-    """The formula of PROTOCOL for one head, with torch's own losses; noise is (S, B, d)."""
+    """The formula of the papers for one head, with torch's own losses; noise is (S, B, d)."""
     error = ERRORS[settings.loss]
     first, second, *third = weights.values()
     u = F.relu(z @ first.T)
