@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -556,9 +557,8 @@ def main(arguments: list[str] | None = None) -> None:
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     with suppress(AttributeError):  # a terminal or file that cannot show a character gets a question mark
         sys.stdout.reconfigure(errors="replace")
-    # Batch systems end a job so; what was begun is then cleaned up as after Ctrl-C.
-    with suppress(ValueError):
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, _terminate)
     for variable in ("HF_HUB_VERBOSITY", "DATASETS_VERBOSITY"):  # retries are no news; what fails in the end is said
         os.environ.setdefault(variable, "error")
     try:
@@ -578,6 +578,7 @@ def main(arguments: list[str] | None = None) -> None:
     except MemoryError:
         status = _fail("out of memory; use a smaller --batch-size or fewer --tasks", 1)
     except KeyboardInterrupt:
+        warnings.simplefilter("ignore")  # libraries complain of what was cut short
         status = 130
     except Exception as error:
         # Typer's usage errors have no public base class; they all say their message so.
@@ -591,6 +592,12 @@ def main(arguments: list[str] | None = None) -> None:
     if status == 130:
         _note("interrupted; nothing is half-written, and the same command may be run again (extract and sweep go on)")
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _terminate(*_: object) -> None:
+    """Batch systems end a job with SIGTERM: clean up as after Ctrl-C, and leave in silence."""
+    warnings.simplefilter("ignore")
+    sys.exit(128 + signal.SIGTERM)
 
 
 def _fail(message: str, status: int) -> int:
