@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -86,7 +87,7 @@ def fit_all(
     settings = [_Setting(replace(config, tasks=tasks), cache, results, keep_heads) for config in configs]
     kept = read_results(results)
     known = {(row.get("request"), row["task"]): row for row in kept}
-    written = {_text(row) for row in kept}
+    written = {_text(row) for row in kept} if keep_heads else set()
     for setting in settings:
         for row in setting.recall(known, written):
             finished(setting.config, row)
@@ -115,7 +116,7 @@ class _Wish:
     setting: _Setting
     tasks: tuple[str, ...]
 
-    @property
+    @cached_property
     def request(self) -> str:
         """Digest of what determines the head; results name it."""
         return fingerprint(_request(self.setting.config, self.setting.cache, self.tasks))

@@ -31,14 +31,15 @@ class LoadedTasks:
             its = load_task(cache, task)
             if fit_split == "train":
                 features = Rows(task, *(cache.features(task, kind, "train") for kind in ("merged", "expert")))
-                features = features.spilled(scratch) if scratch else features
             else:
                 features = Rows(task, its.merged, its.expert)
-                features = features.spilled(scratch) if scratch else features
+            if scratch:
+                features = features.spilled(scratch)
+            if fit_split == "test":
                 its = replace(its, merged=features.merged, expert=features.expert)
             self._tasks[task], self._features[task] = its, features
         self._seen: dict[tuple, Rows] = {}
-        self._baselines: dict[tuple, dict] = {}
+        self._baselines: dict[tuple, tuple[Tensor, dict]] = {}
 
     def rows(self, config: FitConfig, task: str) -> Rows:
         """What the fit may see: merged and expert features only. Heads that see the same rows share one object."""
@@ -56,14 +57,14 @@ class LoadedTasks:
     def evaluate(self, config: FitConfig, head: Head, task: str) -> dict:
         """Accuracy in [0, 1] and bias of each kind of features on the rows that this setting evaluates on."""
         its = self._tasks[task]
-        _, rows = split_rows(config, its)
         key = (task, config.seed, config.holdout) if config.holdout else (task,)
         if key not in self._baselines:
+            _, rows = split_rows(config, its)
             kinds = {"individual": its.expert, "merged": its.merged}
             kinds = {"pretrained": its.pretrained} | kinds if its.pretrained is not None else kinds
             figures = {kind: _figures(its, rows, lambda part, v=values: v[part]) for kind, values in kinds.items()}
-            self._baselines[key] = figures
-        baselines = self._baselines[key]
+            self._baselines[key] = rows, figures
+        rows, baselines = self._baselines[key]
         its_accuracy, bias = _figures(its, rows, lambda part: head(its.merged[part], task))
         return {
             "fit_rows": len(self.rows(config, task)),

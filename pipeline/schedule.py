@@ -187,17 +187,18 @@ def execute(
 
     A pool of `plan.workers` needs the rows of the jobs on disk (`Rows.spilled`). Ridge is solved by this process.
     """
-    stacks = [[jobs[number] for number in stack] for stack in plan.stacks]
-    apart = [pool is not None and stack[0].head_steps > 0 for stack in stacks]
-    for numbers, stack, elsewhere in zip(plan.stacks, stacks, apart, strict=True):
-        if not elsewhere:
-            with _threads_for(stack), _multiplication(plan):
-                outcomes = train_stack(stack, plan.device, graph=plan.graph, progress=progress)
-            yield from zip(numbers, outcomes, strict=True)
+    sent = []
+    for numbers in plan.stacks:
+        stack = [jobs[number] for number in numbers]
+        if pool is not None and stack[0].head_steps:
+            sent.append((numbers, stack))
+            continue
+        with _threads_for(stack), _multiplication(plan):
+            outcomes = train_stack(stack, plan.device, graph=plan.graph, progress=progress)
+        yield from zip(numbers, outcomes, strict=True)
     if pool is not None:
-        sent = [numbers for numbers, elsewhere in zip(plan.stacks, apart, strict=True) if elsewhere]
-        for index, outcomes in pool.run([s for s, elsewhere in zip(stacks, apart, strict=True) if elsewhere], progress):
-            yield from zip(sent[index], outcomes, strict=True)
+        for index, outcomes in pool.run([stack for _, stack in sent], progress):
+            yield from zip(sent[index][0], outcomes, strict=True)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ SUPPORTED = os.name == "posix"
 """Pipes are handed over by number, which other systems do not do."""
 _GONE = (EOFError, ConnectionError)
 """What a pipe raises whose other end has gone."""
-_TORN = (*_GONE, OSError)
+_TORN = (EOFError, OSError)
 """The same for a reader, when it went in the middle of a message."""
 
 
