@@ -85,7 +85,9 @@ def _numbers(option: str, text: str | None, kind: type) -> tuple | None:
 
 @app.command("extract")
 def extract_command(
-    arch: Annotated[str, typer.Option(help="Architecture: mini, vitb32, vitb16 or vitl14.")],
+    arch: Annotated[
+        str, typer.Option(help="mini, vitb32, vitb16, vitl14, or a model of open_clip's with --checkpoints.")
+    ],
     merge: Annotated[
         list[str] | None, typer.Option(help="wa, ta, ties, or the path of a merged checkpoint; may be repeated. [ta]")
     ] = None,
@@ -99,7 +101,7 @@ def extract_command(
     dtype: Annotated[str, typer.Option(help="Features are kept in " + " or ".join(DTYPES) + ".")] = _E.dtype,
     precision: Annotated[str, typer.Option(help="Encoders compute in " + ", ".join(PRECISIONS) + ".")] = _E.precision,
     batch_size: Annotated[int, typer.Option(help="Images in a batch.")] = _E.batch_size,
-    workers: Annotated[int, typer.Option(help="Processes that decode images.")] = _E.workers,
+    workers: Annotated[int | None, typer.Option(help="Processes that decode images. [the cores]")] = _E.workers,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = _E.device,
     root: Annotated[Path, typer.Option(help="Folder in which caches get their default names.")] = _E.root,
     out: Annotated[Path | None, typer.Option(help="Exactly this cache (one merge only).")] = _E.out,
@@ -109,6 +111,12 @@ def extract_command(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Delete the cache that is there, heads included, first.")
     ] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out images that cannot be decoded, and record which.")
+    ] = _E.skip_bad,
+    any_rows: Annotated[
+        bool, typer.Option("--any-rows", help="Take data sets of another size than the papers'.")
+    ] = _E.any_rows,
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
     """Stage one: run the encoders over every image once and keep the features."""
@@ -131,11 +139,15 @@ def extract_command(
         out=out,
         pretrained=pretrained,
         fresh=fresh,
+        skip_bad=skip_bad,
+        any_rows=any_rows,
     )
     from probsurgery.pipeline.extract import extract
 
     with _progress("images") as progress:
         result = extract(config, progress)
+    for note in result.notes:
+        _note(note)
     if as_json:
         _print_json(asdict(result) | {"caches": [str(path) for path in result.caches]})
         return

@@ -1,16 +1,17 @@
-"""Published checkpoint formats -> state dicts of open_clip's visual tower, without executing anything in the files."""
+"""Published checkpoint formats -> state dicts with open_clip's names, without executing anything in the files."""
 
 from __future__ import annotations
 
 import hashlib
-import pickle
-import warnings
+import json
+import re
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from probsurgery.pipeline import pickles
 from probsurgery.pipeline.errors import InputError, first_line
 
 StateDict = dict[str, Tensor]
@@ -18,9 +19,11 @@ StateDict = dict[str, Tensor]
 _HF_NAMES = {
     "embeddings.class_embedding": "class_embedding",
     "embeddings.patch_embedding.weight": "conv1.weight",
+    "embeddings.token_embedding.weight": "token_embedding.weight",
     "embeddings.position_embedding.weight": "positional_embedding",
     "pre_layrnorm": "ln_pre",  # spelt so in transformers
     "post_layernorm": "ln_post",
+    "final_layer_norm": "ln_final",
     "encoder.layers": "transformer.resblocks",
     "self_attn.out_proj": "attn.out_proj",
     "layer_norm1": "ln_1",
@@ -28,85 +31,147 @@ _HF_NAMES = {
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
 }
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+"""Under these names training scripts keep the model beside their own records."""
+_STRANGERS = {
+    b"<": "an HTML or XML page, which is what a download that wanted a confirmation or a login leaves",
+    b"version https://git-lfs": "a Git LFS pointer; fetch the file itself with `git lfs pull`",
+    b"\x1f\x8b": "a gzip archive; unpack it first",
+    b"\x89HDF": "an HDF5 file",
+    b"{": "a JSON file",
+    b"\x00" * 16: "a file that begins with zeros, as a download does that reserved its space and did not finish",
+}
+_FORMATS = "safetensors, torch.save and pickle files are read"
 
 
 def read_tensors(path: Path) -> StateDict:
-    """Tensors of a .safetensors file, or of a file that `torch.load(weights_only=True)` reads.
+    """Named tensors of a checkpoint, its format recognised by content: safetensors, `torch.save`, or a plain pickle.
 
-    Raises `InputError` if the file is missing, torn, or a pickle of anything but tensors.
+    Pickled objects are read as what they are made of (see `pickles`). Raises `InputError` if the file is missing, cut
+    off, of another format, holds no tensors, or would call something when unpickled by others.
     """
     if not path.is_file():
         raise InputError(f"no checkpoint at {path}")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(512)
+    header = int.from_bytes(start[:8], "little")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the pickle protocol; what cannot be read is refused below
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise InputError(
-            f"{path} holds pickled objects, which are not read because unpickling runs code; "
-            "save its state dict as .safetensors"
-        ) from None
-    except Exception as error:  # a torn file can raise anything in either reader
-        raise InputError(f"{path} is not a readable checkpoint: {first_line(error)}") from None
-    if not isinstance(state, dict):
-        raise InputError(f"{path} holds a {type(state).__name__}, not a state dict")
-    state = state.get("state_dict", state)
-    if not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise InputError(f"{path} holds something besides named tensors; save its state dict alone")
+        if start[8:9] == b"{" and header < 2**32:
+            state = _read_safetensors(path, header, size)
+        elif start[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
+            state = _pickled_tensors(pickles.read_zip(path), size)
+        elif start[:1] == b"\x80":
+            state = _pickled_tensors(pickles.read_stream(path), size)
+        else:
+            what = next((what for magic, what in _STRANGERS.items() if start.lstrip().startswith(magic)), None)
+            raise InputError(
+                f"{path} is empty: its download did not begin"
+                if not size
+                else f"{path} is not a checkpoint but {what}"
+                if what
+                else f"{path} is not a checkpoint of a known format; {_FORMATS}"
+            )
+    except pickles.CutOffError as error:
+        raise InputError(f"{path} is cut off: {error}; download or copy it again") from None
+    except pickles.UnreadableError as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    except (OSError, MemoryError) as error:
+        raise InputError(f"{path} cannot be read: {first_line(error)}") from None
+    if not state:
+        raise InputError(f"{path} holds no named tensors: it is not a state dict and not a model")
     return state
 
 
-def find_checkpoint(folder: Path, name: str) -> Path:
-    """The file of a model in a folder: `<name>.safetensors`, `<name>.pt`, or a Hugging Face folder `<name>/`."""
-    candidates = [folder / f"{name}.safetensors", folder / f"{name}.pt", folder / name / "model.safetensors"]
-    for path in candidates:
-        if path.is_file():
-            return path
-    raise InputError(
-        f"no checkpoint of {name!r} in {folder}; looked for {', '.join(str(p.relative_to(folder)) for p in candidates)}"
-    )
+def _read_safetensors(path: Path, header: int, size: int) -> StateDict:
+    try:
+        return load_file(path)
+    except Exception as error:  # the library raises its own and the OS's
+        if 8 + header > size:
+            raise pickles.CutOffError("it ends in the middle of its safetensors header") from None
+        try:
+            with path.open("rb") as file:
+                entries = json.loads(file.read(8 + header)[8:])
+            end = 8 + header + max(e["data_offsets"][1] for n, e in entries.items() if n != "__metadata__")
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+            raise pickles.UnreadableError("its safetensors header is damaged") from None
+        if end > size:
+            raise pickles.CutOffError(f"it has {size:,} of {end:,} bytes") from None
+        raise pickles.UnreadableError(f"its safetensors header is damaged ({first_line(error)})") from None
+
+
+def _pickled_tensors(value: object, size: int) -> StateDict:
+    for wrapper in _WRAPPERS:
+        if isinstance(value, dict) and isinstance(value.get(wrapper), dict | pickles.Record):
+            value = value[wrapper]
+    return pickles.named_tensors(value, size)
 
 
 def to_visual(state: StateDict, projection: Tensor | None = None) -> StateDict:
-    """State dict of open_clip's visual tower, in float32, from any of the layouts that are met in the wild.
+    """State dict of open_clip's visual tower, from any of the layouts that are met in the wild.
 
     - open_clip's visual tower itself;
-    - a whole CLIP model of open_clip, whose tower is under `visual.` (text weights are dropped);
+    - a whole CLIP model of open_clip or OpenAI, or a wrapper of one, whose tower is under `visual.` (the rest is
+      dropped);
     - Hugging Face `CLIPVisionModel` (keys with `vision_model.`, or without as transformers >= 5 writes them), which
       lacks the visual projection: `projection` (width, d), the pre-trained model's, stands in;
     - Hugging Face `CLIPModel` and `CLIPVisionModelWithProjection`, which hold it.
     """
-    for prefix in ("model.visual.", "visual."):
-        if any(name.startswith(prefix) for name in state):
-            state = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+    if not _is_hugging_face(state):
+        return _under(state, "visual.") or state
+    visual = _from_hugging_face(_under(state, "vision_model.") or state)
+    projection = next((t.T for n, t in state.items() if n.endswith("visual_projection.weight")), projection)
+    visual.pop("visual_projection.weight", None)
+    return visual if projection is None else visual | {"proj": projection.contiguous()}
+
+
+def to_text(state: StateDict) -> StateDict | None:
+    """The text tower of a whole CLIP model, in open_clip's names; None if there is none."""
     if _is_hugging_face(state):
-        state = _from_hugging_face(state, projection)
-    return {name: tensor.float() for name, tensor in state.items() if tensor.is_floating_point()}
+        text = _from_hugging_face(_under(state, "text_model."))
+        kept = {"text_projection": state.get("text_projection.weight"), "logit_scale": state.get("logit_scale")}
+        if not text or None in kept.values():
+            return None
+        return text | {"text_projection": kept["text_projection"].T.contiguous(), "logit_scale": kept["logit_scale"]}
+    last = "token_embedding.weight"
+    where = next((name.removesuffix(last) for name in state if name.endswith(last)), None)
+    names = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection", "logit_scale")
+    if where is None or not any(n.startswith(f"{where}transformer.") for n in state):
+        return None
+    return {n.removeprefix(where): t for n, t in state.items() if n.startswith(tuple(where + name for name in names))}
+
+
+def to_classifier(state: StateDict) -> Tensor:
+    """Weights (C, d) of a pickled `ClassificationHead`. Raises `InputError` if it is something else, or has a bias."""
+    weight, bias = state.get("weight"), state.get("bias")
+    if weight is None or weight.ndim != 2 or state.keys() - {"weight", "bias"}:
+        raise InputError(f"it is not a classification head; it looks like {looks_like(state)}")
+    if bias is not None and bias.any():
+        raise InputError("its bias is not zero, so it is not a zero-shot classifier")
+    return weight.float()
+
+
+def _under(state: StateDict, name: str) -> StateDict:
+    """What is under a module of this name, wherever it first is."""
+    found = [match.group() for n in state if (match := re.match(rf"(?:\w+\.)*?{re.escape(name)}", n))]
+    prefix = min(found, key=len, default=None)
+    return {n.removeprefix(prefix): t for n, t in state.items() if prefix is not None and n.startswith(prefix)}
 
 
 def _is_hugging_face(state: StateDict) -> bool:
-    return any(name.removeprefix("vision_model.").startswith("embeddings.") for name in state)
+    return any(name.endswith("embeddings.patch_embedding.weight") for name in state)
 
 
 def lacks_projection(state: StateDict) -> bool:
     """Whether these are a Hugging Face `CLIPVisionModel`'s tensors, which leave the visual projection out."""
-    return _is_hugging_face(state) and "visual_projection.weight" not in state
+    return _is_hugging_face(state) and not any(name.endswith("visual_projection.weight") for name in state)
 
 
-def _from_hugging_face(state: StateDict, projection: Tensor | None) -> StateDict:
-    if any(name.startswith("vision_model.") for name in state):
-        state = {
-            n.removeprefix("vision_model."): t
-            for n, t in state.items()
-            if n.startswith(("vision_model.", "visual_projection."))
-        }
-    visual: StateDict = {}
+def _from_hugging_face(state: StateDict) -> StateDict:
+    tower: StateDict = {}
     attention: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
-        if name == "visual_projection.weight":
-            projection = tensor.T
+        if name.endswith("position_ids"):  # 0, 1, 2, ..., which older releases kept
             continue
         for theirs, ours in _HF_NAMES.items():
             name = name.replace(theirs, ours)
@@ -115,30 +180,46 @@ def _from_hugging_face(state: StateDict, projection: Tensor | None) -> StateDict
             which, _, kind = rest.partition("_proj.")
             attention.setdefault(f"{block}attn.in_proj_{kind}", {})[which] = tensor
         else:
-            visual[name] = tensor
+            tower[name] = tensor
     for name, parts in attention.items():
-        if parts.keys() != {"q", "k", "v"}:
-            raise InputError(f"the checkpoint has only {', '.join(sorted(parts))} of the q, k, v projections of {name}")
-        visual[name] = torch.cat([parts[which] for which in "qkv"])
-    if projection is not None:
-        visual["proj"] = projection.contiguous()
-    return visual
+        if parts.keys() != {"q", "k", "v"} or len({tensor.shape for tensor in parts.values()}) > 1:
+            raise InputError(f"the checkpoint lacks one of the q, k, v projections of {name}, or their shapes differ")
+        tower[name] = torch.cat([parts[which] for which in "qkv"])
+    return tower
 
 
-def check_state(state: StateDict, expected: dict[str, torch.Size], where: str) -> None:
+def check_state(state: StateDict, expected: dict[str, torch.Size], where: str, arch: str) -> None:
     """Raise `InputError`, naming the first key that differs, unless names and shapes are exactly these."""
     for name, shape in expected.items():
         if name not in state:
-            raise InputError(f"{where} lacks the key {name!r}; it is not a checkpoint of this architecture")
-        if state[name].shape != shape:
-            raise InputError(
-                f"{where}: {name!r} has shape {tuple(state[name].shape)}, this architecture takes {tuple(shape)}"
-            )
-        if not state[name].isfinite().all():
-            raise InputError(f"{where}: {name!r} holds NaN or infinite weights")
+            problem = f"lacks the key {name!r}"
+        elif state[name].shape != shape:
+            problem = f"has {name!r} of shape {tuple(state[name].shape)} instead of {tuple(shape)}"
+        else:
+            continue
+        raise InputError(f"{where} {problem}: it is no checkpoint of {arch}; it looks like {looks_like(state)}")
     extra = next((name for name in state if name not in expected), None)
     if extra is not None:
-        raise InputError(f"{where} has a key {extra!r} that this architecture has not")
+        raise InputError(f"{where} has a key {extra!r} that {arch} has not; it looks like {looks_like(state)}")
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise InputError(f"{where}: {name!r} holds NaN or infinite weights")
+
+
+def looks_like(state: StateDict) -> str:
+    """A few words on what a state dict is of, for errors."""
+    conv = next((t for n, t in state.items() if n.endswith(("conv1.weight", "patch_embedding.weight"))), None)
+    blocks = {int(m.group(1)) for n in state if (m := re.search(r"(?:resblocks|encoder\.layers)\.(\d+)\.", n))}
+    if conv is not None and conv.ndim == 4 and blocks:
+        proj = state.get("proj")
+        d = f", d = {proj.shape[1]}" if proj is not None and proj.ndim == 2 else ", without a visual projection"
+        return f"a CLIP ViT of width {conv.shape[0]}, patch {conv.shape[-1]}, {max(blocks) + 1} blocks{d}"
+    if any("layer1." in name for name in state):
+        return "a ResNet"
+    if state.keys() <= {"weight", "bias"}:
+        return f"a classification head {tuple(state['weight'].shape) if 'weight' in state else ''}".strip()
+    names = list(state)
+    return f"tensors named {', '.join(map(repr, names[:3]))}{', ...' if len(names) > 3 else ''}"
 
 
 def digest(state: StateDict) -> str:

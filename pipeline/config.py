@@ -25,6 +25,12 @@ def fingerprint(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
     """Each leaf in which two nested dictionaries differ, as ``path: a's value / b's value``."""
     found = []
@@ -167,7 +173,7 @@ class ExtractConfig:
     """One run of stage one."""
 
     arch: str
-    """Architecture: a name in `encoders.ARCHS`."""
+    """Architecture: a name in `encoders.ARCHS`, or any of open_clip's."""
     merges: tuple[str, ...] = ("ta",)
     """Merging methods, each a name in `merging.METHODS` or the path of a merged checkpoint."""
     tasks: tuple[str, ...] | None = None
@@ -175,9 +181,9 @@ class ExtractConfig:
     only: tuple[str, ...] | None = None
     """Those of the tasks to extract now; the rest can follow."""
     checkpoints: str | None = None
-    """Folder of checkpoints; None: where the architecture's published ones are."""
+    """Folder of checkpoints (see `weights.Weights`); None: where the architecture's published ones are."""
     data: str | None = None
-    """Folder of data sets; None: where the suite's published ones are."""
+    """Folder of data sets (see `folders.LAYOUTS`); None: where the suite's published ones are."""
     split: str = "test"
     """`test`, `train` or `both`."""
     limit: int | None = None
@@ -188,8 +194,8 @@ class ExtractConfig:
     precision: str = "fp32"
     """Type in which the encoders compute."""
     batch_size: int = 128
-    workers: int = 0
-    """Processes that decode images; 0: the main one."""
+    workers: int | None = None
+    """Processes that decode images; 0: the main one; None: as many as there are cores, for images in files."""
     device: str = "auto"
     root: Path = Path("cache")
     """Folder in which caches get their default names."""
@@ -199,6 +205,10 @@ class ExtractConfig:
     """Keep the pre-trained encoder's features too, for the report."""
     fresh: bool = False
     """Replace a cache that was written with other settings."""
+    skip_bad: bool = False
+    """Go on past images that cannot be decoded, and keep a record of them."""
+    any_rows: bool = False
+    """Take data sets that have another number of images than the papers'."""
 
     def __post_init__(self) -> None:
         _choice("split", self.split, (*SPLITS, "both"))
@@ -206,7 +216,8 @@ class ExtractConfig:
         _choice("dtype", self.dtype, DTYPES)
         _choice("precision", self.precision, PRECISIONS)
         _integer("--batch-size", self.batch_size, 1, 65_536)
-        _integer("--workers", self.workers, 0, 256)
+        if self.workers is not None:
+            _integer("--workers", self.workers, 0, 256)
         if self.limit is not None:
             _integer("--limit", self.limit, 1, 1_000_000_000)
         if not self.merges:

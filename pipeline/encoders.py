@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from probsurgery.pipeline.checkpoints import (
-    StateDict,
-    check_state,
-    find_checkpoint,
-    lacks_projection,
-    read_tensors,
-    to_visual,
-)
-from probsurgery.pipeline.errors import InputError, first_line, unknown
+from probsurgery.pipeline.checkpoints import StateDict
+from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.tasks import Task
 
 MINI = Path(__file__).parent / "mini"
@@ -55,10 +47,21 @@ ARCHS: dict[str, Arch] = {
 
 
 def get_arch(name: str) -> Arch:
-    """An architecture by name. Raises `InputError` for an unknown one."""
-    if name not in ARCHS:
-        raise unknown("arch", name, ARCHS)
-    return ARCHS[name]
+    """An architecture by name: a row of `ARCHS`, or any model of open_clip's with the clip8 suite.
+
+    Raises `InputError` for an unknown one.
+    """
+    if name in ARCHS:
+        return ARCHS[name]
+    import open_clip
+
+    if name not in open_clip.list_models():
+        raise InputError(
+            f"unknown arch {name!r}; choose from: {', '.join(ARCHS)}, or any model of open_clip by its name, such as "
+            "ViT-B-32-quickgelu, with --checkpoints"
+        )
+    known = next((row.pretrained_repo for row in ARCHS.values() if row.open_clip == name), None)
+    return Arch("clip8", name, known)
 
 
 def model_config(arch: str) -> dict:
@@ -72,12 +75,24 @@ def model_config(arch: str) -> dict:
 
 
 def preprocessing(arch: str) -> dict:
-    """What is done to an image before the encoder, as kept in a cache's identity."""
+    """What is done to an image before the encoder, as kept in a cache's identity: open_clip's own for the model.
+
+    Where open_clip lists several pre-trained weights of the model, OpenAI's decide, or else the first.
+    """
     import open_clip
 
-    size = model_config(arch)["vision_cfg"]["image_size"]
-    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-    return {"image_size": size, "resize": "shortest", "interpolation": "bicubic", "mean": list(mean), "std": list(std)}
+    name = get_arch(arch).open_clip
+    tags = sorted(open_clip.list_pretrained_tags_by_model(name), key=lambda tag: tag != "openai")
+    own = open_clip.get_pretrained_cfg(name, tags[0]) if tags else {}
+    own = {"size": model_config(arch)["vision_cfg"]["image_size"]} | {k: v for k, v in own.items() if k != "size"}
+    p = open_clip.transform.merge_preprocess_dict(asdict(open_clip.transform.PreprocessCfg()), own)
+    return {
+        "image_size": p["size"],
+        "resize": p["resize_mode"],
+        "interpolation": p["interpolation"],
+        "mean": list(p["mean"]),
+        "std": list(p["std"]),
+    }
 
 
 def image_transform(arch: str) -> Callable:
@@ -96,11 +111,18 @@ def image_transform(arch: str) -> Callable:
 
 
 def _empty_tower(arch: str) -> nn.Module:
-    """The image tower without memory behind its parameters."""
-    import open_clip
+    """The image tower without memory behind its parameters.
 
+    open_clip's builder of this tower alone: building a whole model would ask the Hub for some models' text towers.
+    """
+    from open_clip.model import _build_vision_tower
+
+    config = model_config(arch)
+    vision = config["vision_cfg"] | (
+        {"timm_model_pretrained": False} if "timm_model_name" in config["vision_cfg"] else {}
+    )
     with torch.device("meta"):
-        return open_clip.CLIP(**model_config(arch)).visual
+        return _build_vision_tower(config["embed_dim"], vision, config.get("quick_gelu", False))
 
 
 def expected_shapes(arch: str) -> dict[str, torch.Size]:
@@ -113,122 +135,50 @@ def build_visual(arch: str, state: StateDict) -> nn.Module:
     normalised, which is what open_clip's `encode_image` returns."""
     tower = _empty_tower(arch)
     tower.load_state_dict(state, strict=True, assign=True)
+    unfilled = next(
+        (name for name, tensor in (*tower.named_parameters(), *tower.named_buffers()) if tensor.is_meta), None
+    )
+    if unfilled is not None:
+        raise InputError(f"{arch} cannot be built from a checkpoint: {unfilled!r} is not part of one")
     return tower.eval().requires_grad_(False)
 
 
-class Weights:
-    """The checkpoints of an architecture: the pre-trained tower, an expert for each task, the classifiers.
-
-    `folder` holds `pretrained`, one file for each task and, if classifiers are not to be made from text,
-    `classifiers.safetensors`; see `checkpoints.find_checkpoint`. Without one, the published weights are used.
-    Every state dict returned has been checked against the architecture; `InputError` names the first key that differs.
-    """
-
-    def __init__(self, arch: str, folder: str | Path | None = None) -> None:
-        self.arch = arch
-        self.row = get_arch(arch)
-        self.folder = Path(folder) if folder is not None else self.row.folder
-        if self.folder is not None and not self.folder.is_dir():
-            raise InputError(f"no folder of checkpoints at {self.folder}; --checkpoints takes a folder")
-        self._shapes = expected_shapes(arch)
-
-    def pretrained(self) -> StateDict:
-        """The tower that the experts were fine-tuned from."""
-        return self.load(self._file("pretrained", self.row.pretrained_repo))
-
-    def expert(self, task: Task) -> StateDict:
-        """The tower that was fine-tuned on a task."""
-        return self.load(self._file(task.name, self.row.expert_repo, task.expert_suffix))
-
-    def experts(self, tasks: Sequence[Task]) -> Iterator[StateDict]:
-        """The experts one at a time, so that no more than one needs to be in memory."""
-        return (self.expert(task) for task in tasks)
-
-    def load(self, path: Path) -> StateDict:
-        """Any checkpoint of this architecture, in open_clip's names and float32."""
-        held = read_tensors(path)
-        state = to_visual(held, self._projection if lacks_projection(held) else None)
-        check_state(state, self._shapes, str(path))
-        return state
-
-    @cached_property
-    def _projection(self) -> Tensor:
-        """The pre-trained visual projection (width, d)."""
-        path = self._file("pretrained", self.row.pretrained_repo)
-        state = to_visual(read_tensors(path))
-        if "proj" not in state:
-            raise InputError(f"{path} lacks the visual projection, which the experts' checkpoints leave out too")
-        return state["proj"]
-
-    def _file(self, name: str, repo: str | None, suffix: str = "") -> Path:
-        if self.folder is not None:
-            return find_checkpoint(self.folder, name)
-        return _download(repo.format(suffix))
-
-    def classifiers(self, tasks: Sequence[Task], device: torch.device) -> dict[str, Tensor]:
-        """Zero-shot classifiers (C, d) of the tasks: from the folder if it holds them, else from the text tower."""
-        file = self.folder / "classifiers.safetensors" if self.folder is not None else None
-        if self.row.config is not None and not file.is_file():
-            raise InputError(f"{self.folder} holds no classifiers.safetensors, which {self.arch} needs")
-        if file is None or not file.is_file():
-            return text_classifiers(self.arch, tasks, device)
-        held = read_tensors(file)
-        dim = model_config(self.arch)["embed_dim"]
-        for task in tasks:
-            if task.name not in held:
-                raise InputError(f"{file} has no classifier of {task.name!r}; it holds: {', '.join(held)}")
-            shape = (len(task.class_names), dim)
-            if held[task.name].shape != shape:
-                raise InputError(
-                    f"{file}: {task.name!r} has shape {tuple(held[task.name].shape)}, not (C, d) = {shape}"
-                )
-        return {task.name: held[task.name].float() for task in tasks}
+def text_shapes(arch: str) -> dict[str, torch.Size]:
+    """Names and shapes of the text tower's parameters, the logit scale among them."""
+    with torch.device("meta"):
+        return {n: t.shape for n, t in _clip(arch).state_dict().items() if not n.startswith("visual.")}
 
 
-def _download(repo: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+def _clip(arch: str) -> nn.Module:
+    import open_clip
 
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        try:
-            return Path(hf_hub_download(repo, name))
-        except LocalEntryNotFoundError as error:
-            problem: Exception = error
-            break
-        except EntryNotFoundError as error:
-            problem = error
-        except Exception as error:  # the hub client raises its own, httpx's and the OS's errors for one cause: no file
-            problem = error
-            break
-    raise InputError(
-        f"cannot get the checkpoint {repo} from Hugging Face ({first_line(problem)}); check the connection, or give "
-        "--checkpoints FOLDER"
-    )
+    config = model_config(arch)
+    if "hf_model_name" in config["text_cfg"] or config.get("custom_text"):
+        raise InputError(f"classifiers of {arch} cannot be made here; put classifiers.safetensors into --checkpoints")
+    return open_clip.CLIP(**config)
 
 
 @torch.no_grad()
-def text_classifiers(arch: str, tasks: Sequence[Task], device: torch.device) -> dict[str, Tensor]:
-    """Zero-shot classifiers (C, d) from OpenAI's text tower.
+def text_classifiers(arch: str, text: StateDict, tasks: Sequence[Task], device: torch.device) -> dict[str, Tensor]:
+    """Zero-shot classifiers (C, d) from a text tower that `text_shapes` describes.
 
     Each class name in each of the task's templates is embedded and normalised; the mean over templates is normalised
     again, and multiplied by exp(logit_scale).
     """
     import open_clip
 
-    row = get_arch(arch)
-    try:
-        model = open_clip.create_model(row.open_clip, pretrained="openai", device=device)
-    except Exception as error:  # as in `_download`
-        raise InputError(
-            f"cannot get OpenAI's text tower for {arch} ({first_line(error)}); check the connection, or put "
-            "classifiers.safetensors into --checkpoints FOLDER"
-        ) from None
-    tokenizer = open_clip.get_tokenizer(row.open_clip)
+    model = _clip(arch)
+    missing, unexpected = model.load_state_dict(text, strict=False)  # of a whole model, only the text tower is used
+    assert not unexpected
+    assert all(name.startswith("visual.") for name in missing)
+    model.to(device).eval()
+    length = model_config(arch)["text_cfg"].get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
+    tokenizer = open_clip.SimpleTokenizer(context_length=length)  # OpenAI's, with which every `CLIP` was trained
     scale = model.logit_scale.exp()
     made = {}
     for task in tasks:
         weights = open_clip.build_zero_shot_classifier(
-            model.eval(), tokenizer, task.class_names, task.templates, device=device
+            model, tokenizer, task.class_names, task.templates, device=device
         )
         made[task.name] = (scale * weights.T).float().cpu().contiguous()
     return made

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -22,14 +24,16 @@ from probsurgery.pipeline.backends import SHARD_ROWS
 from probsurgery.pipeline.checkpoints import StateDict, digest
 from probsurgery.pipeline.config import ExtractConfig
 from probsurgery.pipeline.device import choose_device
-from probsurgery.pipeline.errors import InputError, ProbsurgeryError
+from probsurgery.pipeline.errors import InputError, ProbsurgeryError, first_line
 from probsurgery.pipeline.store import CacheWriter, check_target, locked
 from probsurgery.pipeline.tasks import Images, Task, check_names, open_images, select_tasks
+from probsurgery.pipeline.weights import Weights
 
 Progress = Callable[[int, int, str], None]
 """Told how many images are done, how many there are in all, and what is being worked on."""
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_MOST_DIFFERENCE = 0.1
 
 
 @dataclass
@@ -39,10 +43,13 @@ class Extraction:
     caches: list[Path]
     images: int = 0
     """Images that were encoded; 0 if everything was there already."""
+    notes: list[str] = field(default_factory=list)
+    """What a user should know of this run: images left out, precision."""
     seconds: dict[str, float] = field(
         default_factory=lambda: {"prepare": 0.0, "read": 0.0, "encode": 0.0, "write": 0.0}
     )
-    """Wall time spent on checkpoints, merging and opening data sets; waiting for images; encoding; writing."""
+    """Wall time spent on checkpoints, merging and opening data sets; waiting for images; encoding; waiting for the
+    writer. What the main thread waits for images is what reading costs beyond what the workers do meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +87,17 @@ def extract(config: ExtractConfig, progress: Progress = lambda done, total, what
     now = tuple(task for task in tasks if config.only is None or task.name in config.only)
     paths = _cache_paths(config, tasks, whole_suite=len(tasks) == len(select_tasks(row.suite, None)))
     device = choose_device(config.device)
-    weights = encoders.Weights(config.arch, config.checkpoints)
+    weights = Weights(config.arch, config.checkpoints)
     pretrained = weights.pretrained()
     classifiers = weights.classifiers(now, device)
-    images = {(s, t.name): open_images(t, s, config.data, config.limit) for s in config.splits for t in now}
     digests = {"pretrained": digest(pretrained)}
     for task, expert in zip(tasks, weights.experts(tasks), strict=True):
         digests[task.name] = digest(expert)
+    images = {
+        (split, task.name): open_images(task, split, config.data, config.limit, any_rows=config.any_rows)
+        for split in config.splits
+        for task in now
+    }
     merges = [_merge(name, path, weights, pretrained, tasks) for name, path in paths.items()]
     identities = [_identity(config, tasks, digests, merge) for merge in merges]
     for merge, identity in zip(merges, identities, strict=True):
@@ -104,7 +115,7 @@ def extract(config: ExtractConfig, progress: Progress = lambda done, total, what
             for merge, identity in zip(merges, identities, strict=True)
         ]
         for writer in writers:
-            _register(writer, now, images, classifiers)
+            _register(writer, now, images, classifiers, weights.files)
         work = [
             (task, split, targets)
             for task in now
@@ -116,7 +127,13 @@ def extract(config: ExtractConfig, progress: Progress = lambda done, total, what
         for task, split, targets in work:
             _load_towers(towers, targets, config.arch, merges, weights, pretrained, task, device)
             opened = images[split, task.name]
+            _check_precision(config, opened, targets, towers, device)
             _fill(config, opened, targets, towers, device, result, lambda n, t=task: progress(n, total, t.name))
+        for writer in writers if work else ():
+            run = {"images": result.images, "seconds": {k: round(v, 3) for k, v in result.seconds.items()}}
+            writer.manifest.setdefault("runs", []).append(run | {"device": _device_name(device)})
+            writer.save()
+        result.notes = _notes(writers[0].manifest)
     return result
 
 
@@ -137,7 +154,7 @@ def _cache_paths(config: ExtractConfig, tasks: Sequence[Task], *, whole_suite: b
     return paths
 
 
-def _merge(name: str, path: Path, weights: encoders.Weights, pretrained: StateDict, tasks: Sequence[Task]) -> _Merge:
+def _merge(name: str, path: Path, weights: Weights, pretrained: StateDict, tasks: Sequence[Task]) -> _Merge:
     if name in merging.METHODS:
         state = merging.merge(name, pretrained, weights.experts(tasks))
         about = {"method": name, "settings": merging.METHODS[name].settings}
@@ -169,7 +186,8 @@ def _check_data(path: Path, known: dict, images: dict[tuple[str, str], Images], 
     """Raise `InputError` if a cache holds features of other images, or another classifier, than this run has."""
     for (split, name), opened in images.items():
         about = known.get(name, {"classifier": digest({"": classifiers[name]}), "splits": {}})
-        if about["splits"].get(split, _data(opened)) != _data(opened):
+        held = about["splits"].get(split, {})
+        if _data(opened) != {name: held.get(name, value) for name, value in _data(opened).items()}:
             raise InputError(f"{path} was written from other images of {name} ({split}); use --fresh or --out")
         if about["classifier"] != digest({"": classifiers[name]}):
             raise InputError(f"{path} was written with another classifier of {name}; use --fresh or --out")
@@ -180,13 +198,19 @@ def _register(
     tasks: Sequence[Task],
     images: dict[tuple[str, str], Images],
     classifiers: dict[str, Tensor],
+    files: dict[str, dict],
 ) -> None:
-    """Note in the manifest what this run adds, and keep the classifiers."""
+    """Note in the manifest what this run adds and what it is made from, and keep the classifiers."""
+    writer.manifest.setdefault("files", {}).update(files)
     for task in tasks:
         about = {"classes": len(task.class_names), "class_names": list(task.class_names), "splits": {}}
         about["classifier"] = digest({"": classifiers[task.name]})
         about = writer.manifest["tasks"].setdefault(task.name, about)
-        about["splits"] |= {split: _data(opened) for (split, name), opened in images.items() if name == task.name}
+        for (split, name), opened in images.items():
+            if name == task.name:
+                about["splits"].setdefault(split, _data(opened))
+                origin = {"source": opened.source, "class_order": opened.class_order}
+                about.setdefault("origins", {})[split] = origin
     writer.request([f"{split}/{name}" for split, name in images])
     names = {f"classifiers/{task.name}": classifiers[task.name].numpy() for task in tasks}
     writer.declare({name: {"shape": list(c.shape), "dtype": "float32"} for name, c in names.items()})
@@ -226,7 +250,7 @@ def _load_towers(
     targets: Sequence[_Target],
     arch: str,
     merges: Sequence[_Merge],
-    weights: encoders.Weights,
+    weights: Weights,
     pretrained: StateDict,
     task: Task,
     device: torch.device,
@@ -262,47 +286,88 @@ def _fill(
     result: Extraction,
     progress: Callable[[int], None],
 ) -> None:
-    """Encode the lacking parts of one task and split and write them, part by part."""
+    """Encode the lacking parts of one task and split and write them, part by part.
+
+    A part is written by a thread while the next is encoded, so that an encoder waits for a slow disk only if the disk
+    is slower than it.
+    """
     parts = _parts_of(targets)
     batches = _to_device(_reader(config, images, parts, device), device)
     clock = time.perf_counter
-    for part in parts:
-        here = [target for target in targets if part in target.parts]
-        names = {target.encoder for target in here} - {"labels"}
-        encoded: dict[str, list[Tensor]] = {name: [] for name in names}
-        rows = _part_range(part, len(images))
-        for _ in range(0, len(rows), config.batch_size):
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        writing: Future | None = None
+        for part in parts:
+            here = [target for target in targets if part in target.parts]
+            names = {target.encoder for target in here} - {"labels"}
+            encoded: dict[str, list[Tensor]] = {name: [] for name in names}
+            rows = _part_range(part, len(images))
+            bad: dict[int, str] = {}
+            for _ in range(0, len(rows), config.batch_size):
+                start = clock()
+                batch, undecoded = next(batches)
+                result.seconds["read"] += clock() - start
+                if undecoded and not config.skip_bad:
+                    row, problem = next(iter(undecoded.items()))
+                    name = here[0].array.rpartition("/")[0]
+                    raise ProbsurgeryError(
+                        f"image {row} of {name} cannot be decoded: {problem}; mend it, or leave such images out with "
+                        "--skip-bad"
+                    )
+                bad |= undecoded
+                start = clock()
+                for name in names:
+                    encoded[name].append(_encode(towers[name], batch, config.precision))
+                result.seconds["encode"] += clock() - start
+                result.images += len(batch)
+                progress(result.images)
             start = clock()
-            batch = next(batches)
-            result.seconds["read"] += clock() - start
-            start = clock()
-            for name in names:
-                encoded[name].append(_encode(towers[name], batch, config.precision))
+            values = {name: torch.cat(blocks).cpu().numpy() for name, blocks in encoded.items()}
             result.seconds["encode"] += clock() - start
-            result.images += len(batch)
-            progress(result.images)
+            start = clock()
+            if writing is not None:
+                writing.result()
+            writing = thread.submit(_write, config, images.labels, here, part, rows, values, bad)
+            result.seconds["write"] += clock() - start
         start = clock()
-        values = {name: torch.cat(blocks).cpu() for name, blocks in encoded.items()}
-        result.seconds["encode"] += clock() - start
-        start = clock()
-        for writer in {id(target.writer): target.writer for target in here}.values():
-            writer.write(
-                part,
-                {
-                    t.array: images.labels[rows.start : rows.stop]
-                    if t.encoder == "labels"
-                    else _for_store(values[t.encoder], config.dtype, t.array, rows.start)
-                    for t in here
-                    if t.writer is writer
-                },
-            )
+        if writing is not None:
+            writing.result()
         result.seconds["write"] += clock() - start
 
 
-def _for_store(values: Tensor, dtype: str, array: str, first_row: int) -> np.ndarray:
+def _write(
+    config: ExtractConfig,
+    labels: np.ndarray,
+    targets: Sequence[_Target],
+    part: int,
+    rows: range,
+    values: dict[str, np.ndarray],
+    bad: dict[int, str],
+) -> None:
+    """Write one part of every target. Rows of images that were left out are NaN, and their labels -1."""
+    left_out = [row - rows.start for row in bad]
+    kept = labels[rows.start : rows.stop].copy()
+    kept[left_out] = -1
+    split, task, _ = targets[0].array.split("/")
+    for writer in {id(target.writer): target.writer for target in targets}.values():
+        stored = {}
+        for target in targets:
+            if target.writer is not writer:
+                continue
+            if target.encoder == "labels":
+                stored[target.array] = kept
+                continue
+            stored[target.array] = _for_store(values[target.encoder], config.dtype, target.array, rows.start)
+            stored[target.array][left_out] = np.nan
+        if bad:
+            skipped = writer.manifest["tasks"][task]["splits"][split].setdefault("skipped", {})
+            skipped.update({str(row): problem for row, problem in bad.items()})
+        writer.write(part, stored)
+
+
+def _for_store(values: np.ndarray, dtype: str, array: str, first_row: int) -> np.ndarray:
     """Features as they are kept. Raises `ProbsurgeryError` if the encoder, or the type, made one NaN or infinite."""
     with np.errstate(over="ignore"):
-        stored = values.numpy().astype(dtype)
+        stored = values.astype(dtype)
     bad = np.flatnonzero(~np.isfinite(stored).all(-1))
     if len(bad):
         raise ProbsurgeryError(
@@ -312,65 +377,116 @@ def _for_store(values: Tensor, dtype: str, array: str, first_row: int) -> np.nda
     return stored
 
 
-class _Decoded(Dataset):
-    """Images as the encoder takes them. An image that cannot be decoded becomes the text of the error."""
+def _check_precision(
+    config: ExtractConfig,
+    images: Images,
+    targets: Sequence[_Target],
+    towers: dict[str, nn.Module],
+    device: torch.device,
+) -> None:
+    """Compare the first batch with fp32, and keep the relative difference |z - z32| / |z32| in the manifests.
 
-    def __init__(self, images: Images, transform: Callable) -> None:
-        self.images, self.transform = images, transform
+    Raises `ProbsurgeryError` if an encoder's is above `_MOST_DIFFERENCE`, which rounding alone does not make.
+    """
+    if config.precision == "fp32":
+        return
+    batch, _ = next(_to_device(_reader(config, images, _parts_of(targets)[:1], device, most=1), device))
+    for target in targets:
+        if target.encoder == "labels":
+            continue
+        exact = _encode(towers[target.encoder], batch, "fp32")
+        difference = ((_encode(towers[target.encoder], batch, config.precision) - exact).norm() / exact.norm()).item()
+        if not difference <= _MOST_DIFFERENCE:
+            raise ProbsurgeryError(
+                f"{config.precision} changes the first features of {target.array} by {difference:.1%} of their length; "
+                "use --precision fp32"
+            )
+        target.writer.manifest.setdefault("precision", {})[target.array] = difference
+
+
+def _notes(manifest: dict) -> list[str]:
+    """What is worth saying of a finished run."""
+    notes = []
+    for task, about in manifest["tasks"].items():
+        for split, data in about["splits"].items():
+            if data.get("skipped"):
+                rows = ", ".join(list(data["skipped"])[:5]) + (", ..." if len(data["skipped"]) > 5 else "")
+                notes.append(f"{task} ({split}): {len(data['skipped'])} images left out, rows {rows}")
+            order = about.get("origins", {}).get(split, {}).get("class_order", "")
+            if "unknown" in order:
+                notes.append(f"{task} ({split}): the order of the classes could not be checked ({order})")
+    if "precision" in manifest:
+        largest = max(manifest["precision"].values())
+        notes.append(f"features differ from fp32 by at most {largest:.2%} of their length on the first batches")
+    return notes
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+class _Decoded(Dataset):
+    """Images as the encoder takes them. An image that cannot be decoded becomes zeros, with the text of the error."""
+
+    def __init__(self, images: Images, transform: Callable, size: int) -> None:
+        self.images, self.transform, self.size = images, transform, size
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, row: int) -> Tensor | str:
+    def __getitem__(self, row: int) -> tuple[Tensor, tuple[int, str] | None]:
         try:
-            return self.transform(self.images.get(row))
-        except (OSError, ValueError, SyntaxError) as error:
-            return f"image {row} cannot be decoded: {error}"
+            return self.transform(self.images.get(row)), None
+        except Exception as error:  # damaged image files raise anything in their decoders
+            return torch.zeros(3, self.size, self.size), (row, first_line(error))
 
 
-def _collate(items: list[Tensor | str]) -> Tensor | str:
-    return next((item for item in items if isinstance(item, str)), None) or default_collate(items)
+def _collate(items: list[tuple[Tensor, tuple[int, str] | None]]) -> tuple[Tensor, dict[int, str]]:
+    return default_collate([image for image, _ in items]), dict(problem for _, problem in items if problem)
 
 
-def _reader(config: ExtractConfig, images: Images, parts: Sequence[int], device: torch.device) -> DataLoader:
-    """Batches of decoded images (B, 3, size, size), in order; no batch crosses a part."""
+def _workers(config: ExtractConfig) -> int:
+    """Processes that decode. The mini suite's images are in memory and small: starting workers takes longer."""
+    if config.workers is not None:
+        return config.workers
+    return 0 if config.arch == "mini" else len(psutil.Process().cpu_affinity())
+
+
+def _reader(
+    config: ExtractConfig, images: Images, parts: Sequence[int], device: torch.device, most: int | None = None
+) -> DataLoader:
+    """Batches of images (B, 3, size, size), in order, with what could not be decoded; no batch crosses a part."""
     batches = []
     for part in parts:
         rows = _part_range(part, len(images))
         batches += [list(rows[i : i + config.batch_size]) for i in range(0, len(rows), config.batch_size)]
+    size = encoders.preprocessing(config.arch)["image_size"]
     return DataLoader(
-        _Decoded(images, encoders.image_transform(config.arch)),
-        batch_sampler=batches,
-        num_workers=config.workers,
+        _Decoded(images, encoders.image_transform(config.arch), size),
+        batch_sampler=batches[:most],
+        num_workers=0 if most else _workers(config),
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
     )
 
 
-def _to_device(batches: DataLoader, device: torch.device) -> Iterator[Tensor]:
+def _to_device(batches: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, dict[int, str]]]:
     """Batches on the device. On CUDA each is copied on a stream of its own while the one before it is encoded."""
     if device.type != "cuda":
-        for batch in batches:
-            yield _decoded(batch)
+        yield from batches
         return
     copying = torch.cuda.Stream(device)
     waiting = None
-    for batch in batches:
+    for batch, bad in batches:
         with torch.cuda.stream(copying):
-            copied = _decoded(batch).to(device, non_blocking=True)
+            copied = batch.to(device, non_blocking=True)
         if waiting is not None:
             yield waiting
         torch.cuda.current_stream(device).wait_stream(copying)
         copied.record_stream(torch.cuda.current_stream(device))
-        waiting = copied
+        waiting = copied, bad
     if waiting is not None:
         yield waiting
-
-
-def _decoded(batch: Tensor | str) -> Tensor:
-    if isinstance(batch, str):
-        raise ProbsurgeryError(batch)
-    return batch
 
 
 @torch.inference_mode()

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from probsurgery.pipeline.backends import BACKENDS, Backend, shard_count
-from probsurgery.pipeline.config import differences, fingerprint
+from probsurgery.pipeline.config import differences, file_digest, fingerprint
 from probsurgery.pipeline.errors import DamagedCacheError, InputError, first_line
 
 SCHEMA = 1
@@ -39,12 +39,7 @@ def _seal(path: Path, values: np.ndarray) -> dict:
 
     The values have their own because what describes an array, its byte order say, lies outside the shard.
     """
-    return {"bytes": path.stat().st_size, "sha256": _file_digest(path), "values": _values_digest(values)}
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": file_digest(path), "values": _values_digest(values)}
 
 
 def _values_digest(values: np.ndarray) -> str:
@@ -184,9 +179,18 @@ class Cache:
         return f"{split}/{task}/{kind}" in self.manifest["arrays"]
 
     def rows(self, task: str, split: str = "test") -> int:
-        """N, the task's images in a split."""
+        """N, the task's images in a split, without those that were left out because they could not be decoded."""
         self.require(task, split)
-        return self.manifest["arrays"][f"{split}/{task}/labels"]["shape"][0]
+        return self.manifest["arrays"][f"{split}/{task}/labels"]["shape"][0] - len(self.skipped(task, split))
+
+    def skipped(self, task: str, split: str = "test") -> dict[int, str]:
+        """Images that were left out: row in the data set -> why it could not be decoded."""
+        about = self.manifest["tasks"].get(task, {"splits": {}})["splits"].get(split, {})
+        return {int(row): problem for row, problem in about.get("skipped", {}).items()}
+
+    def _decoded(self, values: np.ndarray, task: str, split: str) -> np.ndarray:
+        skipped = self.skipped(task, split)
+        return np.delete(values, list(skipped), axis=0) if skipped else values
 
     def features(self, task: str, kind: str = "merged", split: str = "test") -> Tensor:
         """Features (N, d) in float32, not normalised; `kind` is merged, expert or pretrained."""
@@ -195,7 +199,7 @@ class Cache:
             raise InputError(
                 f"{self.path} holds no {kind!r} features of {task} ({split}); it may hold: {', '.join(KINDS)}"
             )
-        values = torch.from_numpy(self._array(f"{split}/{task}/{kind}")).float()
+        values = torch.from_numpy(self._decoded(self._array(f"{split}/{task}/{kind}"), task, split)).float()
         bad = (~values.isfinite()).any(-1).nonzero()
         if len(bad):
             raise InputError(
@@ -207,7 +211,7 @@ class Cache:
     def labels(self, task: str, split: str = "test") -> Tensor:
         """Labels (N,), for evaluation only."""
         self.require(task, split)
-        return torch.from_numpy(self._array(f"{split}/{task}/labels"))
+        return torch.from_numpy(self._decoded(self._array(f"{split}/{task}/labels"), task, split))
 
     def classifier(self, task: str) -> Tensor:
         """Zero-shot classifier (C, d), rows unit-norm times the logit scale."""
@@ -244,7 +248,7 @@ class Cache:
             return "is missing"
         if path.stat().st_size != seal["bytes"]:
             return f"has {path.stat().st_size} bytes instead of {seal['bytes']}"
-        return None if _file_digest(path) == seal["sha256"] else "was changed since it was written (its digest differs)"
+        return None if file_digest(path) == seal["sha256"] else "was changed since it was written (its digest differs)"
 
     def damage(self) -> list[str]:
         """What is wrong with each array that the manifest counts as whole: its shards, and what describes them."""

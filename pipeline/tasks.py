@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -13,6 +13,8 @@ import numpy as np
 from PIL import Image
 
 from probsurgery.pipeline.errors import InputError, first_line, unknown
+from probsurgery.pipeline.folders import LAYOUTS, ClassIndex, find_layout, known_layouts
+from probsurgery.pipeline.hub import explain
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,18 @@ class Task:
     name: str
     suite: str
     class_names: tuple[str, ...]
+    title: str = ""
+    """Its name in the papers' tables, and in the file names of the first published checkpoints."""
     templates: tuple[str, ...] = ()
     """Prompts of the zero-shot classifier; `{}` stands for the class name."""
     expert_suffix: str = ""
     """What names the task's expert among the published checkpoints."""
     hub: dict | None = None
     """The Hugging Face data set: id, config, split names, image and label columns."""
+    rows: dict[str, list[int]] = field(default_factory=dict)
+    """How many images the papers' splits have, where that is known; SUN397's test split is met in two sizes."""
+    aliases: tuple[str, ...] = ()
+    """Class names as the data set itself spells them, where they differ by more than case and separators."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +44,12 @@ class Images:
 
     labels: np.ndarray
     fingerprint: str
-    """Digest of labels and images (of a sample of the images, for data sets of the hub)."""
+    """Digest of labels and images (of a sample of the images, outside of the mini suite)."""
     get: Callable[[int], Image.Image]
+    source: str = "packages"
+    """Where they are from: a data set of the Hub, a folder, or the packages of the mini suite."""
+    class_order: str = "by name"
+    """Whether the source's list of class names was found to agree with ours."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -51,9 +63,12 @@ def _clip8() -> dict[str, Task]:
             name,
             "clip8",
             tuple(row["classes"]),
+            row["title"],
             tuple(row["templates"]),
             row["expert_suffix"],
             row["dataset"],
+            row["rows"],
+            tuple(row.get("aliases", ())),
         )
         for name, row in table.items()
     }
@@ -90,15 +105,25 @@ def check_names(names: Sequence[str], known: Sequence[str]) -> None:
         raise InputError(f"a task is named twice: {', '.join(names)}")
 
 
-def open_images(task: Task, split: str, source: str | None = None, limit: int | None = None) -> Images:
-    """Open one split of a task. `source` is a folder with a data set for each task (clip8); None: the published one.
+def open_images(
+    task: Task, split: str, source: str | None = None, limit: int | None = None, *, any_rows: bool = False
+) -> Images:
+    """Open one split of a task. `source` is a folder of data sets (clip8); None: the published one.
 
-    Raises `InputError` if the data are missing, have no rows, or have labels outside the task's classes.
+    Raises `InputError` if the data are missing, have another number of rows than the papers' (unless `any_rows`), have
+    labels outside the task's classes, or list the classes in another order.
     """
-    images = _open_mini(task, split, source) if task.suite == "mini" else _open_hub(task, split, source)
+    images = _open_mini(task, split, source) if task.suite == "mini" else _open_clip8(task, split, source)
+    expected = task.rows.get(split)
+    if expected and len(images) not in expected and not any_rows:
+        raise InputError(
+            f"{task.name} ({split}) has {len(images):,} images, but the papers' has "
+            f"{' or '.join(f'{rows:,}' for rows in expected)}; complete the data set, or take it as it is with "
+            "--any-rows"
+        )
     if limit is not None and limit < len(images):
         digest = hashlib.sha256(f"{images.fingerprint} first {limit}".encode()).hexdigest()
-        images = Images(images.labels[:limit], digest, images.get)
+        images = replace(images, labels=images.labels[:limit], fingerprint=digest)
     if not len(images):
         raise InputError(f"task {task.name} ({split}) has no rows")
     low, high = images.labels.min(), images.labels.max()
@@ -122,22 +147,72 @@ def _open_mini(task: Task, split: str, source: str | None) -> Images:
     return Images(labels, digest.hexdigest(), images.__getitem__)
 
 
-def _open_hub(task: Task, split: str, source: str | None) -> Images:
+def _open_clip8(task: Task, split: str, source: str | None) -> Images:
+    classes = ClassIndex(task.name, task.class_names, task.aliases)
+    if source is None:
+        return _open_table(task, split, None, classes)
+    folders = _data_folders(task, Path(source))
+    for folder in folders:
+        if any(folder.rglob("*.parquet")):
+            return _open_table(task, split, folder, classes)
+        listed = find_layout(task.name, split, folder, classes)
+        if listed is not None:
+            about = [task.name, split, [path.relative_to(folder).as_posix() for path in listed.files]]
+            fingerprint = _data_fingerprint(about, listed.labels, listed.signature)
+            return Images(listed.labels, fingerprint, listed.get, f"folder {folder.name}")
+    held = ", ".join(sorted(p.name for p in folders[0].iterdir())[:8]) or "nothing"
+    raise InputError(
+        f"{folders[0]} has no layout that is known for {task.name} ({split}); known are: {known_layouts(task.name)}; "
+        f"found: {held}"
+    )
+
+
+def _data_folders(task: Task, source: Path) -> list[Path]:
+    """Where a task's data may lie in a folder of data sets."""
+    if not source.is_dir():
+        raise InputError(f"no folder {source}; --data takes a folder with a folder for each task")
+    hub = task.hub["id"]
+    names = dict.fromkeys((task.name, task.title, hub.split("/")[-1], hub, *LAYOUTS[task.name][0]))
+    found = [source / name for name in names if (source / name).is_dir()]
+    if "." in names and found == [source / "."] and not any(source.glob("*_32x32.mat")):
+        found = []
+    if not found:
+        held = ", ".join(sorted(p.name for p in source.iterdir())[:8]) or "nothing"
+        raise InputError(
+            f"{source} has no folder of {task.name}; it may be called: {', '.join(n for n in names if n != '.')}; "
+            f"the folder holds: {held}"
+        )
+    return found
+
+
+def _data_fingerprint(about: list, labels: np.ndarray, signature: Callable[[int], bytes]) -> str:
+    """Some images, undecoded, stand for all: reading every one would take as long as the extraction's decoding."""
+    digest = hashlib.sha256(json.dumps(about).encode() + labels.tobytes())
+    for row in range(0, len(labels), max(1, len(labels) // 64)):
+        digest.update(signature(row))
+    return digest.hexdigest()
+
+
+def _open_table(task: Task, split: str, folder: Path | None, classes: ClassIndex) -> Images:
+    """A data set of the Hub, or a folder in the same layout, through the `datasets` library."""
     try:
         import datasets
     except ImportError:
         raise InputError(f"task {task.name} needs the package datasets; pip install 'probsurgery[hub]'") from None
     hub = task.hub
-    path, config = (hub["id"], hub["config"]) if source is None else (str(Path(source) / task.name), None)
-    if source is not None and not Path(path).is_dir():
-        raise InputError(f"no folder {path}; --data takes a folder with one folder for each task")
-    datasets.disable_progress_bars()
+    path = hub["id"] if folder is None else str(folder)
+    if folder is not None:
+        datasets.disable_progress_bars()
     try:
+        config = hub["config"]
+        if folder is not None and config not in datasets.get_dataset_config_names(path):
+            config = None
         table = datasets.load_dataset(path, config, split=hub["split"][split])
     except Exception as error:  # the library raises its own, the hub client's and the OS's errors alike
+        if folder is None:
+            raise InputError(explain(error, path, "--data", "dataset")) from None
         raise InputError(
-            f"cannot load the data set {path}, split {hub['split'][split]} ({first_line(error)}); "
-            "check the connection, or give --data FOLDER"
+            f"cannot load the data set {path}, split {hub['split'][split]} ({first_line(error)}); check its files"
         ) from None
     for column in (hub["image"], hub["label"]):
         if column not in table.column_names:
@@ -145,14 +220,14 @@ def _open_hub(task: Task, split: str, source: str | None) -> Images:
     names = getattr(table.features[hub["label"]], "names", None)
     if names is not None and len(names) != len(task.class_names):
         raise InputError(f"data set {path} has {len(names)} classes, but {task.name} has {len(task.class_names)}")
+    order = "names unknown" if names is None else classes.check_order(names, f"data set {path}")
     labels = np.asarray(table[hub["label"]], dtype=np.int64)
-    digest = hashlib.sha256(json.dumps([hub["id"], hub["config"], split, names]).encode() + labels.tobytes())
-    # Some images, undecoded, stand for all: reading every one would take as long as the extraction's decoding.
     encoded = table.cast_column(hub["image"], datasets.Image(decode=False))
-    for row in range(0, len(labels), max(1, len(labels) // 64)):
-        digest.update(encoded[row][hub["image"]]["bytes"] or b"")
-    return Images(labels, digest.hexdigest(), partial(_hub_image, table, hub["image"]))
+    fingerprint = _data_fingerprint(
+        [hub["id"], hub["config"], split, names], labels, lambda row: encoded[row][hub["image"]]["bytes"] or b""
+    )
+    return Images(labels, fingerprint, partial(_table_image, table, hub["image"]), path, order)
 
 
-def _hub_image(table, column: str, row: int) -> Image.Image:
+def _table_image(table, column: str, row: int) -> Image.Image:
     return table[int(row)][column]

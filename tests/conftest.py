@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from probsurgery import cli
+from probsurgery.pipeline import encoders
 from probsurgery.pipeline.store import Cache
-from support import write_cache
+from support import TINY, write_cache
 
 # The tests' tensors are tiny: a second thread gains nothing and waits for its core on a busy machine.
 torch.set_num_threads(1)
@@ -30,6 +31,18 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _own_user_cache(tmp_path_factory, monkeypatch):
+    """Classifiers made from text are kept for each test alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("user_cache")))
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """An architecture of the papers' suite that is small enough to make checkpoints of here."""
+    monkeypatch.setitem(encoders.ARCHS, "tiny", TINY)
 
 
 @pytest.fixture(params=["zarr", "hdf5"])

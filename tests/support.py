@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import pickle
+import sys
+import types
+from pathlib import Path
 
 import numpy as np
+import torch
 import transformers
 from PIL import Image
 
 from probsurgery.pipeline.backends import SHARD_ROWS
-from probsurgery.pipeline.encoders import model_config
+from probsurgery.pipeline.encoders import Arch, model_config
 from probsurgery.pipeline.store import CacheWriter, locked
 
 DIM = 16
+TINY = Arch(
+    "clip8", "ViT-T-quickgelu", "someone/clip-tiny", "someone/clip-tiny_{}", config=Path(__file__).parent / "tiny.json"
+)
 
 
 @contextlib.contextmanager
@@ -92,9 +101,9 @@ def refused(result, *words, status=2):
     return err
 
 
-def hugging_face_config(hidden_act="quick_gelu"):
-    """The mini architecture as transformers describes it."""
-    config, vision = model_config("mini"), model_config("mini")["vision_cfg"]
+def hugging_face_config(hidden_act="quick_gelu", arch="mini"):
+    """An architecture as transformers describes it."""
+    config, vision = model_config(arch), model_config(arch)["vision_cfg"]
     return transformers.CLIPVisionConfig(
         hidden_size=vision["width"],
         intermediate_size=int(vision["width"] * vision.get("mlp_ratio", 4)),
@@ -107,14 +116,89 @@ def hugging_face_config(hidden_act="quick_gelu"):
     )
 
 
-def hub_data_set(folder, labels, classes=10, columns=("image", "label"), split="test"):
+def hub_data_set(folder, labels, classes=10, columns=("image", "label"), split="test", names=None):
     """A parquet data set as the hub serves it: image and label columns, and class names."""
     import datasets
 
     features = datasets.Features(
-        {columns[0]: datasets.Image(), columns[1]: datasets.ClassLabel(names=[str(i) for i in range(classes)])}
+        {columns[0]: datasets.Image(), columns[1]: datasets.ClassLabel(names=names or [str(i) for i in range(classes)])}
     )
     shades = [Image.new("RGB", (8, 8), (10 * i % 256, 0, 7 * i % 256)) for i in range(len(labels))]
     table = datasets.Dataset.from_dict({columns[0]: shades, columns[1]: labels}, features=features)
     folder.mkdir(parents=True, exist_ok=True)
     table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+
+
+def tiny_clip():
+    """A whole CLIP of `TINY`'s sizes by transformers, text tower included, far enough from zero for GELUs to differ."""
+    torch.manual_seed(0)
+    text = json.loads(TINY.config.read_text())["text_cfg"]
+    config = transformers.CLIPTextConfig(
+        hidden_size=text["width"],
+        intermediate_size=4 * text["width"],
+        projection_dim=model_config("mini")["embed_dim"],
+        num_hidden_layers=text["layers"],
+        num_attention_heads=text["heads"],
+        max_position_embeddings=text["context_length"],
+        vocab_size=text["vocab_size"],
+        hidden_act="quick_gelu",
+        eos_token_id=text["vocab_size"] - 1,
+    )
+    model = transformers.CLIPModel(
+        transformers.CLIPConfig(
+            text_config=config.to_dict(),
+            vision_config=hugging_face_config().to_dict(),
+            projection_dim=model_config("mini")["embed_dim"],
+        )
+    ).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def pickled_like_task_vectors(path, weights, *, plain=False, legacy=False):
+    """A whole pickled object of classes that are gone when it is read: an image encoder, or, of a tensor, a head."""
+    names = ("src", "src.modeling", "old_clip", "old_clip.model")
+    modules = {name: types.ModuleType(name) for name in names}
+
+    def look_alike(module, name, base=torch.nn.Module):
+        cls = type(name, (base,), {"__module__": module, "__qualname__": name})
+        setattr(modules[module], name, cls)
+        return cls
+
+    image_encoder = look_alike("src.modeling", "ImageEncoder")
+    head = look_alike("src.modeling", "ClassificationHead", torch.nn.Linear)
+    clip = look_alike("old_clip.model", "CLIP")
+    part = look_alike("old_clip.model", "VisualTransformer")
+    if isinstance(weights, torch.Tensor):
+        made = head(weights.shape[1], weights.shape[0])
+        made.normalize = True
+        made.weight = torch.nn.Parameter(weights.clone())
+        made.bias = torch.nn.Parameter(torch.zeros(len(weights)))
+    else:
+        made = image_encoder()
+        made.model = clip()
+        made.model.visual = part()
+        for name, tensor in weights.items():
+            module = made.model.visual
+            for step in name.split(".")[:-1]:
+                if not hasattr(module, step):
+                    module.add_module(step, part())
+                module = getattr(module, step)
+            module.register_parameter(name.split(".")[-1], torch.nn.Parameter(tensor.clone()))
+        made.model.register_buffer("attn_mask", torch.zeros(3, 3), persistent=False)
+        made.model.logit_scale = torch.nn.Parameter(torch.tensor(4.6))
+        from torchvision import transforms
+
+        made.val_preprocess = transforms.Compose([transforms.Resize(224, interpolation=3), transforms.ToTensor()])
+        made.cache_dir = None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.modules |= modules
+    try:
+        if plain:
+            path.write_bytes(pickle.dumps(made, protocol=pickle.HIGHEST_PROTOCOL))
+        else:
+            torch.save(made, path, _use_new_zipfile_serialization=not legacy)
+    finally:
+        for name in names:
+            del sys.modules[name]

@@ -310,7 +310,7 @@ def test_without_a_network_the_published_checkpoints_are_one_line(here):
         text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(here.parent / "hub")},
     )
-    refused((done.returncode, done.stdout, done.stderr), "openai/clip-vit-large-patch14", "--checkpoints FOLDER")
+    refused((done.returncode, done.stdout, done.stderr), "openai/clip-vit-large-patch14", "--checkpoints DIR")
     assert not list(here.iterdir())
 
 

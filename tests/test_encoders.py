@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from probsurgery.pipeline import encoders
-from probsurgery.pipeline.encoders import ARCHS, Weights, expected_shapes, image_transform, model_config
+from probsurgery.pipeline.checkpoints import to_text
+from probsurgery.pipeline.encoders import ARCHS, expected_shapes, image_transform, model_config
 from probsurgery.pipeline.errors import InputError
-from probsurgery.pipeline.tasks import Task, select_tasks
+from probsurgery.pipeline.tasks import Task
+from support import tiny_clip
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -51,88 +52,51 @@ def test_the_transform_makes_normalised_squares_of_any_image():
     )
 
 
-def test_text_classifiers_average_normalised_prompts_and_carry_the_scale(monkeypatch):
+@torch.no_grad()
+def test_text_classifiers_average_normalised_prompts_and_carry_the_scale(tiny):
+    """Against transformers' own text tower, on the tokens that open_clip makes."""
     import open_clip
 
-    torch.manual_seed(0)
-    model = open_clip.CLIP(**model_config("mini"))
-    vocabulary = model_config("mini")["text_cfg"]["vocab_size"]
-    length = model_config("mini")["text_cfg"]["context_length"]
-
-    def tokenizer(texts):
-        tokens = torch.zeros(len(texts), length, dtype=torch.long)
-        for row, text in enumerate(texts):
-            tokens[row, :4] = torch.tensor([hash_ % (vocabulary - 2) + 1 for hash_ in map(ord, (text + "    ")[-4:])])
-            tokens[row, 4] = vocabulary - 1
-        return tokens
-
-    asked = []
-    monkeypatch.setattr(open_clip, "create_model", lambda *a, **k: asked.append((a, k["pretrained"])) or model)
-    monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: asked.append(name) or tokenizer)
-    task = Task("t", "clip8", "T", ("cat", "dog"), ("a {}.", "the {}!", "{}"))
-    made = encoders.text_classifiers("vitb32", [task], torch.device("cpu"))["t"]
-    assert asked == [(("ViT-B-32-quickgelu",), "openai"), "ViT-B-32-quickgelu"]
-    with torch.no_grad():
-        for row, name in zip(made, task.class_names, strict=True):
-            prompts = model.encode_text(tokenizer([t.format(name) for t in task.templates]))
-            mean = torch.nn.functional.normalize(prompts, dim=-1).mean(0)
-            assert torch.allclose(row, model.logit_scale.exp() * mean / mean.norm(), atol=1e-4)
+    model = tiny_clip()
+    task = Task("t", "clip8", ("cat", "dog"), templates=("a {}.", "the {}!", "{}"))
+    made = encoders.text_classifiers("tiny", to_text(model.state_dict()), [task], torch.device("cpu"))["t"]
+    tokenizer = open_clip.get_tokenizer("ViT-B-32-quickgelu")
+    for row, name in zip(made, task.class_names, strict=True):
+        tokens = tokenizer([template.format(name) for template in task.templates])[:, :77]
+        prompts = model.get_text_features(input_ids=tokens)
+        prompts = getattr(prompts, "pooler_output", prompts)
+        mean = torch.nn.functional.normalize(prompts, dim=-1).mean(0)
+        assert torch.allclose(row, model.logit_scale.exp() * mean / mean.norm(), atol=1e-4)
 
 
-def test_classifiers_come_from_the_folder_if_it_has_them(tmp_path):
-    tasks = select_tasks("mini", ["mnist"])
-    dim = model_config("mini")["embed_dim"]
-    with pytest.raises(InputError, match="no folder of checkpoints"):
-        Weights("mini", tmp_path / "nothing")
-    for held, words in [
-        ({"other": torch.zeros(10, dim)}, "no classifier of 'mnist'; it holds: other"),
-        ({"mnist": torch.zeros(9, dim)}, r"has shape \(9, 64\), not \(C, d\) = \(10, 64\)"),
-    ]:
-        save_file(held, tmp_path / "classifiers.safetensors")
-        with pytest.raises(InputError, match=words):
-            Weights("mini", tmp_path).classifiers(tasks, torch.device("cpu"))
-    save_file({"mnist": torch.ones(10, dim).half()}, tmp_path / "classifiers.safetensors")
-    assert Weights("mini", tmp_path).classifiers(tasks, torch.device("cpu"))["mnist"].dtype == torch.float32
+def test_preprocessing_is_open_clips_own_for_the_model():
+    import open_clip
+
+    for arch, tag in (("vitb32", "openai"), ("vitl14", "openai"), ("ViT-B-16-SigLIP", "webli")):
+        name = encoders.get_arch(arch).open_clip
+        own = open_clip.get_pretrained_cfg(name, tag)
+        ours = encoders.preprocessing(arch)
+        assert ours["mean"] == list(own["mean"])
+        assert ours["std"] == list(own["std"])
+        assert ours["image_size"] == 224
+    assert encoders.preprocessing("ViT-B-16-SigLIP")["resize"] == "squash"
+    assert encoders.preprocessing("vitb32")["resize"] == "shortest"
 
 
-def test_a_missing_expert_is_named_with_where_it_was_looked_for(tmp_path):
-    (task,) = select_tasks("mini", ["mnist"])
-    with pytest.raises(
-        InputError, match=r"no checkpoint of 'mnist'.*mnist\.safetensors, mnist\.pt, mnist/model\.safetensors"
-    ):
-        Weights("mini", tmp_path).expert(task)
+@pytest.mark.parametrize(
+    ("name", "dim", "quick"), [("ViT-B-32-quickgelu", 512, True), ("ViT-H-14", 1024, False), ("RN50", 1024, False)]
+)
+def test_any_model_of_open_clip_is_an_architecture(name, dim, quick):
+    import open_clip
+
+    assert encoders.get_arch(name).suite == "clip8"
+    assert model_config(name)["embed_dim"] == dim
+    assert model_config(name).get("quick_gelu", False) is quick
+    with torch.device("meta"):
+        whole = open_clip.CLIP(**model_config(name)).visual
+    assert expected_shapes(name) == {n: t.shape for n, t in whole.state_dict().items()}
 
 
-def test_no_connection_is_one_line(monkeypatch):
-    import huggingface_hub
-
-    def offline(*arguments):
-        raise OSError("no route to host\nand more")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(
-        InputError, match=r"openai/clip-vit-base-patch32 from Hugging Face \(no route to host\)"
-    ) as caught:
-        Weights("vitb32").pretrained()
-    assert "\n" not in str(caught.value)
-
-
-def test_hub_files_are_asked_for_by_their_published_names(monkeypatch, tmp_path):
-    import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError
-
-    asked = []
-
-    def download(repo, name):
-        asked.append((repo, name))
-        if name == "model.safetensors":
-            raise EntryNotFoundError("404")
-        return tmp_path / name
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    weights, (cars,) = Weights("vitl14"), select_tasks("clip8", ["cars"])
-    with pytest.raises(InputError, match="no checkpoint at"):
-        weights.expert(cars)
-    assert asked == [
-        ("tanganke/clip-vit-large-patch14_stanford-cars", name) for name in ("model.safetensors", "pytorch_model.bin")
-    ]
+def test_an_unknown_architecture_is_refused_with_what_there_is():
+    with pytest.raises(InputError, match=r"unknown arch 'vitb64'; choose from: mini, vitb32, .*ViT-B-32-quickgelu"):
+        encoders.get_arch("vitb64")

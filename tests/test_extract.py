@@ -1,11 +1,16 @@
 """Stage one on small parts of the mini suite: what it writes, how it goes on, what it refuses."""
 
+import errno
+import hashlib
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from probsurgery.pipeline import backends, encoders, extract
@@ -15,8 +20,9 @@ from probsurgery.pipeline.device import choose_device
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
 from probsurgery.pipeline.fit import fit
 from probsurgery.pipeline.merging import merge
-from probsurgery.pipeline.store import Cache
+from probsurgery.pipeline.store import Cache, CacheWriter
 from probsurgery.pipeline.tasks import open_images, select_tasks
+from probsurgery.pipeline.weights import Weights
 from support import hub_data_set, hugging_face_config
 
 TASKS = ("digits8", "texture")
@@ -49,7 +55,7 @@ def values(path):
 def test_features_are_those_of_the_encoders(tmp_path, store):
     (path,) = extract.extract(config(tmp_path, store=store)).caches
     cache = Cache(path)
-    weights, tasks = encoders.Weights("mini"), select_tasks("mini", TASKS)
+    weights, tasks = Weights("mini"), select_tasks("mini", TASKS)
     merged = merge("ta", weights.pretrained(), weights.experts(tasks))
     for task in tasks:
         images = open_images(task, "test", limit=LIMIT)
@@ -107,8 +113,11 @@ def test_a_deleted_shard_is_made_again_and_only_it(tmp_path):
     before = content(path)
     lost = path / "features.zarr" / "test" / "texture" / "merged" / "c" / "1" / "0"
     lost.unlink()
+    shards = values(path)
     assert extract.extract(config(tmp_path)).images == 32
-    assert content(path) == before
+    assert values(path) == shards
+    manifest = Path("manifest.json")  # which records this run too
+    assert content(path) | {manifest: b""} == before | {manifest: b""}
 
 
 def test_splits_and_tasks_can_be_added_later(tmp_path):
@@ -162,7 +171,7 @@ def edit(folder, name, change):
 
 
 def test_a_merged_checkpoint_can_be_given(tmp_path, checkpoints):
-    weights = encoders.Weights("mini")
+    weights = Weights("mini")
     state = merge("ta", weights.pretrained(), weights.experts(select_tasks("mini", TASKS)))
     save_file({f"visual.{n}": t.contiguous() for n, t in state.items()}, tmp_path / "mine.safetensors")
     (path,) = extract.extract(config(tmp_path, merges=(str(tmp_path / "mine.safetensors"),))).caches
@@ -176,7 +185,7 @@ def test_a_merged_checkpoint_can_be_given(tmp_path, checkpoints):
     ("name", "change", "words"),
     [
         ("texture", lambda s: {n: t for n, t in s.items() if n != "ln_post.bias"}, "lacks the key 'ln_post.bias'"),
-        ("texture", lambda s: s | {"proj": s["proj"][:, :32].contiguous()}, r"'proj' has shape \(\d+, 32\)"),
+        ("texture", lambda s: s | {"proj": s["proj"][:, :32].contiguous()}, r"has 'proj' of shape \(\d+, 32\)"),
         ("pretrained", lambda s: s | {"head.weight": torch.ones(2)}, "has a key 'head.weight'"),
         ("digits8", lambda s: s | {"proj": s["proj"] * float("nan")}, "'proj' holds NaN"),
     ],
@@ -218,14 +227,90 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path, monkeypatch):
     def get(row):
         raise OSError("broken data stream")
 
-    def broken(task, split, source, limit):
-        images = open_images(task, split, source, limit)
-        return type(images)(images.labels, images.fingerprint, get)
-
-    monkeypatch.setattr(extract, "open_images", broken)
+    monkeypatch.setattr(extract, "open_images", lambda *a, **k: replace(open_images(*a, **k), get=get))
     for workers in (0, 1):
-        with pytest.raises(ProbsurgeryError, match="^image 0 cannot be decoded: broken data stream$"):
+        with pytest.raises(
+            ProbsurgeryError, match=r"^image 0 of test/digits8 cannot be decoded: broken data stream; .*--skip-bad$"
+        ):
             extract.extract(config(tmp_path / str(workers), workers=workers))
+
+
+def test_images_that_cannot_be_decoded_can_be_left_out(tmp_path, monkeypatch, store):
+    """They are recorded, no reader of the cache sees them, and the others' features are as without them."""
+    (whole,) = extract.extract(config(tmp_path / "whole", store=store)).caches
+
+    def some_broken(task, *rest, **named):
+        images = open_images(task, *rest, **named)
+
+        def get(row):
+            if task.name == "texture" and row in (3, 40, 41):
+                raise Image.DecompressionBombError("too large\nfor anyone")
+            return images.get(row)
+
+        return replace(images, get=get)
+
+    monkeypatch.setattr(extract, "open_images", some_broken)
+    request = config(tmp_path / "holes", store=store, skip_bad=True)
+    result = extract.extract(request)
+    assert result.notes == ["texture (test): 3 images left out, rows 3, 40, 41"]
+    cache, kept = Cache(result.caches[0]), [row for row in range(LIMIT) if row not in (3, 40, 41)]
+    assert cache.skipped("texture") == {3: "too large", 40: "too large", 41: "too large"}
+    assert cache.skipped("digits8") == {}
+    assert cache.rows("texture") == len(cache.labels("texture")) == LIMIT - 3
+    for kind in ("merged", "expert", "pretrained"):
+        assert torch.allclose(cache.features("texture", kind), Cache(whole).features("texture", kind)[kept], atol=1e-5)
+    assert torch.equal(cache.labels("texture"), Cache(whole).labels("texture")[kept])
+    assert cache.task_fingerprint("texture") != Cache(whole).task_fingerprint("texture")
+    assert cache.task_fingerprint("digits8") == Cache(whole).task_fingerprint("digits8")
+    rows = fit(FitConfig(cache.path, SurgerySettings(steps=30))).rows
+    assert [row["eval_rows"] for row in rows] == [LIMIT, LIMIT - 3]
+    assert extract.extract(request).images == 0
+
+
+def test_half_precision_is_compared_with_full_and_what_is_far_off_refused(tmp_path, monkeypatch):
+    manifest = Cache(extract.extract(config(tmp_path / "fp32")).caches[0]).manifest
+    assert "precision" not in manifest
+    result = extract.extract(config(tmp_path / "bf16", precision="bf16"))
+    measured = Cache(result.caches[0]).manifest["precision"]
+    assert set(measured) == {f"test/{t}/{kind}" for t in TASKS for kind in ("merged", "expert", "pretrained")}
+    assert all(0 < difference < 0.05 for difference in measured.values())
+    assert "differ from fp32 by at most" in result.notes[0]
+    monkeypatch.setattr(extract, "_MOST_DIFFERENCE", 1e-6)
+    with pytest.raises(ProbsurgeryError, match=r"bf16 changes the first features of .* use --precision fp32"):
+        extract.extract(config(tmp_path / "strict", precision="bf16"))
+
+
+def test_the_manifest_says_what_a_cache_was_made_from(tmp_path):
+    (path,) = extract.extract(config(tmp_path)).caches
+    manifest = json.loads((path / "manifest.json").read_text())
+    for name in ("pretrained", *TASKS):
+        file = encoders.MINI / "weights" / f"{name}.safetensors"
+        held = manifest["files"][name]
+        assert held["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+        assert (held["source"], held["bytes"]) == (file.name, file.stat().st_size)
+    assert manifest["files"]["classifier texture"]["source"] == "classifiers.safetensors"
+    (run,) = manifest["runs"]
+    assert run["images"] == LIMIT * len(TASKS)
+    assert set(run["seconds"]) == {"prepare", "read", "encode", "write"}
+
+
+def test_a_write_that_fails_ends_the_run_and_the_next_goes_on(tmp_path, monkeypatch, store):
+    (whole,) = extract.extract(config(tmp_path / "whole", store=store)).caches
+    write, calls = CacheWriter.write, []
+
+    def full(self, part, values):
+        calls.append(part)
+        if len(calls) == 5:  # two for the classifiers
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, part, values)
+
+    monkeypatch.setattr(CacheWriter, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        extract.extract(config(tmp_path / "torn", store=store))
+    monkeypatch.setattr(CacheWriter, "write", write)
+    rest = extract.extract(config(tmp_path / "torn", store=store))
+    assert rest.images == len(TASKS) * LIMIT - 2 * 32
+    assert values(rest.caches[0]) == values(whole)
 
 
 def test_the_papers_tasks_are_extracted_from_files_in_the_published_formats(tmp_path, monkeypatch):
@@ -242,6 +327,7 @@ def test_the_papers_tasks_are_extracted_from_files_in_the_published_formats(tmp_
     save_file({t: torch.randn(10, dim) for t in ("eurosat", "svhn")}, folder / "classifiers.safetensors")
 
     request = {"arch": "tiny", "tasks": ("svhn", "eurosat"), "checkpoints": str(folder), "data": str(tmp_path / "data")}
+    request |= {"any_rows": True}
     (path,) = extract.extract(config(tmp_path, merges=("ties",), limit=None, **request)).caches
     cache = Cache(path)
     assert path.name == "tiny_ties_eurosat+svhn"
@@ -262,9 +348,11 @@ def test_devices_that_are_not_there_are_refused():
 
 
 def test_packaged_weights_are_read_in_float32():
-    state = encoders.Weights("mini").pretrained()
+    state = Weights("mini").pretrained()
     assert {t.dtype for t in state.values()} == {torch.float32}
-    assert digest(to_visual(load_file(encoders.MINI / "weights" / "pretrained.safetensors"))) == digest(state)
+    packaged = to_visual(load_file(encoders.MINI / "weights" / "pretrained.safetensors"))
+    assert all(torch.equal(tensor, packaged[name].float()) for name, tensor in state.items())
+    assert digest(state) == digest({name: tensor.float() for name, tensor in packaged.items()})
 
 
 @pytest.mark.gpu

@@ -20,7 +20,10 @@ FLOORS = {
     "device": 1,
     "backends": 1,
     "store": 1,
+    "pickles": 1,
     "checkpoints": 1,
+    "hub": 1,
+    "folders": 1,
     "heads": 1,
     "objectives": 1,
     "metrics": 1,
@@ -34,6 +37,7 @@ FLOORS = {
     "merging": 2,
     "encoders": 2,
     "tasks": 2,
+    "weights": 2,
     "extract": 3,
     "protocol": 3,
     "fit": 3,
@@ -46,6 +50,9 @@ WITHIN_A_FLOOR = {
     ("store", "backends"),
     ("sweep", "fit"),
     ("fit", "protocol"),
+    ("checkpoints", "pickles"),
+    ("weights", "encoders"),
+    ("weights", "tasks"),
 }
 WITHIN_A_FLOOR |= {("train", "ridge"), ("train", "step"), ("workers", "train")}
 WITHIN_A_FLOOR |= {("schedule", "train"), ("schedule", "workers")}
@@ -149,7 +156,7 @@ def test_the_wheel_works_where_there_is_no_checkout(wheel, tmp_path):
         "import probsurgery\n"
         f"assert probsurgery.__file__.startswith({str(tmp_path)!r}), probsurgery.__file__\n"
         "from probsurgery.pipeline.tasks import select_tasks\n"
-        "from probsurgery.pipeline.encoders import Weights\n"
+        "from probsurgery.pipeline.weights import Weights\n"
         "assert len(select_tasks('clip8', None)) == 8\n"
         "assert Weights('mini').pretrained()\n"
     )

@@ -22,7 +22,7 @@ from probsurgery.pipeline.workers import Pool
 
 CPU = torch.device("cpu")
 PROB = ProbSettings(steps=250, hidden=16)
-SURGERY = SurgerySettings(steps=250, rank=4)
+SURGERY = SurgerySettings(steps=250, rank=4, loss="smooth-l1")  # why: see `test_train.SMOOTH`
 
 
 def jobs():

@@ -56,17 +56,17 @@ def eurosat(tmp_path, monkeypatch):
 def test_a_folder_of_parquet_is_read_like_the_hubs(eurosat):
     folder = eurosat([3, 1, 4, 1, 5])
     (task,) = select_tasks("clip8", ["eurosat"])
-    images = open_images(task, "test", str(folder))
+    images = open_images(task, "test", str(folder), any_rows=True)
     assert images.labels.tolist() == [3, 1, 4, 1, 5]
     assert np.asarray(images.get(2))[0, 0].tolist() == [20, 0, 14]
-    first = open_images(task, "test", str(folder), limit=2)
+    first = open_images(task, "test", str(folder), limit=2, any_rows=True)
     assert len(first) == 2
     assert first.fingerprint != images.fingerprint
 
 
 def test_data_of_another_shape_are_refused(eurosat, tmp_path):
     (task,) = select_tasks("clip8", ["eurosat"])
-    with pytest.raises(InputError, match="no folder"):
+    with pytest.raises(InputError, match="no folder .*--data takes a folder"):
         open_images(task, "test", str(tmp_path / "nothing"))
     with pytest.raises(InputError, match="has 12 classes, but eurosat has 10"):
         open_images(task, "test", str(eurosat([0], classes=12)))

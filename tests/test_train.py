@@ -88,7 +88,12 @@ def assert_parity(jobs):
         assert_same(fitted.params, plain_loop(job))
 
 
-@pytest.mark.parametrize("settings", [SurgerySettings(steps=250), ProbSettings(steps=250, hidden=32)])
+# The L1 loss's gradient flips where a residual changes its sign, and one flip by rounding, which depends on the CPU,
+# moves a weight by a whole step: Surgery's longer runs are compared under a loss without that.
+SMOOTH = SurgerySettings(steps=250, loss="smooth-l1")
+
+
+@pytest.mark.parametrize("settings", [SMOOTH, SurgerySettings(steps=50), ProbSettings(steps=250, hidden=32)])
 def test_a_stack_of_heads_takes_the_steps_of_plain_loops(settings):
     assert_parity([Job((rows("a", 200),), settings), Job((rows("b", 37, 1),), settings, seed=3)])
 

@@ -1,0 +1,135 @@
+"""How near does `extract` on JPEG files come to the bare forward passes of the same encoders on ready tensors?
+
+    python benchmarks/stage_one.py [--arch vitb32] [--images 384] [--batch-size 64] [--device auto] [--precision fp32]
+
+The files are photographs that scikit-learn and scikit-image ship, cut to the sizes of SUN397's images; the encoders
+have random weights, which take as long as trained ones. Both sides run the merged, the expert's and the pre-trained
+encoder at the same batch size in the same process, in turn, three rounds; the ratio is of their medians. `extract`'s
+time is from its first batch to the end of its last write. A last line says whether memory grows with the data set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import skimage.data
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from sklearn.datasets import load_sample_images
+
+from probsurgery.pipeline import encoders, extract
+from probsurgery.pipeline.config import ExtractConfig
+from probsurgery.pipeline.device import choose_device
+from probsurgery.pipeline.tasks import select_tasks
+from probsurgery.pipeline.weights import Weights
+
+ROUNDS = 3
+
+
+def write_images(folder: Path, count: int, classes: tuple[str, ...]) -> None:
+    """Crops of photographs, 400 to 600 pixels wide and high, as JPEGs of quality 90 in class folders."""
+    photographs = [*load_sample_images().images, skimage.data.astronaut(), skimage.data.coffee(), skimage.data.rocket()]
+    random = np.random.default_rng(0)
+    for number in range(count):
+        picture = Image.fromarray(photographs[number % len(photographs)]).resize((800, 640))
+        width, height = random.integers(400, 600, 2)
+        left, top = random.integers(0, 800 - width), random.integers(0, 640 - height)
+        path = folder / "test" / classes[number % len(classes)] / f"{number:06}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.crop((left, top, left + width, top + height)).save(path, quality=90)
+
+
+def write_checkpoints(folder: Path, arch: str) -> None:
+    """A pre-trained model, an expert and a classifier for EuroSAT, all random."""
+    for name in ("pretrained", "eurosat"):
+        state = open_clip.CLIP(**encoders.model_config(arch)).visual.state_dict()
+        save_file({n: t.contiguous() for n, t in state.items()}, folder / f"{name}.safetensors")
+    classifier = torch.randn(10, encoders.model_config(arch)["embed_dim"])
+    save_file({"eurosat": classifier}, folder / "classifiers.safetensors")
+
+
+def bare(args: argparse.Namespace, device: torch.device, checkpoints: Path) -> float:
+    """Images per second of three encoders on tensors that are on the device already."""
+    state = Weights(args.arch, checkpoints).pretrained()
+    towers = [encoders.build_visual(args.arch, state).to(device) for _ in range(3)]
+    size = encoders.preprocessing(args.arch)["image_size"]
+    batch = torch.randn(args.batch_size, 3, size, size, device=device)
+    batches = max(1, args.images // args.batch_size)
+    for tower in towers:
+        extract._encode(tower, batch, args.precision)
+    synchronise(device)
+    begun = time.perf_counter()
+    for _ in range(batches):
+        kept = [extract._encode(tower, batch, args.precision) for tower in towers]
+    assert all(features.isfinite().all() for features in kept)
+    synchronise(device)
+    return batches * args.batch_size / (time.perf_counter() - begun)
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def whole(args: argparse.Namespace, folder: Path, data: str, number: int) -> tuple[float, dict[str, float]]:
+    """Images per second of `extract`, and where its main thread waited."""
+    result = extract.extract(
+        ExtractConfig(
+            arch=args.arch,
+            tasks=("eurosat",),
+            checkpoints=str(folder / "checkpoints"),
+            data=str(folder / data),
+            precision=args.precision,
+            batch_size=args.batch_size,
+            device=args.device,
+            root=folder / f"caches{number}",
+            any_rows=True,
+        )
+    )
+    seconds = {phase: s for phase, s in result.seconds.items() if phase != "prepare"}
+    return result.images / sum(seconds.values()), seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", default="vitb32")
+    parser.add_argument("--images", type=int, default=384)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="fp32")
+    args = parser.parse_args()
+    device = choose_device(args.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {name}; {args.arch}, {args.precision}, batches of {args.batch_size}")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "checkpoints").mkdir()
+        write_checkpoints(folder / "checkpoints", args.arch)
+        classes = select_tasks("clip8", ["eurosat"])[0].class_names
+        write_images(folder / "small" / "eurosat", args.images, classes)
+        write_images(folder / "large" / "eurosat", 4 * args.images, classes)
+        rates: dict[str, list[float]] = {"bare": [], "extract": []}
+        for number in range(ROUNDS):
+            rates["bare"].append(bare(args, device, folder / "checkpoints"))
+            rate, seconds = whole(args, folder, "small", number)
+            rates["extract"].append(rate)
+            waited = ", ".join(f"{phase} {s:.2f} s" for phase, s in seconds.items())
+            print(f"  round {number + 1}: bare {rates['bare'][-1]:,.1f} images/s, extract {rate:,.1f} ({waited})")
+        ratio = statistics.median(rates["extract"]) / statistics.median(rates["bare"])
+        print(f"  extract runs at {ratio:.2f} of the bare rate")
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        whole(args, folder, "large", ROUNDS)
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(f"  peak memory: {before / 1024:,.0f} MiB; with four times the images {after / 1024:,.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()
