@@ -93,8 +93,12 @@ def extract_command(
     ] = None,
     tasks: Annotated[str | None, typer.Option(help="Tasks to merge and extract, a,b,... [all of the suite]")] = None,
     only: Annotated[str | None, typer.Option(help="Those of the merged tasks to extract now, a,b,...")] = None,
-    checkpoints: Annotated[str | None, typer.Option(help="Folder of checkpoints. [the published ones]")] = None,
-    data: Annotated[str | None, typer.Option(help="Folder of data sets (clip8). [the published ones]")] = None,
+    checkpoints: Annotated[
+        str | None, typer.Option(help="Folder of checkpoints; layouts: docs/sources.md. [the published ones]")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Folder of data sets; layouts: docs/sources.md. [the published ones]")
+    ] = None,
     split: Annotated[str, typer.Option(help="test, train or both.")] = _E.split,
     limit: Annotated[int | None, typer.Option(help="Take the first N images of each task.")] = _E.limit,
     store: Annotated[str, typer.Option(help=" or ".join(STORES) + ".")] = _E.store,

@@ -1,6 +1,6 @@
 """How near does `extract` on JPEG files come to the bare forward passes of the same encoders on ready tensors?
 
-    python benchmarks/stage_one.py [--arch vitb32] [--images 384] [--batch-size 64] [--device auto] [--precision fp32]
+    python benchmarks/stage_one.py [--arch vitb32] [--images 192] [--batch-size 64] [--device auto] [--precision fp32]
 
 The files are photographs that scikit-learn and scikit-image ship, cut to the sizes of SUN397's images; the encoders
 have random weights, which take as long as trained ones. Both sides run the merged, the expert's and the pre-trained
@@ -101,7 +101,7 @@ def whole(args: argparse.Namespace, folder: Path, data: str, number: int) -> tup
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", default="vitb32")
-    parser.add_argument("--images", type=int, default=384)
+    parser.add_argument("--images", type=int, default=192)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="fp32")

@@ -1,30 +1,29 @@
 """Stage one: every image once through every encoder that needs it; features go to the store.
 
-The path of an image: `_reader` decodes it, `_encode` maps it to features, `CacheWriter.write` keeps them. Several
-merges in one run share the decoding and the experts' features, and each has a cache of its own.
+The path of an image: `reader.read_batches` decodes it, `_encode` maps it to features, `CacheWriter.write` keeps them.
+Several merges in one run share the decoding and the experts' features, and each has a cache of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, default_collate
 
 from probsurgery.pipeline import encoders, merging
 from probsurgery.pipeline.backends import SHARD_ROWS
 from probsurgery.pipeline.checkpoints import StateDict, digest
 from probsurgery.pipeline.config import ExtractConfig
 from probsurgery.pipeline.device import choose_device
-from probsurgery.pipeline.errors import InputError, ProbsurgeryError, first_line
+from probsurgery.pipeline.errors import InputError, ProbsurgeryError
+from probsurgery.pipeline.reader import default_workers, read_batches
 from probsurgery.pipeline.store import CacheWriter, check_target, locked
 from probsurgery.pipeline.tasks import Images, Task, check_names, open_images, select_tasks
 from probsurgery.pipeline.weights import Weights
@@ -273,6 +272,24 @@ def _part_range(part: int, rows: int) -> range:
     return range(part * SHARD_ROWS, min(rows, (part + 1) * SHARD_ROWS))
 
 
+def _batches(config: ExtractConfig, parts: Sequence[int], rows: int) -> list[range]:
+    """Rows of each batch; none crosses a part."""
+    size = config.batch_size
+    return [
+        window[i : i + size]
+        for part in parts
+        for window in [_part_range(part, rows)]
+        for i in range(0, len(window), size)
+    ]
+
+
+def _workers(config: ExtractConfig) -> int:
+    """Processes that decode. The mini suite's images are in memory and small: starting workers takes longer."""
+    if config.workers is not None:
+        return config.workers
+    return 0 if config.arch == "mini" else default_workers()
+
+
 def _rows_of(targets: Sequence[_Target], rows: int) -> int:
     return sum(len(_part_range(part, rows)) for part in _parts_of(targets))
 
@@ -292,7 +309,7 @@ def _fill(
     is slower than it.
     """
     parts = _parts_of(targets)
-    batches = _to_device(_reader(config, images, parts, device), device)
+    batches = read_batches(images, config.arch, _batches(config, parts, len(images)), _workers(config), device)
     clock = time.perf_counter
     with ThreadPoolExecutor(max_workers=1) as thread:
         writing: Future | None = None
@@ -390,7 +407,8 @@ def _check_precision(
     """
     if config.precision == "fp32":
         return
-    batch, _ = next(_to_device(_reader(config, images, _parts_of(targets)[:1], device, most=1), device))
+    first = _batches(config, _parts_of(targets), len(images))[:1]
+    batch, _ = next(read_batches(images, config.arch, first, 0, device))
     for target in targets:
         if target.encoder == "labels":
             continue
@@ -423,70 +441,6 @@ def _notes(manifest: dict) -> list[str]:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-
-
-class _Decoded(Dataset):
-    """Images as the encoder takes them. An image that cannot be decoded becomes zeros, with the text of the error."""
-
-    def __init__(self, images: Images, transform: Callable, size: int) -> None:
-        self.images, self.transform, self.size = images, transform, size
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, row: int) -> tuple[Tensor, tuple[int, str] | None]:
-        try:
-            return self.transform(self.images.get(row)), None
-        except Exception as error:  # damaged image files raise anything in their decoders
-            return torch.zeros(3, self.size, self.size), (row, first_line(error))
-
-
-def _collate(items: list[tuple[Tensor, tuple[int, str] | None]]) -> tuple[Tensor, dict[int, str]]:
-    return default_collate([image for image, _ in items]), dict(problem for _, problem in items if problem)
-
-
-def _workers(config: ExtractConfig) -> int:
-    """Processes that decode. The mini suite's images are in memory and small: starting workers takes longer."""
-    if config.workers is not None:
-        return config.workers
-    return 0 if config.arch == "mini" else len(psutil.Process().cpu_affinity())
-
-
-def _reader(
-    config: ExtractConfig, images: Images, parts: Sequence[int], device: torch.device, most: int | None = None
-) -> DataLoader:
-    """Batches of images (B, 3, size, size), in order, with what could not be decoded; no batch crosses a part."""
-    batches = []
-    for part in parts:
-        rows = _part_range(part, len(images))
-        batches += [list(rows[i : i + config.batch_size]) for i in range(0, len(rows), config.batch_size)]
-    size = encoders.preprocessing(config.arch)["image_size"]
-    return DataLoader(
-        _Decoded(images, encoders.image_transform(config.arch), size),
-        batch_sampler=batches[:most],
-        num_workers=0 if most else _workers(config),
-        collate_fn=_collate,
-        pin_memory=device.type == "cuda",
-    )
-
-
-def _to_device(batches: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, dict[int, str]]]:
-    """Batches on the device. On CUDA each is copied on a stream of its own while the one before it is encoded."""
-    if device.type != "cuda":
-        yield from batches
-        return
-    copying = torch.cuda.Stream(device)
-    waiting = None
-    for batch, bad in batches:
-        with torch.cuda.stream(copying):
-            copied = batch.to(device, non_blocking=True)
-        if waiting is not None:
-            yield waiting
-        torch.cuda.current_stream(device).wait_stream(copying)
-        copied.record_stream(torch.cuda.current_stream(device))
-        waiting = copied, bad
-    if waiting is not None:
-        yield waiting
 
 
 @torch.inference_mode()

@@ -49,6 +49,7 @@ class Weights:
             raise InputError(f"no folder of checkpoints at {self.folder}; --checkpoints takes a folder")
         self.files: dict[str, dict] = {}
         """Every file read so far, by what it holds: where it is from, its size, its digest."""
+        self._located: dict[str, Path] = {}
         self._shapes = encoders.expected_shapes(arch)
 
     def pretrained(self) -> StateDict:
@@ -100,11 +101,12 @@ class Weights:
             raise InputError(f"{path} was trained with {theirs}, which {self.arch} has not; choose {wanted}")
 
     def _file(self, what: str, stems: Sequence[str], repo: str | None) -> Path:
-        path = hub.download(repo, "--checkpoints") if self.folder is None else self._find(what, stems, repo)
-        if what not in self.files:
+        if what not in self._located:
+            path = hub.download(repo, "--checkpoints") if self.folder is None else self._find(what, stems, repo)
             source = repo if self.folder is None else str(path.relative_to(self.folder))
             self.files[what] = {"source": source, **hub.checked_digest(path)}
-        return path
+            self._located[what] = path
+        return self._located[what]
 
     def _find(self, what: str, stems: Sequence[str], repo: str | None) -> Path:
         """The first file that is there of those that the layouts would have."""
@@ -140,6 +142,8 @@ class Weights:
                         f"{where}: the classifier of {task.name!r} has shape {tuple(classifier.shape)}, "
                         f"not (C, d) = {shape}"
                     )
+                if not classifier.isfinite().all():
+                    raise InputError(f"the classifier of {task.name!r} in {self.folder} holds NaN or infinite weights")
                 found[task.name] = classifier.float().contiguous()
         return found | self._text_classifiers([task for task in tasks if task.name not in found], device)
 
@@ -188,18 +192,20 @@ class Weights:
             )
         check_state(text, encoders.text_shapes(self.arch), f"the text tower of {path}", self.arch)
         text = {name: tensor.float() for name, tensor in text.items()}
-        tower, found = digest(text), {}
+        tower, found, lacking = digest(text), {}, {}
         for task in tasks:
-            key = fingerprint([self.row.open_clip, tower, task.class_names, task.templates])
-            kept = _user_cache() / "classifiers" / f"{key}.safetensors"
-            found[task.name] = _read_kept(kept, (len(task.class_names), text["text_projection"].shape[1]))
             self.files[f"classifier {task.name}"] = {"source": "text tower", "sha256": tower}
-        lacking = [task for task in tasks if found[task.name] is None]
+            key = fingerprint([self.row.open_clip, tower, task.class_names, task.templates])
+            file = _user_cache() / "classifiers" / f"{key}.safetensors"
+            kept = _read_kept(file, (len(task.class_names), text["text_projection"].shape[1]))
+            if kept is None:
+                lacking[task.name] = task, file
+            else:
+                found[task.name] = kept
         if lacking:
-            made = encoders.text_classifiers(self.arch, text, lacking, device)
-            for task in lacking:
-                key = fingerprint([self.row.open_clip, tower, task.class_names, task.templates])
-                _keep(_user_cache() / "classifiers" / f"{key}.safetensors", made[task.name])
+            made = encoders.text_classifiers(self.arch, text, [task for task, _ in lacking.values()], device)
+            for name, (_, file) in lacking.items():
+                _keep(file, made[name])
             found |= made
         return found
 

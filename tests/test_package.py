@@ -38,6 +38,7 @@ FLOORS = {
     "encoders": 2,
     "tasks": 2,
     "weights": 2,
+    "reader": 2,
     "extract": 3,
     "protocol": 3,
     "fit": 3,
@@ -53,6 +54,8 @@ WITHIN_A_FLOOR = {
     ("checkpoints", "pickles"),
     ("weights", "encoders"),
     ("weights", "tasks"),
+    ("reader", "encoders"),
+    ("reader", "tasks"),
 }
 WITHIN_A_FLOOR |= {("train", "ridge"), ("train", "step"), ("workers", "train")}
 WITHIN_A_FLOOR |= {("schedule", "train"), ("schedule", "workers")}
