@@ -264,8 +264,16 @@ class _Reader(pickle._Unpickler):
             if isinstance(key, str | int | float | bytes | None):  # weights have plain names; others can be costly
                 target[key] = value
 
+    def load_dict(self) -> None:
+        values = self.pop_mark()
+        self.append({})
+        self._update(values)
+
     def load_additems(self) -> None:
         self.pop_mark()
+
+    def load_frozenset(self) -> None:
+        self.append(Record("builtins.frozenset", tuple(self.pop_mark())))
 
     def refuse(self) -> None:
         raise UnreadableError("it uses a part of the pickle format that no checkpoint does")
@@ -279,7 +287,9 @@ class _Reader(pickle._Unpickler):
         pickle.APPENDS: load_appends,
         pickle.SETITEM: load_setitem,
         pickle.SETITEMS: load_setitems,
+        pickle.DICT: load_dict,
         pickle.ADDITEMS: load_additems,
+        pickle.FROZENSET: load_frozenset,
         **dict.fromkeys((pickle.INST, pickle.OBJ, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEXT_BUFFER), refuse),
     }.items():
         dispatch[_opcode[0]] = _method
