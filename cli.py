@@ -32,10 +32,12 @@ from probsurgery.pipeline.config import (
     number,
 )
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
+from probsurgery.pipeline.ranks import launched_rank
 
 if TYPE_CHECKING:
     from probsurgery.pipeline.report import Line, Report
     from probsurgery.pipeline.sweep import Spread, SweepResult
+    from probsurgery.pipeline.upkeep import Listed
 
 app = typer.Typer(
     help="Representation surgery for merged CLIP encoders: extract features once, fit heads in seconds.",
@@ -44,8 +46,17 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-cache_app = typer.Typer(help="Look into a cache, or check it for damage.", no_args_is_help=True)
+cache_app = typer.Typer(help="List, look into, check, convert and remove caches.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
+
+
+@app.callback()
+def _alone(context: typer.Context) -> None:
+    if context.invoked_subcommand != "extract" and launched_rank()[1] > 1:
+        if launched_rank()[0]:
+            raise typer.Exit(InputError.exit_status)
+        raise InputError(f"{context.invoked_subcommand} runs as one process; start it without torchrun")
+
 
 _E = ExtractConfig(arch="mini")
 _F = FitConfig(cache=Path())
@@ -150,6 +161,8 @@ def extract_command(
 
     with _progress("images") as progress:
         result = extract(config, progress)
+    if launched_rank()[0]:  # rank 0 speaks for all
+        return
     for note in result.notes:
         _note(note)
     if as_json:
@@ -158,9 +171,13 @@ def extract_command(
     busy = sum(seconds for phase, seconds in result.seconds.items() if phase != "prepare")
     if result.images:
         phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
-        _note(f"{result.images:,} images, {result.images / busy:,.0f} images/s ({phases})")
+        rate = f"{result.images / busy:,.0f} images/s" if launched_rank()[1] == 1 else f"{launched_rank()[1]} ranks"
+        _note(f"{result.images:,} images, {rate} ({phases})")
+    for name, rows in result.taken.items():
+        share = f"{100 * rows / (result.passes + sum(result.taken.values())):.0f} %"
+        _note(f"{rows:,} forward passes saved ({share} of all): their features were in {name}")
     for path in result.caches:
-        print(f"{path}: {'written' if result.images else 'complete already, nothing to do'}")
+        print(f"{path}: {'written' if result.images or result.taken else 'complete already, nothing to do'}")
 
 
 @app.command("fit")
@@ -331,63 +348,191 @@ def report_command(
         _console().print(table)
 
 
+@cache_app.command("ls")
+def cache_ls(
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of caches, or one cache.")] = _E.root,
+    as_json: Annotated[bool, _JSON] = False,
+) -> None:
+    """The caches in a folder."""
+    from probsurgery.pipeline.upkeep import list_caches, size_of
+
+    found = list_caches(root)
+    if as_json:
+        _print_json([_listed(one) for one in found])
+        return
+    table = _table(["cache", "arch", "merge", "tasks", "rows", "store", "dtype", "size", "heads", "state"])
+    for one in found:
+        about = _listed(one)
+        if one.cache is None:
+            table.add_row(one.path.name, *[""] * 6, _size(one.size), "", _plain(one.problem))
+            continue
+        state = "complete" if not about["missing"] else f"{about['missing']} shards missing"
+        figures = (str(len(about["tasks"])), f"{about['rows']:,}", about["store"], about["dtype"], _size(one.size))
+        table.add_row(one.path.name, about["arch"], about["merge"], *figures, str(about["heads"]), state)
+    if found:
+        _console().print(table)
+    shared = size_of(*(one.path for one in found))
+    print(f"{len(found)} cache{'s' * (len(found) != 1)} in {root}, {_size(shared)} on disk (shared files once)")
+
+
+def _listed(one: Listed) -> dict:
+    about = {"path": str(one.path), "bytes": one.size}
+    if one.cache is None:
+        return about | {"problem": one.problem}
+    manifest, identity = one.cache.manifest, one.cache.identity
+    rows = sum(data["rows"] for task in manifest["tasks"].values() for data in task["splits"].values())
+    about |= {"arch": identity["arch"], "merge": identity["merge"]["method"], "tasks": identity["tasks"], "rows": rows}
+    about |= {"store": manifest["store"], "dtype": identity["dtype"], "missing": one.missing, "heads": one.heads}
+    return about | {"content": one.cache.content}
+
+
 @cache_app.command("info")
 def cache_info(cache: Annotated[Path, _CACHE_ARGUMENT], as_json: Annotated[bool, _JSON] = False) -> None:
-    """What a cache is: its identity, its tasks, what is complete."""
+    """What a cache holds, what it was made from, and what is complete."""
+    from probsurgery.pipeline.manifest import array_digest
     from probsurgery.pipeline.store import Cache
+    from probsurgery.pipeline.upkeep import size_of
 
     opened = Cache(cache)
-    about = {"path": str(cache), "store": opened.manifest["store"], "fingerprint": opened.fingerprint}
-    about |= {"identity": opened.identity, "tasks": opened.manifest["tasks"], "software": opened.manifest["software"]}
+    manifest, identity = opened.manifest, opened.identity
     if as_json:
+        kept = ("store", "created", "software", "identity", "requested", "tasks", "files", "runs", "precision")
+        about = {"path": str(cache), "fingerprint": opened.fingerprint, "content": opened.content}
+        about |= {"bytes": size_of(cache)} | {name: manifest[name] for name in kept if name in manifest}
+        about["arrays"] = {
+            name: {
+                "shape": spec["shape"],
+                "dtype": spec["dtype"],
+                "shards": len(spec["shards"]),
+                "missing": spec["shards"].count(None),
+                "bytes": sum(sealed["bytes"] for sealed in spec["shards"] if sealed),
+                "digest": array_digest(spec),
+            }
+            for name, spec in manifest["arrays"].items()
+        }
         _print_json(about)
         return
-    identity = opened.identity
     merge = identity["merge"]
-    settings = "".join(f" {name}={value:g}" for name, value in merge["settings"].items())
-    print(f"{cache}: {identity['arch']}, merged by {merge['method']}{settings}, d={opened.dim}, {identity['dtype']}")
-    print(f"store {opened.manifest['store']}, identity {opened.fingerprint[:16]}")
-    for requested in opened.manifest["requested"]:
+    settings = "".join(f" {name}={value}" for name, value in merge["settings"].items())
+    lines = [
+        f"{cache}: {identity['arch']}, merged by {merge['method']}{settings}, d={opened.dim}",
+        f"kept in {manifest['store']}, {identity['dtype']}, {_size(size_of(cache))}; encoded in "
+        f"{identity.get('precision')}",
+        f"identity {opened.fingerprint[:16]}, content {opened.content[:16]}",
+        f"made {manifest.get('created')} by "
+        + ", ".join(f"{name} {number}" for name, number in manifest.get("software", {}).items()),
+    ]
+    if "converted_from" in manifest:
+        lines.append(f"converted from {manifest['converted_from']}")
+    for name, file in manifest.get("files", {}).items():
+        lines.append(f"  {name}: {file.get('source')}, sha256 {str(file.get('sha256'))[:16]}")
+    for run in manifest.get("runs", []):
+        taken = "".join(f", {rows:,} taken from {name}" for name, rows in run.get("taken", {}).items())
+        passes = f"{run['passes']:,} passes of " if "passes" in run else ""
+        lines.append(f"  run on {run.get('device')}: {passes}{run['images']:,} images{taken}")
+    for line in lines:
+        print(_plain(line))
+    table = _table(["task", "split", "rows", "classes", "arrays", "size", "images from", "state"])
+    for requested in manifest["requested"]:
         split, task = requested.split("/")
+        about = manifest["tasks"].get(task, {})
+        arrays = {name: spec for name, spec in manifest["arrays"].items() if name.startswith(f"{requested}/")}
         missing, total = opened.missing_shards(task, split)
-        rows = opened.manifest["tasks"][task]["splits"][split]["rows"]
-        state = (
-            "complete" if total and not missing else f"{missing} of {total} shards missing" if total else "not begun"
+        size = sum(sealed["bytes"] for spec in arrays.values() for sealed in spec["shards"] if sealed)
+        table.add_row(
+            task,
+            split,
+            f"{about['splits'][split]['rows']:,}" if split in about.get("splits", {}) else "-",
+            str(about.get("classes", "-")),
+            ", ".join(name.rpartition("/")[2] for name in arrays),
+            _size(size),
+            _plain(str(about.get("origins", {}).get(split, {}).get("source", "-"))),
+            "not begun" if not total else f"{missing} of {total} shards missing" if missing else "complete",
         )
-        print(f"  {task} ({split}): {rows:,} rows, {opened.manifest['tasks'][task]['classes']} classes, {state}")
-
-
-@cache_app.command("ls")
-def cache_ls(cache: Annotated[Path, _CACHE_ARGUMENT], as_json: Annotated[bool, _JSON] = False) -> None:
-    """The arrays of a cache."""
-    from probsurgery.pipeline.store import Cache
-
-    arrays = Cache(cache).manifest["arrays"]
-    if as_json:
-        _print_json({name: {"shape": spec["shape"], "dtype": spec["dtype"]} for name, spec in arrays.items()})
-        return
-    for name, spec in arrays.items():
-        whole = sum(shard is not None for shard in spec["shards"])
-        shape = " x ".join(map(str, spec["shape"]))
-        print(f"{name:<32} {shape:<12} {spec['dtype']:<8} {whole} of {len(spec['shards'])} shards")
+    _console().print(table)
 
 
 @cache_app.command("verify")
-def cache_verify(cache: Annotated[Path, _CACHE_ARGUMENT], as_json: Annotated[bool, _JSON] = False) -> None:
-    """Compare every shard with the manifest; exit status 1 if one is damaged."""
+def cache_verify(
+    cache: Annotated[Path, _CACHE_ARGUMENT],
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Drop what is bad, so that the same extract fills it again.")
+    ] = False,
+    as_json: Annotated[bool, _JSON] = False,
+) -> None:
+    """Read everything and compare it with the manifest; exit status 1 if anything is damaged, repaired or not."""
+    from probsurgery.pipeline import upkeep
     from probsurgery.pipeline.store import Cache
 
     opened = Cache(cache)
-    damage = opened.damage()
+    damaged = shards = 0
+    checks = []
+    for one in upkeep.repair(cache) if repair else upkeep.check(opened):
+        checks.append(one)
+        shards += one.shards - one.missing
+        damaged += len(one.problems)
+        if as_json:
+            continue
+        state = "DAMAGED" if one.problems else f"{one.missing} missing" if one.missing else "ok"
+        shape = " x ".join(map(str, one.shape))
+        print(f"{one.name:<32} {shape:<12} {one.dtype:<8} {(one.digest or '-')[:16]:<16} {state}")
+        for problem in one.problems:
+            print(f"  {problem}")
     if as_json:
-        _print_json({"path": str(cache), "damage": damage})
+        found = [problem for one in checks for problem in one.problems]
+        arrays = {one.name: asdict(one) for one in checks}
+        _print_json({"path": str(cache), "content": opened.content, "damage": found, "arrays": arrays})
     else:
-        for problem in damage:
-            print(problem)
-        shards = sum(shard is not None for spec in opened.manifest["arrays"].values() for shard in spec["shards"])
-        print(f"{cache}: {shards} shards checked, {len(damage)} damaged")
-    if damage:
+        again = "; run the same `probsurgery extract` again to fill them" if damaged else ""
+        what = f"{damaged} damaged" + (f" and dropped{again}" if repair and damaged else "")
+        print(f"{cache}: {len(checks)} arrays, {shards} shards checked, {what}; content {opened.content[:16]}")
+    if damaged:
         raise typer.Exit(1)
+
+
+@cache_app.command("convert")
+def cache_convert(
+    cache: Annotated[Path, _CACHE_ARGUMENT],
+    store: Annotated[str | None, typer.Option(help=" or ".join(STORES) + ". [as it is]")] = None,
+    dtype: Annotated[str | None, typer.Option(help=" or ".join(DTYPES) + ". [as it is]")] = None,
+    out: Annotated[Path | None, typer.Option(help="The new cache. [CACHE_STORE or CACHE_DTYPE beside it]")] = None,
+    as_json: Annotated[bool, _JSON] = False,
+) -> None:
+    """Write a cache anew in another store or type; the old one, its heads and its results stay."""
+    from probsurgery.pipeline.store import Cache
+    from probsurgery.pipeline.upkeep import convert
+
+    with _progress("shards") as progress:
+        path = convert(cache, store, dtype, out, progress)
+    old, new = Cache(cache), Cache(path)
+    same = old.identity["dtype"] == new.identity["dtype"] and old.content == new.content
+    if as_json:
+        _print_json({"path": str(path), "content": new.content, "same_values": same})
+        return
+    print(f"{path}: written, content {new.content[:16]}{', the same values' if same else ''}")
+
+
+@cache_app.command("rm")
+def cache_rm(
+    caches: Annotated[list[Path], typer.Argument(metavar="CACHE", help="Folders of the caches.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete caches, with their heads and results; other caches that share files with one keep theirs."""
+    from probsurgery.pipeline.upkeep import list_caches, removable, remove
+
+    for path in caches:
+        removable(path)
+    for path in caches:
+        (one,) = list_caches(path)
+        heads = f", {one.heads} head{'s' * (one.heads != 1)} and their results" if one.heads else ""
+        if not yes:
+            if not sys.stdin.isatty():
+                raise InputError(f"there is no terminal to ask whether to delete {path}; give --yes to delete it")
+            if not typer.confirm(f"delete {path} ({_size(one.size)}{heads})?", err=True):
+                _note(f"{path} is kept")
+                continue
+        remove(path)
+        print(f"{path}: removed{', but for files in it that are no part of a cache' if path.exists() else ''}")
 
 
 # Rendering
@@ -397,8 +542,19 @@ def _note(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+def _size(count: int) -> str:
+    from rich.filesize import decimal
+
+    return decimal(count)
+
+
+def _plain(text: str) -> str:
+    """Text from a file that may be someone else's, without what a terminal would obey."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=1))
+    print(json.dumps(value, indent=1, default=str))
 
 
 def _console():
@@ -528,6 +684,9 @@ def _cells(line: Line, tasks: tuple[str, ...], form: str) -> list[str]:
 @contextmanager
 def _progress(unit: str) -> Iterator[Callable[..., None]]:
     """A bar with a rate and an ETA on a terminal; elsewhere a plain line now and then. Both on standard error."""
+    if launched_rank()[0]:  # rank 0 shows what all have done
+        yield lambda *_: None
+        return
     if not sys.stderr.isatty():
         yield _plain_progress(unit)
         return

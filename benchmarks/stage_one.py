@@ -28,6 +28,7 @@ from sklearn.datasets import load_sample_images
 from probsurgery.pipeline import encoders, extract
 from probsurgery.pipeline.config import ExtractConfig
 from probsurgery.pipeline.device import choose_device
+from probsurgery.pipeline.encode import encode
 from probsurgery.pipeline.tasks import select_tasks
 from probsurgery.pipeline.weights import Weights
 
@@ -64,11 +65,11 @@ def bare(args: argparse.Namespace, device: torch.device, checkpoints: Path) -> f
     batch = torch.randn(args.batch_size, 3, size, size, device=device)
     batches = max(1, args.images // args.batch_size)
     for tower in towers:
-        extract._encode(tower, batch, args.precision)
+        encode(tower, batch, args.precision)
     synchronise(device)
     begun = time.perf_counter()
     for _ in range(batches):
-        kept = [extract._encode(tower, batch, args.precision) for tower in towers]
+        kept = [encode(tower, batch, args.precision) for tower in towers]
     assert all(features.isfinite().all() for features in kept)
     synchronise(device)
     return batches * args.batch_size / (time.perf_counter() - begun)

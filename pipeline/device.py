@@ -1,8 +1,10 @@
-"""Which device a stage runs on."""
+"""Which device a stage runs on, and how much memory it may plan with."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import torch
@@ -10,20 +12,61 @@ import torch
 from probsurgery.pipeline.errors import InputError
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:n`. Raises `InputError` for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:n`; of several ranks, each its own GPU unless n is given.
+
+    Raises `InputError` for a device that is not there.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise InputError(f"unknown device {name!r}; choose from: auto, cpu, cuda, cuda:0 and so on")
-    device = torch.device("cuda:0" if name == "cuda" else name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"device {name} was asked for, but there are {torch.cuda.device_count()} CUDA devices; use cpu"
-        )
+    gpus = torch.cuda.device_count() if name != "cpu" else 0
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    device = torch.device(name if ":" in name else f"cuda:{local_rank % max(1, gpus)}")
+    if (device.index or 0) >= gpus:
+        raise InputError(f"device {name} was asked for, but there are {gpus} CUDA devices; use cpu")
     return device
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that can be had on a device without swapping."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """Bytes that can be had on a device without swapping; of a CPU, no more than this process's limits leave it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return max(0, min(psutil.virtual_memory().available, *_limits()))
+
+
+def _limits() -> Iterator[int]:
+    """What each limit of this process, such as a batch system sets, leaves of memory."""
+    used = psutil.Process().memory_info()
+    if hasattr(psutil, "RLIMIT_AS"):
+        for resource, held in ((psutil.RLIMIT_AS, used.vms), (psutil.RLIMIT_DATA, used.data)):
+            soft, _ = psutil.Process().rlimit(resource)
+            if soft != psutil.RLIM_INFINITY:
+                yield soft - held
+    for folder, most, now in _control_groups():
+        try:
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            reclaimable = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+            yield int((folder / most).read_text()) - int((folder / now).read_text()) + reclaimable
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+
+
+def _control_groups() -> Iterator[tuple[Path, str, str]]:
+    """Folders of Linux's control groups that this process is in, with the names of their limit and use."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            root, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        own = root / path.lstrip("/")
+        for folder in (own, *own.parents):
+            if folder.is_relative_to(root):
+                yield folder, *names

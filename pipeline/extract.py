@@ -1,54 +1,49 @@
 """Stage one: every image once through every encoder that needs it; features go to the store.
 
-The path of an image: `reader.read_batches` decodes it, `_encode` maps it to features, `CacheWriter.write` keeps them.
-Several merges in one run share the decoding and the experts' features, and each has a cache of its own.
+The path of an image: `reader.read_batches` decodes it, `encode.encode` maps it to features, `CacheWriter.write` keeps
+them. Several merges in one run share the decoding and the experts' features, and each has a cache of its own. What a
+cache beside it holds already is taken from there (`reuse`). Several ranks share the shards out among them (`ranks`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from probsurgery.pipeline import encoders, merging
-from probsurgery.pipeline.backends import SHARD_ROWS
+from probsurgery.pipeline.backends import part_range
 from probsurgery.pipeline.checkpoints import StateDict, digest
 from probsurgery.pipeline.config import ExtractConfig
 from probsurgery.pipeline.device import choose_device
+from probsurgery.pipeline.encode import Tally, Target, fill, parts_of
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
-from probsurgery.pipeline.reader import default_workers, read_batches
-from probsurgery.pipeline.store import CacheWriter, check_target, locked
+from probsurgery.pipeline.ranks import Ranks, joined
+from probsurgery.pipeline.reader import default_workers
+from probsurgery.pipeline.reuse import take_from_siblings
 from probsurgery.pipeline.tasks import Images, Task, check_names, open_images, select_tasks
 from probsurgery.pipeline.weights import Weights
+from probsurgery.pipeline.writer import CacheWriter, check_target, locked
 
 Progress = Callable[[int, int, str], None]
 """Told how many images are done, how many there are in all, and what is being worked on."""
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_MOST_DIFFERENCE = 0.1
-
 
 @dataclass
-class Extraction:
+class Extraction(Tally):
     """What a run of stage one did."""
 
-    caches: list[Path]
-    images: int = 0
-    """Images that were encoded; 0 if everything was there already."""
+    caches: list[Path] = field(default_factory=list)
+    taken: dict[str, int] = field(default_factory=dict)
+    """Forward passes that were saved: rows of features taken from other caches, by the name of the cache."""
     notes: list[str] = field(default_factory=list)
     """What a user should know of this run: images left out, precision."""
-    seconds: dict[str, float] = field(
-        default_factory=lambda: {"prepare": 0.0, "read": 0.0, "encode": 0.0, "write": 0.0}
-    )
-    """Wall time spent on checkpoints, merging and opening data sets; waiting for images; encoding; waiting for the
-    writer. What the main thread waits for images is what reading costs beyond what the workers do meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -62,30 +57,59 @@ class _Merge:
     """Method, settings and digest, as kept in the identity."""
 
 
-@dataclass(frozen=True)
-class _Target:
-    """One array to be filled: which encoder's features, and which of its parts are lacking."""
-
-    writer: CacheWriter
-    array: str
-    encoder: str
-    parts: set[int]
+_Work = tuple[Task, str, list[Target]]
+"""A task and a split, and what is to be filled of them."""
 
 
 def extract(config: ExtractConfig, progress: Progress = lambda done, total, what: None) -> Extraction:
     """Run stage one. Goes on where an interrupted run of the same settings stopped.
 
-    Raises `InputError` before anything is written if the request cannot be met, or if a cache of other settings is
-    where this one would go.
+    Under torchrun, every rank calls this with the same settings, and each encodes its share of the shards; `progress`
+    and the result are of use on rank 0 alone. Raises `InputError` before anything is written if the request cannot be
+    met, or if a cache of other settings is where this one would go.
     """
-    begun = time.perf_counter()
+    with joined() as ranks:
+        result = Extraction()
+        with result.timed("prepare"):
+            # Rank 0 goes first: what it downloads, and the classifiers that it makes, are there for the others.
+            plan = ranks.lead(partial(_prepare, config, ranks), all_follow=True)
+        result.caches = [merge.path for merge in plan.merges]
+        with contextlib.ExitStack() as locks:
+            writers = ranks.lead(lambda: _open(config, plan, locks, result))
+            if not ranks.leads:
+                writers = [
+                    CacheWriter.join(merge.path, identity, ranks.rank)
+                    for merge, identity in zip(plan.merges, plan.identities, strict=True)
+                ]
+            _run(config, plan, writers, ranks, result, progress)
+        return result
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a run works on: models and images, checked, and where features go."""
+
+    tasks: tuple[Task, ...]
+    now: tuple[Task, ...]
+    """Those to extract now."""
+    device: torch.device
+    weights: Weights
+    pretrained: StateDict
+    classifiers: dict[str, Tensor]
+    images: dict[tuple[str, str], Images]
+    """By split and task."""
+    merges: list[_Merge]
+    identities: list[dict]
+
+
+def _prepare(config: ExtractConfig, ranks: Ranks) -> _Plan:
     row = encoders.get_arch(config.arch)
     tasks = select_tasks(row.suite, config.tasks)
     if config.only is not None:
         check_names(config.only, [task.name for task in tasks])
     now = tuple(task for task in tasks if config.only is None or task.name in config.only)
     paths = _cache_paths(config, tasks, whole_suite=len(tasks) == len(select_tasks(row.suite, None)))
-    device = choose_device(config.device)
+    device = choose_device(config.device, ranks.local_rank)
     weights = Weights(config.arch, config.checkpoints)
     pretrained = weights.pretrained()
     classifiers = weights.classifiers(now, device)
@@ -99,41 +123,127 @@ def extract(config: ExtractConfig, progress: Progress = lambda done, total, what
     }
     merges = [_merge(name, path, weights, pretrained, tasks) for name, path in paths.items()]
     identities = [_identity(config, tasks, digests, merge) for merge in merges]
-    for merge, identity in zip(merges, identities, strict=True):
+    for merge, identity in zip(merges, identities, strict=True) if ranks.leads else ():
         known = check_target(merge.path, identity, config.store, fresh=config.fresh)
         if known is not None:
             _check_data(merge.path, known["tasks"], images, classifiers)
+    return _Plan(tasks, now, device, weights, pretrained, classifiers, images, merges, identities)
 
-    result = Extraction([merge.path for merge in merges])
-    result.seconds["prepare"] = time.perf_counter() - begun
-    with contextlib.ExitStack() as stack:
-        for merge in merges:  # all of them, before the first is changed
-            stack.enter_context(locked(merge.path))
-        writers = [
-            CacheWriter.begin(merge.path, identity, config.store, fresh=config.fresh)
-            for merge, identity in zip(merges, identities, strict=True)
-        ]
+
+def _open(config: ExtractConfig, plan: _Plan, locks: contextlib.ExitStack, result: Extraction) -> list[CacheWriter]:
+    """Open the caches for writing, declare what this run adds, and take what other caches hold of it."""
+    for merge in plan.merges:  # all of them, before the first is changed
+        locks.enter_context(locked(merge.path))
+    writers = [
+        CacheWriter.begin(merge.path, identity, config.store, fresh=config.fresh)
+        for merge, identity in zip(plan.merges, plan.identities, strict=True)
+    ]
+    for writer in writers:
+        _register(writer, plan.now, plan.images, plan.classifiers, plan.weights.files)
+        arrays = _arrays(config, plan)
+        writer.declare(arrays)
+        reused = take_from_siblings(writer, list(arrays), skip_bad=config.skip_bad)
+        for name, rows in reused.rows.items():
+            result.taken[name] = result.taken.get(name, 0) + rows
+        result.notes += [f"{problem}: it was encoded anew" for problem in reused.damaged]
+    return writers
+
+
+def _arrays(config: ExtractConfig, plan: _Plan) -> dict[str, dict]:
+    """Every array that this run fills in each cache, as `{"shape", "dtype"}`."""
+    dim = encoders.model_config(config.arch)["embed_dim"]
+    kinds = ("merged", "expert", "pretrained") if config.pretrained else ("merged", "expert")
+    arrays = {}
+    for (split, task), images in plan.images.items():
+        arrays |= {f"{split}/{task}/{kind}": {"shape": [len(images), dim], "dtype": config.dtype} for kind in kinds}
+        arrays[f"{split}/{task}/labels"] = {"shape": [len(images)], "dtype": "int64"}
+    return arrays
+
+
+def _run(
+    config: ExtractConfig,
+    plan: _Plan,
+    writers: Sequence[CacheWriter],
+    ranks: Ranks,
+    result: Extraction,
+    progress: Progress,
+) -> None:
+    """Encode what the caches lack; of several ranks, this one's share."""
+    work = [
+        (task, split, targets)
+        for task in plan.now
+        for split in config.splits
+        if (targets := _targets(config, writers, plan, task, split))
+    ]
+    total = _rows_of(work, plan)
+    share = _share(work, plan, ranks)
+
+    def show(what: str, images: int) -> None:
+        if ranks.size > 1 and ranks.leads:
+            for writer in writers:
+                writer.collect()
+            images += _rows_by_others(work, share, plan)
+        progress(images, total, what)
+
+    towers: dict[str, nn.Module] = {}
+    for task, split, targets in share:
+        _load_towers(towers, targets, config.arch, plan, task)
+        images, workers = plan.images[split, task.name], _workers(config, ranks)
+        fill(config, images, targets, towers, plan.device, workers, result, partial(show, task.name))
+    own = result.images
+    result.images, result.passes = ranks.total(
+        [result.images, result.passes], meanwhile=lambda: show("waiting for other ranks", own)
+    )
+    if not ranks.leads:
+        return
+    for writer in writers:
+        writer.finish()
+        if any(writer.pending(target.array) for _, _, targets in work for target in targets if target.writer is writer):
+            raise ProbsurgeryError(f"{writer.path} lacks shards that other ranks should have written; run this again")
+    if work or result.taken:
+        run = {"images": result.images, "passes": result.passes, "taken": result.taken, "ranks": ranks.size}
+        run |= {"seconds": {k: round(v, 3) for k, v in result.seconds.items()}, "device": _device_name(plan.device)}
         for writer in writers:
-            _register(writer, now, images, classifiers, weights.files)
-        work = [
-            (task, split, targets)
-            for task in now
-            for split in config.splits
-            if (targets := _targets(config, writers, merges, task, split, len(images[split, task.name])))
-        ]
-        total = sum(_rows_of(targets, len(images[s, t.name])) for t, s, targets in work)
-        towers: dict[str, nn.Module] = {}
-        for task, split, targets in work:
-            _load_towers(towers, targets, config.arch, merges, weights, pretrained, task, device)
-            opened = images[split, task.name]
-            _check_precision(config, opened, targets, towers, device)
-            _fill(config, opened, targets, towers, device, result, lambda n, t=task: progress(n, total, t.name))
-        for writer in writers if work else ():
-            run = {"images": result.images, "seconds": {k: round(v, 3) for k, v in result.seconds.items()}}
-            writer.manifest.setdefault("runs", []).append(run | {"device": _device_name(device)})
+            writer.manifest.setdefault("runs", []).append(run)
             writer.save()
-        result.notes = _notes(writers[0].manifest)
-    return result
+    result.notes += _notes(writers[0].manifest)
+
+
+def _rows_of(work: list[_Work], plan: _Plan) -> int:
+    """Images of the parts that are lacking."""
+    return sum(
+        len(part_range(part, len(plan.images[split, task.name])))
+        for task, split, targets in work
+        for part in parts_of(targets)
+    )
+
+
+def _share(work: list[_Work], plan: _Plan, ranks: Ranks) -> list[_Work]:
+    """This rank's part of the work: a run of shards with its share of the rows, so that it loads few experts."""
+    if ranks.size == 1:
+        return work
+    shards = [(i, part) for i, (_, _, targets) in enumerate(work) for part in parts_of(targets)]
+    sizes = [len(part_range(part, len(plan.images[work[i][1], work[i][0].name]))) for i, part in shards]
+    middles = [end - size / 2 for end, size in zip(accumulate(sizes), sizes, strict=True)]
+    own = {s for s, middle in zip(shards, middles, strict=True) if int(ranks.size * middle / sum(sizes)) == ranks.rank}
+    share = []
+    for i, (task, split, targets) in enumerate(work):
+        kept = [replace(target, parts={part for part in target.parts if (i, part) in own}) for target in targets]
+        kept = [target for target in kept if target.parts]
+        if kept:
+            share.append((task, split, kept))
+    return share
+
+
+def _rows_by_others(work: list[_Work], share: list[_Work], plan: _Plan) -> int:
+    """Images that the other ranks have done so far."""
+    mine = {(task.name, split): set(parts_of(targets)) for task, split, targets in share}
+    done = []
+    for task, split, targets in work:
+        waiting = set().union(*(target.writer.pending(target.array) for target in targets))
+        parts = set(parts_of(targets)) - mine.get((task.name, split), set()) - waiting
+        done.append((task, split, [replace(targets[0], parts=parts)]))
+    return _rows_of(done, plan)
 
 
 def _cache_paths(config: ExtractConfig, tasks: Sequence[Task], *, whole_suite: bool) -> dict[str, Path]:
@@ -219,207 +329,35 @@ def _register(
 
 
 def _targets(
-    config: ExtractConfig,
-    writers: Sequence[CacheWriter],
-    merges: Sequence[_Merge],
-    task: Task,
-    split: str,
-    rows: int,
-) -> list[_Target]:
+    config: ExtractConfig, writers: Sequence[CacheWriter], plan: _Plan, task: Task, split: str
+) -> list[Target]:
     """The arrays of one task and split that lack parts, over all caches."""
-    dim = encoders.model_config(config.arch)["embed_dim"]
     targets = []
-    for writer, merge in zip(writers, merges, strict=True):
-        sources = {"merged": f"merged {merge.name}", "expert": "expert"}
-        if config.pretrained:
-            sources["pretrained"] = "pretrained"
-        prefix = f"{split}/{task.name}/"
-        arrays = {prefix + kind: {"shape": [rows, dim], "dtype": config.dtype} for kind in sources}
-        arrays[prefix + "labels"] = {"shape": [rows], "dtype": "int64"}
-        writer.declare(arrays)
-        for kind, encoder in (sources | {"labels": "labels"}).items():
-            parts = writer.pending(prefix + kind)
+    for writer, merge in zip(writers, plan.merges, strict=True):
+        for array in _arrays(config, plan):
+            prefix, _, kind = array.rpartition("/")
+            parts = writer.pending(array) if prefix == f"{split}/{task.name}" else set()
             if parts:
-                targets.append(_Target(writer, prefix + kind, encoder, parts))
+                targets.append(Target(writer, array, f"merged {merge.name}" if kind == "merged" else kind, parts))
     return targets
 
 
-def _load_towers(
-    towers: dict[str, nn.Module],
-    targets: Sequence[_Target],
-    arch: str,
-    merges: Sequence[_Merge],
-    weights: Weights,
-    pretrained: StateDict,
-    task: Task,
-    device: torch.device,
-) -> None:
+def _load_towers(towers: dict[str, nn.Module], targets: Sequence[Target], arch: str, plan: _Plan, task: Task) -> None:
     """Have the towers ready that the targets need; the expert is the task's, the others stay from task to task."""
     needed = {target.encoder for target in targets} - {"labels"}
     towers.pop("expert", None)
     if "expert" in needed:
-        towers["expert"] = encoders.build_visual(arch, weights.expert(task)).to(device)
-    states = {"pretrained": pretrained} | {f"merged {merge.name}": merge.state for merge in merges}
+        towers["expert"] = encoders.build_visual(arch, plan.weights.expert(task)).to(plan.device)
+    states = {"pretrained": plan.pretrained} | {f"merged {merge.name}": merge.state for merge in plan.merges}
     for name in needed & states.keys() - towers.keys():
-        towers[name] = encoders.build_visual(arch, states[name]).to(device)
+        towers[name] = encoders.build_visual(arch, states[name]).to(plan.device)
 
 
-def _parts_of(targets: Sequence[_Target]) -> list[int]:
-    return sorted(set().union(*(target.parts for target in targets)))
-
-
-def _part_range(part: int, rows: int) -> range:
-    return range(part * SHARD_ROWS, min(rows, (part + 1) * SHARD_ROWS))
-
-
-def _batches(config: ExtractConfig, parts: Sequence[int], rows: int) -> list[range]:
-    """Rows of each batch; none crosses a part."""
-    size = config.batch_size
-    return [
-        window[i : i + size]
-        for part in parts
-        for window in [_part_range(part, rows)]
-        for i in range(0, len(window), size)
-    ]
-
-
-def _workers(config: ExtractConfig) -> int:
+def _workers(config: ExtractConfig, ranks: Ranks) -> int:
     """Processes that decode. The mini suite's images are in memory and small: starting workers takes longer."""
     if config.workers is not None:
         return config.workers
-    return 0 if config.arch == "mini" else default_workers()
-
-
-def _rows_of(targets: Sequence[_Target], rows: int) -> int:
-    return sum(len(_part_range(part, rows)) for part in _parts_of(targets))
-
-
-def _fill(
-    config: ExtractConfig,
-    images: Images,
-    targets: Sequence[_Target],
-    towers: dict[str, nn.Module],
-    device: torch.device,
-    result: Extraction,
-    progress: Callable[[int], None],
-) -> None:
-    """Encode the lacking parts of one task and split and write them, part by part.
-
-    A part is written by a thread while the next is encoded, so that an encoder waits for a slow disk only if the disk
-    is slower than it.
-    """
-    parts = _parts_of(targets)
-    batches = read_batches(images, config.arch, _batches(config, parts, len(images)), _workers(config), device)
-    clock = time.perf_counter
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        writing: Future | None = None
-        for part in parts:
-            here = [target for target in targets if part in target.parts]
-            names = {target.encoder for target in here} - {"labels"}
-            encoded: dict[str, list[Tensor]] = {name: [] for name in names}
-            rows = _part_range(part, len(images))
-            bad: dict[int, str] = {}
-            for _ in range(0, len(rows), config.batch_size):
-                start = clock()
-                batch, undecoded = next(batches)
-                result.seconds["read"] += clock() - start
-                if undecoded and not config.skip_bad:
-                    row, problem = next(iter(undecoded.items()))
-                    name = here[0].array.rpartition("/")[0]
-                    raise ProbsurgeryError(
-                        f"image {row} of {name} cannot be decoded: {problem}; mend it, or leave such images out with "
-                        "--skip-bad"
-                    )
-                bad |= undecoded
-                start = clock()
-                for name in names:
-                    encoded[name].append(_encode(towers[name], batch, config.precision))
-                result.seconds["encode"] += clock() - start
-                result.images += len(batch)
-                progress(result.images)
-            start = clock()
-            values = {name: torch.cat(blocks).cpu().numpy() for name, blocks in encoded.items()}
-            result.seconds["encode"] += clock() - start
-            start = clock()
-            if writing is not None:
-                writing.result()
-            writing = thread.submit(_write, config, images.labels, here, part, rows, values, bad)
-            result.seconds["write"] += clock() - start
-        start = clock()
-        if writing is not None:
-            writing.result()
-        result.seconds["write"] += clock() - start
-
-
-def _write(
-    config: ExtractConfig,
-    labels: np.ndarray,
-    targets: Sequence[_Target],
-    part: int,
-    rows: range,
-    values: dict[str, np.ndarray],
-    bad: dict[int, str],
-) -> None:
-    """Write one part of every target. Rows of images that were left out are NaN, and their labels -1."""
-    left_out = [row - rows.start for row in bad]
-    kept = labels[rows.start : rows.stop].copy()
-    kept[left_out] = -1
-    split, task, _ = targets[0].array.split("/")
-    for writer in {id(target.writer): target.writer for target in targets}.values():
-        stored = {}
-        for target in targets:
-            if target.writer is not writer:
-                continue
-            if target.encoder == "labels":
-                stored[target.array] = kept
-                continue
-            stored[target.array] = _for_store(values[target.encoder], config.dtype, target.array, rows.start)
-            stored[target.array][left_out] = np.nan
-        if bad:
-            skipped = writer.manifest["tasks"][task]["splits"][split].setdefault("skipped", {})
-            skipped.update({str(row): problem for row, problem in bad.items()})
-        writer.write(part, stored)
-
-
-def _for_store(values: np.ndarray, dtype: str, array: str, first_row: int) -> np.ndarray:
-    """Features as they are kept. Raises `ProbsurgeryError` if the encoder, or the type, made one NaN or infinite."""
-    with np.errstate(over="ignore"):
-        stored = values.astype(dtype)
-    bad = np.flatnonzero(~np.isfinite(stored).all(-1))
-    if len(bad):
-        raise ProbsurgeryError(
-            f"features {array} are NaN or infinite in row {first_row + bad[0]}; "
-            "try --precision fp32 and --dtype float32, and check that checkpoint"
-        )
-    return stored
-
-
-def _check_precision(
-    config: ExtractConfig,
-    images: Images,
-    targets: Sequence[_Target],
-    towers: dict[str, nn.Module],
-    device: torch.device,
-) -> None:
-    """Compare the first batch with fp32, and keep the relative difference |z - z32| / |z32| in the manifests.
-
-    Raises `ProbsurgeryError` if an encoder's is above `_MOST_DIFFERENCE`, which rounding alone does not make.
-    """
-    if config.precision == "fp32":
-        return
-    first = _batches(config, _parts_of(targets), len(images))[:1]
-    batch, _ = next(read_batches(images, config.arch, first, 0, device))
-    for target in targets:
-        if target.encoder == "labels":
-            continue
-        exact = _encode(towers[target.encoder], batch, "fp32")
-        difference = ((_encode(towers[target.encoder], batch, config.precision) - exact).norm() / exact.norm()).item()
-        if not difference <= _MOST_DIFFERENCE:
-            raise ProbsurgeryError(
-                f"{config.precision} changes the first features of {target.array} by {difference:.1%} of their length; "
-                "use --precision fp32"
-            )
-        target.writer.manifest.setdefault("precision", {})[target.array] = difference
+    return 0 if config.arch == "mini" else max(1, default_workers() // ranks.local_size)
 
 
 def _notes(manifest: dict) -> list[str]:
@@ -441,14 +379,3 @@ def _notes(manifest: dict) -> list[str]:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-
-
-@torch.inference_mode()
-def _encode(tower: nn.Module, images: Tensor, precision: str) -> Tensor:
-    """Images (B, 3, size, size) -> features (B, d) in float32, not normalised."""
-    if precision == "fp32":
-        # cuDNN would else compute the patch embedding in TF32.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            return tower(images).float()
-    with torch.autocast(images.device.type, _AUTOCAST[precision]):
-        return tower(images).float()

@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,16 +14,18 @@ from pathlib import Path
 import torch
 
 from probsurgery.pipeline.config import FitConfig, differences, fingerprint, head_kind
-from probsurgery.pipeline.device import choose_device
+from probsurgery.pipeline.device import available_memory, choose_device
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
 from probsurgery.pipeline.heads import Head, load_head, parameter_count, stack_params
+from probsurgery.pipeline.manifest import software
 from probsurgery.pipeline.protocol import LoadedTasks
 from probsurgery.pipeline.results import append_results, is_result, read_results
 from probsurgery.pipeline.schedule import Wanted, execute, make_plan
-from probsurgery.pipeline.store import Cache, require_writable, software
+from probsurgery.pipeline.store import Cache
 from probsurgery.pipeline.tasks import check_names
 from probsurgery.pipeline.train import Fitted, Job, Outcome
 from probsurgery.pipeline.workers import Pool
+from probsurgery.pipeline.writer import require_writable
 
 Progress = Callable[[int, int], None]
 """Told how many head-steps are done, and how many there are in all."""
@@ -272,38 +274,60 @@ def _existing(folder: Path, request: dict, results: Path, written: set[str]) -> 
 def _train(
     wishes: Sequence[_Wish], cache: Cache, device: torch.device, progress: Progress
 ) -> Iterator[tuple[_Wish, Outcome, dict, LoadedTasks]]:
-    """Fit every head that is asked for; gives each with its outcome and how it was planned, as stacks finish."""
+    """Fit every head that is asked for; gives each with its outcome and how it was planned, as stacks finish.
+
+    Features that memory does not hold with ease are taken one task at a time, decoded once into a scratch file, and
+    mapped from there.
+    """
+    wanted = {wish: Wanted(wish.setting.config.head, len(wish.tasks), cache.dim) for wish in wishes}
+    total, done = sum(one.head_steps for one in wanted.values()), 0
+    large = _held_bytes(wishes, cache) > min(map(available_memory, {device, torch.device("cpu")})) / 2
+    groups = defaultdict(list)
+    for wish in wishes:
+        groups[wish.tasks if large else ()].append(wish)
     common = wishes[0].setting.config
-    tasks = tuple(dict.fromkeys(task for wish in wishes for task in wish.tasks))
-    splits = dict.fromkeys(("test", common.fit_split))
-    plan = make_plan(
-        [Wanted(wish.setting.config.head, len(wish.tasks), cache.dim) for wish in wishes],
-        device,
-        workers=common.workers,
-        tf32=common.tf32,
-        held_bytes=sum(3 * 4 * cache.dim * cache.rows(task, split) for task in tasks for split in splits),
-    )
-    records = {
-        number: {"device": str(device), "plan": plan.record(stack, wishes[number].setting.config.head)}
-        for stack in plan.stacks
-        for number in stack
+    plans = {
+        key: make_plan(
+            [wanted[wish] for wish in group],
+            device,
+            workers=common.workers,
+            tf32=common.tf32,
+            held_bytes=0 if large and device.type == "cpu" else _held_bytes(group, cache),
+        )
+        for key, group in groups.items()
     }
-    with ExitStack() as cleanup:
-        # Workers take seconds to start, so they do that while features are read; they end before their files do.
-        scratch = Path(cleanup.enter_context(tempfile.TemporaryDirectory())) if plan.workers else None
-        pool = cleanup.enter_context(Pool(plan.workers)) if plan.workers else None
-        loaded = LoadedTasks(cache, tasks, common.fit_split, scratch)
-        jobs = [_job(wish, loaded) for wish in wishes]
-        total, done = sum(job.head_steps for job in jobs), 0
 
-        def count(head_steps: int) -> None:
-            nonlocal done
-            done += head_steps
-            progress(done, total)
+    def count(head_steps: int) -> None:
+        nonlocal done
+        done += head_steps
+        progress(done, total)
 
-        for number, outcome in execute(jobs, plan, pool, count):
-            yield wishes[number], outcome, records[number], loaded
-            progress(done, total)
+    workers = max(plan.workers for plan in plans.values())
+    # Workers take seconds to start, so they do that while features are read.
+    with Pool(workers) if workers else nullcontext() as pool:
+        for key, group in groups.items():
+            plan = plans[key]
+            with tempfile.TemporaryDirectory() if large or plan.workers else nullcontext() as folder:
+                loaded = LoadedTasks(cache, _tasks_of(group), common.fit_split, folder and Path(folder))
+                jobs = [_job(wish, loaded) for wish in group]
+                records = {
+                    number: {"device": str(device), "plan": plan.record(stack, jobs[number].settings)}
+                    for stack in plan.stacks
+                    for number in stack
+                }
+                for number, outcome in execute(jobs, plan, pool if plan.workers else None, count):
+                    yield group[number], outcome, records[number], loaded
+                    progress(done, total)
+
+
+def _tasks_of(wishes: Sequence[_Wish]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(task for wish in wishes for task in wish.tasks))
+
+
+def _held_bytes(wishes: Sequence[_Wish], cache: Cache) -> int:
+    """Memory of the features that these heads are fitted and evaluated on."""
+    splits = dict.fromkeys(("test", wishes[0].setting.config.fit_split))
+    return sum(3 * 4 * cache.dim * cache.rows(task, split) for task in _tasks_of(wishes) for split in splits)
 
 
 def _job(wish: _Wish, loaded: LoadedTasks) -> Job:

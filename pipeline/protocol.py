@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,32 +12,51 @@ from torch import Tensor
 from probsurgery.pipeline.config import FitConfig
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.heads import Head
+from probsurgery.pipeline.manifest import KINDS
 from probsurgery.pipeline.metrics import accuracy, representation_bias
-from probsurgery.pipeline.store import Cache, TaskData, load_task
+from probsurgery.pipeline.store import Cache
 from probsurgery.pipeline.train import Rows, generator
 
 EVALUATED_AT_ONCE = 4096
 """Rows. The memory of larger temporary tensors goes back to the system each time, and fetching it anew is slow."""
 
 
+@dataclass(frozen=True)
+class TaskData:
+    """One task's tensors, in memory or mapped from disk, as the fit and its evaluation use them."""
+
+    task: str
+    merged: Tensor
+    expert: Tensor
+    pretrained: Tensor | None
+    labels: Tensor
+    classifier: Tensor
+
+
 class LoadedTasks:
-    """Tasks read from a cache. Features are held once, in memory or, for workers to map, as files in `scratch`."""
+    """Tasks read from a cache. Features are held once: in memory or, mapped, as files in `scratch`.
+
+    With `scratch`, no more than a shard of them is in memory at a time, and worker processes can map them too.
+    """
 
     def __init__(self, cache: Cache, tasks: Sequence[str], fit_split: str, scratch: Path | None = None) -> None:
         self._fit_split = fit_split
         self._tasks: dict[str, TaskData] = {}
         self._features: dict[str, Rows] = {}
         for task in tasks:
-            its = load_task(cache, task)
-            if fit_split == "train":
-                features = Rows(task, *(cache.features(task, kind, "train") for kind in ("merged", "expert")))
-            else:
-                features = Rows(task, its.merged, its.expert)
-            if scratch:
-                features = features.spilled(scratch)
-            if fit_split == "test":
-                its = replace(its, merged=features.merged, expert=features.expert)
-            self._tasks[task], self._features[task] = its, features
+            files = {
+                (split, kind): scratch and scratch / f"{task}.{split}.{kind}.npy"
+                for split in dict.fromkeys(("test", fit_split))
+                for kind in (KINDS if split == "test" else ("merged", "expert"))
+                if cache.has(task, kind, split)
+            }
+            read = {key: cache.features(task, key[1], key[0], scratch=file) for key, file in files.items()}
+            test = (read.get(("test", kind)) for kind in KINDS)
+            self._tasks[task] = TaskData(task, *test, cache.labels(task), cache.classifier(task))
+            fitted = [(fit_split, kind) for kind in ("merged", "expert")]
+            self._features[task] = Rows(
+                task, *(read[key] for key in fitted), files=tuple(files[key] for key in fitted) if scratch else None
+            )
         self._seen: dict[tuple, Rows] = {}
         self._baselines: dict[tuple, tuple[Tensor, dict]] = {}
 

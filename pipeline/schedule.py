@@ -74,9 +74,14 @@ class Wanted:
         return parameter_count(self.settings, self.dim)
 
     @property
+    def head_steps(self) -> int:
+        """Updates of the head."""
+        return 0 if isinstance(self.settings, RidgeSettings) else self.settings.steps * self.tasks
+
+    @property
     def work(self) -> int:
         """Updates of single weights, over all steps."""
-        return 0 if isinstance(self.settings, RidgeSettings) else self.settings.steps * self.tasks * self.parameters
+        return self.head_steps * self.parameters
 
     @property
     def state_bytes(self) -> int:

@@ -24,6 +24,7 @@ from probsurgery.pipeline.config import HeadSettings, RidgeSettings, head_kind
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError, first_line
 from probsurgery.pipeline.heads import HEADS, Params
 from probsurgery.pipeline.ridge import solve_ridge
+from probsurgery.pipeline.scratch import mapped, spill
 from probsurgery.pipeline.step import Stack
 
 BLOCK = 64
@@ -58,15 +59,9 @@ class Rows:
     def spilled(self, folder: Path) -> Rows:
         """The same rows, on disk: their features are written to `folder`, and held by no process's own memory."""
         files = (folder / f"{self.task}.merged.npy", folder / f"{self.task}.expert.npy")
-        try:
-            for file, values in zip(files, (self.merged, self.expert), strict=True):
-                np.save(file, values.numpy())
-        except OSError as error:
-            raise ProbsurgeryError(
-                f"cannot write {files[1].parent}: {first_line(error)}; point TMPDIR to a folder with room for the "
-                "features, or use --workers 0"
-            ) from None
-        return replace(self, merged=mapped(files[0]), expert=mapped(files[1]), files=files)
+        pairs = zip(files, (self.merged, self.expert), strict=True)
+        merged, expert = (spill(file, tuple(values.shape), [values.numpy()]) for file, values in pairs)
+        return replace(self, merged=merged, expert=expert, files=files)
 
     def check(self) -> None:
         """Raise `InputError` unless both are finite and of one shape, with rows in them."""
@@ -81,11 +76,6 @@ class Rows:
             bad = (~values.isfinite()).any(-1).nonzero()
             if len(bad):
                 raise InputError(f"{kind} features of task {self.task} are NaN or infinite in row {bad[0].item()}")
-
-
-def mapped(file: Path) -> Tensor:
-    """An array on disk as a tensor, read when it is used; writing to it would not reach the file."""
-    return torch.from_numpy(np.load(file, mmap_mode="c"))
 
 
 @dataclass(frozen=True)
@@ -321,9 +311,8 @@ def _train(jobs: Sequence[Job], device: torch.device, graph: bool, progress: Pro
 def _solve(job: Job, device: torch.device) -> Outcome:
     begun = time.perf_counter()
     (rows,) = job.rows
-    merged, expert = (v if rows.seen is None else v[rows.seen] for v in (rows.merged, rows.expert))
     try:
-        params, penalty = solve_ridge(merged, expert, job.settings.penalty, device)
+        params, penalty = solve_ridge(rows.merged, rows.expert, job.settings.penalty, device, rows.seen)
     except ProbsurgeryError as error:
         return error
     return Fitted(params, penalty=penalty, seconds=time.perf_counter() - begun)

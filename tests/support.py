@@ -16,7 +16,8 @@ from PIL import Image
 
 from probsurgery.pipeline.backends import SHARD_ROWS
 from probsurgery.pipeline.encoders import Arch, model_config
-from probsurgery.pipeline.store import CacheWriter, locked
+from probsurgery.pipeline.upkeep import check
+from probsurgery.pipeline.writer import CacheWriter, locked
 
 DIM = 16
 TINY = Arch(
@@ -29,6 +30,11 @@ def opened(path, identity, store, *, fresh=False):
     """A cache opened for writing, as stage one does it."""
     with locked(path):
         yield CacheWriter.begin(path, identity, store, fresh=fresh)
+
+
+def damage(cache):
+    """What `cache verify` finds."""
+    return [problem for one in check(cache) for problem in one.problems]
 
 
 def identity(tasks, dim=DIM, dtype="float32", **other):

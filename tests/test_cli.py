@@ -13,8 +13,10 @@ import pytest
 from safetensors.torch import save_file
 
 from probsurgery import cli
-from probsurgery.pipeline import store
-from probsurgery.pipeline.store import Cache, write_atomically, write_manifest
+from probsurgery.pipeline import writer
+from probsurgery.pipeline.files import write_atomically
+from probsurgery.pipeline.manifest import write_manifest
+from probsurgery.pipeline.store import Cache
 from support import refused, write_cache
 
 FEW = ("--hidden", 8, "--steps", 20)
@@ -124,7 +126,8 @@ def test_bad_fit_requests(run, small_cache, arguments, words):
 
 
 @pytest.mark.parametrize(
-    "command", [["fit", "--cache"], ["report", "--cache"], ["cache", "info"], ["cache", "ls"], ["cache", "verify"]]
+    "command",
+    [["fit", "--cache"], ["report", "--cache"], ["cache", "info"], ["cache", "convert"], ["cache", "verify"]],
 )
 def test_no_command_takes_a_cache_that_is_none(run, here, command):
     refused(run(*command, "nothing"), "nothing does not exist", "probsurgery extract")
@@ -147,8 +150,11 @@ def test_an_unfinished_cache_is_refused(run, small_cache):
     assert run("fit", "--cache", small_cache.path, *FEW, "--tasks", "a")[0] == 0
     status, out, _ = run("cache", "info", small_cache.path)
     assert status == 0
-    assert "a (test): 60 rows, 3 classes, complete" in out
-    assert "b (test): 11 rows, 3 classes, 1 of 4 shards missing" in out
+    a, b = (next(line for line in out.splitlines() if line.split()[:2] == [task, "test"]) for task in "ab")
+    assert "60" in a.split()
+    assert a.rstrip().endswith("complete")
+    assert "11" in b.split()
+    assert b.rstrip().endswith("1 of 4 shards missing")
 
 
 def test_a_damaged_cache_is_refused_and_verify_says_where(run, small_cache):
@@ -162,6 +168,7 @@ def test_a_damaged_cache_is_refused_and_verify_says_where(run, small_cache):
     assert (status, err) == (1, "")
     assert str(path) in out
     assert "10 shards checked, 1 damaged" in out
+    assert out.count(" ok\n") == 9
     assert json.loads(run("cache", "verify", small_cache.path, "--json")[1])["damage"]
 
 
@@ -191,7 +198,7 @@ def test_a_report_without_results_is_refused(run, small_cache):
 
 def test_no_permission_is_refused(run, small_cache, here, monkeypatch):
     """The superuser may write anywhere, so the answer of the system is set here."""
-    monkeypatch.setattr(store, "os", SimpleNamespace(**vars(os) | {"access": lambda path, mode: False}))
+    monkeypatch.setattr(writer, "os", SimpleNamespace(**vars(os) | {"access": lambda path, mode: False}))
     refused(run("fit", "--cache", small_cache.path, *FEW), "no permission", "--results")
     refused(run("extract", "--arch", "mini", "--tasks", "digits8", "--limit", 3), "no permission", "--root")
     assert not list(here.iterdir())
@@ -251,8 +258,10 @@ def test_json_is_all_that_standard_output_holds(run, small_cache):
     assert table["tasks"] == ["a", "b"]
     about = json.loads(run("cache", "info", small_cache.path, "--json")[1])
     assert about["identity"]["dim"] == 16
-    arrays = json.loads(run("cache", "ls", small_cache.path, "--json")[1])
-    assert arrays["test/a/merged"] == {"shape": [60, 16], "dtype": "float32"}
+    merged = about["arrays"]["test/a/merged"]
+    assert (merged["shape"], merged["dtype"], merged["missing"]) == ([60, 16], "float32", 0)
+    (listed,) = json.loads(run("cache", "ls", small_cache.path.parent, "--json")[1])
+    assert listed["tasks"] == ["a", "b"]
 
 
 def test_tables_name_every_task_and_head(run, small_cache):
@@ -264,7 +273,6 @@ def test_tables_name_every_task_and_head(run, small_cache):
     out = run("report", "--cache", small_cache.path)[1]
     for word in ("individual experts", "merged (ta)", "+ ridge", "+ ProbSurgery (h=8, 20 steps)", "Bias", " a ", " b "):
         assert word in out
-    assert "shards" in run("cache", "ls", small_cache.path)[1]
 
 
 def test_ctrl_c_ends_cleanly(small_cache):
@@ -298,7 +306,7 @@ def test_several_merges_are_locked_before_the_first_is_replaced(run, here):
     base = ("extract", "--arch", "mini", "--tasks", "digits8", "--limit", 5, "--merge", "ta", "--merge", "wa")
     assert run(*base)[0] == 0
     before = {p: p.read_bytes() for p in here.rglob("*") if p.is_file()}
-    with store.locked(here / "cache" / "mini_wa_digits8"):
+    with writer.locked(here / "cache" / "mini_wa_digits8"):
         refused(run(*base, "--fresh"), "another process is writing", "mini_wa_digits8")
     assert {p: p.read_bytes() for p in here.rglob("*") if p.is_file()} == before
 
@@ -315,7 +323,7 @@ def test_without_a_network_the_published_checkpoints_are_one_line(here):
 
 
 def test_a_closed_pipe_is_no_traceback(small_cache):
-    command = f"{sys.executable} -m probsurgery cache ls {small_cache.path} | true"
+    command = f"{sys.executable} -m probsurgery cache verify {small_cache.path} | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr

@@ -13,17 +13,18 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from probsurgery.pipeline import backends, encoders, extract
+from probsurgery.pipeline import backends, encode, encoders, extract
 from probsurgery.pipeline.checkpoints import digest, to_visual
 from probsurgery.pipeline.config import ExtractConfig, FitConfig, SurgerySettings
 from probsurgery.pipeline.device import choose_device
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
 from probsurgery.pipeline.fit import fit
 from probsurgery.pipeline.merging import merge
-from probsurgery.pipeline.store import Cache, CacheWriter
+from probsurgery.pipeline.store import Cache
 from probsurgery.pipeline.tasks import open_images, select_tasks
 from probsurgery.pipeline.weights import Weights
-from support import hub_data_set, hugging_face_config
+from probsurgery.pipeline.writer import CacheWriter
+from support import damage, hub_data_set, hugging_face_config
 
 TASKS = ("digits8", "texture")
 LIMIT = 90
@@ -32,8 +33,7 @@ LIMIT = 90
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch):
     """Several parts even for few rows."""
-    for module in (backends, extract):
-        monkeypatch.setattr(module, "SHARD_ROWS", 32)
+    monkeypatch.setattr(backends, "SHARD_ROWS", 32)
     monkeypatch.setattr(backends, "CHUNK_ROWS", 16)
 
 
@@ -65,7 +65,7 @@ def test_features_are_those_of_the_encoders(tmp_path, store):
                 expected = encoders.build_visual("mini", state)(batch)
             assert torch.allclose(cache.features(task.name, kind), expected, atol=1e-4), kind
         assert cache.labels(task.name).tolist() == images.labels.tolist()
-    assert cache.damage() == []
+    assert damage(cache) == []
     assert path.name == "mini_ta_digits8+texture"
 
 
@@ -275,7 +275,7 @@ def test_half_precision_is_compared_with_full_and_what_is_far_off_refused(tmp_pa
     assert set(measured) == {f"test/{t}/{kind}" for t in TASKS for kind in ("merged", "expert", "pretrained")}
     assert all(0 < difference < 0.05 for difference in measured.values())
     assert "differ from fp32 by at most" in result.notes[0]
-    monkeypatch.setattr(extract, "_MOST_DIFFERENCE", 1e-6)
+    monkeypatch.setattr(encode, "_MOST_DIFFERENCE", 1e-6)
     with pytest.raises(ProbsurgeryError, match=r"bf16 changes the first features of .* use --precision fp32"):
         extract.extract(config(tmp_path / "strict", precision="bf16"))
 
@@ -298,11 +298,11 @@ def test_a_write_that_fails_ends_the_run_and_the_next_goes_on(tmp_path, monkeypa
     (whole,) = extract.extract(config(tmp_path / "whole", store=store)).caches
     write, calls = CacheWriter.write, []
 
-    def full(self, part, values):
+    def full(self, part, values, skipped=None):
         calls.append(part)
         if len(calls) == 5:  # two for the classifiers
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(self, part, values)
+        write(self, part, values, skipped)
 
     monkeypatch.setattr(CacheWriter, "write", full)
     with pytest.raises(OSError, match="No space left"):

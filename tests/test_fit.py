@@ -12,12 +12,13 @@ from probsurgery.pipeline.config import FitConfig, ProbSettings, RidgeSettings, 
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.fit import fit
 from probsurgery.pipeline.heads import load_head
+from probsurgery.pipeline.manifest import write_manifest
 from probsurgery.pipeline.metrics import accuracy, representation_bias
 from probsurgery.pipeline.protocol import split_rows
 from probsurgery.pipeline.report import report
 from probsurgery.pipeline.results import read_results
-from probsurgery.pipeline.store import Cache, write_manifest
-from support import identity, opened, write_cache
+from probsurgery.pipeline.store import Cache
+from support import damage, identity, opened, write_cache
 
 PROB = ProbSettings(hidden=8, steps=60)
 SURGERY = SurgerySettings(rank=4, steps=60)
@@ -266,7 +267,9 @@ def test_nan_in_a_cache_is_named_by_task_and_row(tmp_path):
     with pytest.raises(InputError, match="merged features of task b .*row 4"):
         fit(FitConfig(path, PROB))
     assert not (path / "heads").exists()
-    assert Cache(path).damage() == []
+    (problem,) = damage(Cache(path))
+    assert "test/b/merged" in problem
+    assert "NaN or infinite features in 1 rows" in problem
 
 
 def test_default_names_tell_settings_apart():

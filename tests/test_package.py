@@ -17,9 +17,16 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "errors": 0,
     "config": 0,
+    "files": 0,
     "device": 1,
+    "ranks": 1,
+    "scratch": 1,
     "backends": 1,
+    "manifest": 1,
     "store": 1,
+    "writer": 1,
+    "reuse": 2,
+    "upkeep": 2,
     "pickles": 1,
     "checkpoints": 1,
     "hub": 1,
@@ -39,6 +46,7 @@ FLOORS = {
     "tasks": 2,
     "weights": 2,
     "reader": 2,
+    "encode": 3,
     "extract": 3,
     "protocol": 3,
     "fit": 3,
@@ -47,8 +55,16 @@ FLOORS = {
 }
 WITHIN_A_FLOOR = {
     ("config", "errors"),
+    ("files", "config"),
+    ("files", "errors"),
     ("encoders", "tasks"),
+    ("manifest", "backends"),
     ("store", "backends"),
+    ("store", "manifest"),
+    ("store", "scratch"),
+    ("writer", "backends"),
+    ("writer", "manifest"),
+    ("extract", "encode"),
     ("sweep", "fit"),
     ("fit", "protocol"),
     ("checkpoints", "pickles"),
@@ -167,7 +183,11 @@ def test_the_wheel_works_where_there_is_no_checkout(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", ["extract", "fit", "sweep", "report", "cache info", "cache ls", "cache verify"])
+COMMANDS = ["extract", "fit", "sweep", "report"]
+COMMANDS += [f"cache {name}" for name in ("ls", "info", "verify", "convert", "rm")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_the_readme_names_every_command_and_option(run, command):
     readme = (ROOT / "README.md").read_text()
     assert f"probsurgery {command}" in readme

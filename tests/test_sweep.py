@@ -332,7 +332,7 @@ def test_a_full_scratch_folder_is_one_line(small_cache, run, monkeypatch):
     def full(*arguments):
         raise OSError("94528 requested and 25568 written")
 
-    monkeypatch.setattr("probsurgery.pipeline.train.np.save", full)
+    monkeypatch.setattr("probsurgery.pipeline.scratch.np.lib.format.write_array_header_1_0", full)
     refused(run("sweep", "--cache", small_cache.path, "--workers", "1", "--hidden", "4,8"), "TMPDIR", status=1)
 
 

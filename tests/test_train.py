@@ -218,8 +218,9 @@ def test_rows_on_disk_are_sent_as_paths_and_mapped(tmp_path):
     assert torch.equal(there.expert, data.expert)
     assert torch.equal(there.seen, data.seen)
     assert len(there) == 3
+    # Shared with the file: a private map would count against the memory that the features exceed.
     there.merged[0] = 0
-    assert torch.equal(pickle.loads(sent).merged, data.merged)
+    assert (pickle.loads(sent).merged[0] == 0).all()
 
 
 def test_a_head_sees_the_rows_that_it_may_see():
