@@ -22,9 +22,14 @@ from torch import Tensor
 
 from probsurgery.pipeline.config import HEAD_SETTINGS, HeadSettings, head_kind, head_settings
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError, first_line
+from probsurgery.pipeline.files import refuse_links
 
 Params = dict[str, Tensor]
 SCHEMA = 1
+_MOST_BYTES = 2**28
+"""Of head.json."""
+_MOST_HEADER = 2**20
+"""Of head.safetensors."""
 
 
 def _linear(x: Float[Tensor, "K B i"], weight: Float[Tensor, "K o i"]) -> Float[Tensor, "K B o"]:
@@ -167,12 +172,14 @@ def load_head(path: str | Path) -> Head:
     """
     folder = Path(path)
     folder = folder.parent if folder.suffix == ".safetensors" else folder
+    refuse_links(folder)
     try:
+        if (folder / "head.json").stat().st_size > _MOST_BYTES:
+            raise InputError(f"{folder / 'head.json'} has more than {_MOST_BYTES:,} bytes; it does not describe a head")
         about = json.loads((folder / "head.json").read_text())
-        tensors = load_file(folder / "head.safetensors")
     except OSError as error:
         raise InputError(f"no head at {folder}: {error.strerror or error}; `probsurgery fit` writes one") from None
-    except (ValueError, RecursionError, SafetensorError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"the head at {folder} is damaged: {error}; fit it again") from None
     if not isinstance(about, dict) or type(about.get("schema")) is not int:
         raise InputError(f"{folder / 'head.json'} does not describe a head; fit it again")
@@ -185,18 +192,32 @@ def load_head(path: str | Path) -> Head:
         raise InputError(f"{folder / 'head.json'} lacks or garbles {error}; fit the head again") from None
     if not all(isinstance(task, str) for task in tasks) or not isinstance(dim, int):
         raise InputError(f"{folder / 'head.json'} garbles the tasks or the width; fit the head again")
-    _check_shapes(folder, settings, dim, 1 if shared else len(tasks), tensors)
+    tensors = _load_tensors(folder, settings, dim, 1 if shared else len(tasks))
     known = {"schema", "head", "settings", "tasks", "shared", "dim"}
     return Head(settings, tasks, dim, tensors, shared, {k: v for k, v in about.items() if k not in known})
 
 
-def _check_shapes(folder: Path, settings: HeadSettings, dim: int, stack: int, tensors: Params) -> None:
+def _load_tensors(folder: Path, settings: HeadSettings, dim: int, stack: int) -> Params:
+    """The parameters, read only if the file is as large as they are."""
     expected = {n: (stack, *shape) for n, shape in HEADS[head_kind(settings)].shapes(settings, dim).items()}
+    file = folder / "head.safetensors"
+    try:
+        size, needed = file.stat().st_size, 4 * sum(map(math.prod, expected.values()))
+        if not needed < size < needed + _MOST_HEADER:
+            raise InputError(
+                f"{file} has {size:,} bytes, but its settings ask for {needed:,} and a header; fit it again"
+            )
+        tensors = load_file(file)
+    except OSError as error:
+        raise InputError(f"no head at {folder}: {error.strerror or error}; `probsurgery fit` writes one") from None
+    except (ValueError, SafetensorError) as error:
+        raise InputError(f"the head at {folder} is damaged: {error}; fit it again") from None
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != expected:
         raise InputError(f"the head at {folder} holds {found}, but its settings ask for {expected}; fit it again")
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise InputError(f"the head at {folder} holds NaN or infinite weights; fit it again")
+    return tensors
 
 
 def stack_params(heads: Sequence[Params]) -> Params:

@@ -121,6 +121,7 @@ def read_manifest(path: Path) -> dict:
         raise InputError(f"{file} is not a cache's manifest")
     if manifest.pop("digest", None) != fingerprint(manifest):
         raise DamagedCacheError(f"{file} was changed since it was written (its digest differs); extract with --fresh")
+    manifest.setdefault("metadata", {})  # which the first caches did not have
     check_form(manifest, file)
     return manifest
 
@@ -175,7 +176,7 @@ def _check(manifest: dict) -> None:
             _need(all(r.isdecimal() and int(r) < data["rows"] for r in skipped), f"it garbles what {task} leaves out")
     for name, spec in manifest["arrays"].items():
         _check_array(name, spec, manifest)
-    for name, sealed in manifest.get("metadata", {}).items():
+    for name, sealed in manifest["metadata"].items():
         _need(re.fullmatch(_METADATA, name) is not None, "it seals a file that is none of its own")
         _check_seal(name, sealed, 0)
 

@@ -58,7 +58,7 @@ class CacheWriter:
             for partial in [path / f"{name}.partial", *(path / name).rglob("*.partial")]:
                 partial.unlink(missing_ok=True)
         writer = cls(path, known or new_manifest(identity, store))
-        writer._mend()
+        writer.mend()
         return writer
 
     @classmethod
@@ -72,11 +72,10 @@ class CacheWriter:
         journal.parent.mkdir(exist_ok=True)
         return cls(path, manifest, journal)
 
-    def _mend(self) -> None:
+    def mend(self) -> None:
         """Bring the manifest and what is on disk into line: ask again for what is gone, and describe arrays anew."""
         self.finish()
         self._taken.clear()
-        self.manifest.setdefault("metadata", {})  # which the first caches did not have
         arrays = self.manifest["arrays"]
         for name, spec in arrays.items():
             for part, sealed in enumerate(spec["shards"]):

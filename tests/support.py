@@ -14,7 +14,7 @@ import torch
 import transformers
 from PIL import Image
 
-from probsurgery.pipeline.backends import SHARD_ROWS
+from probsurgery.pipeline import backends
 from probsurgery.pipeline.encoders import Arch, model_config
 from probsurgery.pipeline.upkeep import check
 from probsurgery.pipeline.writer import CacheWriter, locked
@@ -85,9 +85,9 @@ def write_cache(
                 writer.declare({n: {"shape": list(a.shape), "dtype": str(a.dtype)} for n, a in named.items()})
                 writer.declare({f"classifiers/{task}": {"shape": list(classifier.shape), "dtype": "float32"}})
                 writer.write(0, {f"classifiers/{task}": classifier})
-                for part in range(-(-rows // SHARD_ROWS)):
-                    window = slice(part * SHARD_ROWS, (part + 1) * SHARD_ROWS)
-                    writer.write(part, {n: a[window] for n, a in named.items()})
+                for part in range(backends.shard_count(rows)):
+                    window = backends.part_range(part, rows)
+                    writer.write(part, {n: a[window.start : window.stop] for n, a in named.items()})
                 about = {"classes": 3, "class_names": [], "classifier": "0", "splits": {}}
                 about = writer.manifest["tasks"].setdefault(task, about)
                 about["splits"][split] = {"rows": rows, "fingerprint": "0"}
