@@ -32,7 +32,7 @@ def available_memory(device: torch.device) -> int:
     """Bytes that can be had on a device without swapping; of a CPU, no more than this process's limits leave it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return max(0, min(psutil.virtual_memory().available, *_limits()))
+    return max(0, min([psutil.virtual_memory().available, *_limits()]))
 
 
 def _limits() -> Iterator[int]:

@@ -51,6 +51,9 @@ class Pool:
         and another takes its place. Raises `ProbsurgeryError` if a worker cannot start.
         """
         waiting, left = deque(enumerate(stacks)), len(stacks)
+        for worker in self._workers:  # those that another run has started
+            if worker.is_idle and waiting:
+                worker.train(*waiting.popleft())
         while left:
             for connection in wait([worker.connection for worker in self._workers if not worker.is_idle]):
                 worker = next(w for w in self._workers if w.connection is connection)

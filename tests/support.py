@@ -71,14 +71,21 @@ def synthetic(rows, dim=DIM, classes=3, seed=0):
 
 
 def write_cache(
-    path, sizes, store="zarr", dtype="float32", splits=("test",), change=lambda task, arrays: arrays, merged=None
+    path,
+    sizes,
+    store="zarr",
+    dtype="float32",
+    splits=("test",),
+    change=lambda task, arrays: arrays,
+    merged=None,
+    dim=DIM,
 ):
     """A cache of synthetic features; `sizes` gives each task's rows, `change` may edit a task's arrays."""
-    with opened(path, identity(merged or sizes, dtype=dtype), store) as writer:
+    with opened(path, identity(merged or sizes, dim, dtype), store) as writer:
         writer.request([f"{split}/{task}" for split in splits for task in sizes])
         for seed, (task, rows) in enumerate(sizes.items()):
             for split in splits:
-                arrays = change(task, synthetic(rows, seed=seed + 100 * (split == "train")))
+                arrays = change(task, synthetic(rows, dim, seed=seed + 100 * (split == "train")))
                 classifier = arrays.pop("classifier")
                 named = {f"{split}/{task}/{kind}": a for kind, a in arrays.items()}
                 named = {n: a if n.endswith("labels") else a.astype(dtype) for n, a in named.items()}

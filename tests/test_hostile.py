@@ -316,7 +316,8 @@ def test_reading_takes_no_more_memory_than_the_files_bear_out(tmp_path, store):
     forge(cache, lie)
     script = textwrap.dedent(
         f"""
-                from probsurgery.pipeline.store import Cache
+        import resource
+        from probsurgery.pipeline.store import Cache
         from probsurgery.pipeline.errors import DamagedCacheError
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
