@@ -46,7 +46,8 @@ class Tally:
         default_factory=lambda: {"prepare": 0.0, "read": 0.0, "encode": 0.0, "write": 0.0}
     )
     """Wall time spent on checkpoints, merging and opening data sets; waiting for images; encoding; waiting for the
-    writer. What the main thread waits for images is what reading costs beyond what the workers do meanwhile."""
+    writer; of several ranks, `wait`ing for the others, in the figures of rank 0. What the main thread waits for images is
+    what reading costs beyond what the workers do meanwhile."""
 
     @contextmanager
     def timed(self, phase: str):
@@ -55,7 +56,7 @@ class Tally:
         try:
             yield
         finally:
-            self.seconds[phase] += time.perf_counter() - start
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 def parts_of(targets: Sequence[Target]) -> list[int]:

@@ -190,10 +190,11 @@ def _run(
         _load_towers(towers, targets, config.arch, plan, task)
         images, workers = plan.images[split, task.name], _workers(config, ranks)
         fill(config, images, targets, towers, plan.device, workers, result, partial(show, task.name))
-    own = result.images
-    result.images, result.passes = ranks.total(
-        [result.images, result.passes], meanwhile=lambda: show("waiting for other ranks", own)
-    )
+    if ranks.size > 1:
+        own = result.images
+        with result.timed("wait"):
+            counts = ranks.total([own, result.passes], meanwhile=lambda: show("waiting for other ranks", own))
+        result.images, result.passes = counts
     if not ranks.leads:
         return
     for writer in writers:

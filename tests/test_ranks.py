@@ -157,4 +157,3 @@ def test_a_process_of_its_own_is_no_rank(monkeypatch):
     with ranks.joined() as one:
         assert one.leads
         assert one.lead(lambda: 7) == 7
-        assert one.total([3], meanwhile=lambda: None) == [3]
