@@ -15,6 +15,7 @@ import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from probsurgery.pipeline import encoders, extract
 from probsurgery.pipeline.config import ExtractConfig
 from probsurgery.pipeline.device import choose_device
 from probsurgery.pipeline.encode import encode
-from probsurgery.pipeline.tasks import select_tasks
+from probsurgery.pipeline.tasks import Task, select_tasks
 from probsurgery.pipeline.weights import Weights
 
 ROUNDS = 3
@@ -48,13 +49,14 @@ def write_images(folder: Path, count: int, classes: tuple[str, ...]) -> None:
         picture.crop((left, top, left + width, top + height)).save(path, quality=90)
 
 
-def write_checkpoints(folder: Path, arch: str) -> None:
-    """A pre-trained model, an expert and a classifier for EuroSAT, all random."""
-    for name in ("pretrained", "eurosat"):
+def write_checkpoints(folder: Path, arch: str, tasks: Sequence[Task]) -> None:
+    """A pre-trained model, and an expert and a classifier for each task, all random."""
+    for name in ("pretrained", *(task.name for task in tasks)):
         state = open_clip.CLIP(**encoders.model_config(arch)).visual.state_dict()
         save_file({n: t.contiguous() for n, t in state.items()}, folder / f"{name}.safetensors")
-    classifier = torch.randn(10, encoders.model_config(arch)["embed_dim"])
-    save_file({"eurosat": classifier}, folder / "classifiers.safetensors")
+    dim = encoders.model_config(arch)["embed_dim"]
+    classifiers = {task.name: torch.randn(len(task.class_names), dim) for task in tasks}
+    save_file(classifiers, folder / "classifiers.safetensors")
 
 
 def bare(args: argparse.Namespace, device: torch.device, checkpoints: Path) -> float:
@@ -113,8 +115,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "checkpoints").mkdir()
-        write_checkpoints(folder / "checkpoints", args.arch)
-        classes = select_tasks("clip8", ["eurosat"])[0].class_names
+        tasks = select_tasks("clip8", ["eurosat"])
+        write_checkpoints(folder / "checkpoints", args.arch, tasks)
+        classes = tasks[0].class_names
         write_images(folder / "small" / "eurosat", args.images, classes)
         write_images(folder / "large" / "eurosat", 4 * args.images, classes)
         rates: dict[str, list[float]] = {"bare": [], "extract": []}

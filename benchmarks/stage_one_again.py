@@ -1,10 +1,11 @@
 """What does a second merge cost beside the first, and what do two ranks gain over one?
 
-    python benchmarks/stage_one_again.py [--arch mini] [--tasks a,b] [--ranks 2] [--rounds 3]
+    python benchmarks/stage_one_again.py [--arch vitb32] [--images 128] [--ranks 2] [--rounds 1]
 
-Every run is the command itself. "Work" is what `extract` reports of reading, encoding, writing and waiting for other ranks;
-"in all" has start-up and checkpoints too. The baseline of the second merge is the same merge in an empty folder; the
-baseline of the ranks is one rank with as many threads as they have together. Figures are medians over the rounds.
+Every run is the command itself, on two tasks of so many images with random weights, or on the whole mini suite. Work is
+what `extract` reports of reading, encoding, writing and waiting for other ranks; "in all" has start-up and checkpoints
+too. The baseline of the second merge is the same merge in an empty folder; the baseline of the ranks is one rank with
+as many threads as they have together. Figures are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -20,12 +21,19 @@ import time
 from pathlib import Path
 
 import torch
+from stage_one import write_checkpoints, write_images
+
+from probsurgery.pipeline.tasks import select_tasks
+
+TASKS = ("resisc45", "eurosat")
 
 
 def extract(args: argparse.Namespace, root: Path, merge: str, ranks: int = 1, threads: int | None = None) -> dict:
     """Run the command; gives what it reports, and its wall time."""
     command = ["-m", "probsurgery", "extract", "--arch", args.arch, "--merge", merge, "--root", str(root), "--json"]
-    command += ["--tasks", args.tasks] if args.tasks else []
+    if args.arch != "mini":
+        command += ["--tasks", ",".join(TASKS), "--checkpoints", str(args.folder / "weights"), "--any-rows"]
+        command += ["--data", str(args.folder / "data"), "--batch-size", "32"]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     begun = time.perf_counter()
@@ -55,18 +63,30 @@ def line(label: str, its: list[dict]) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--arch", default="mini")
-    parser.add_argument("--tasks")
+    parser.add_argument("--arch", default="vitb32")
+    parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        args.folder = Path(folder)
+        if args.arch != "mini":
+            (args.folder / "weights").mkdir()
+            tasks = select_tasks("clip8", TASKS)
+            write_checkpoints(args.folder / "weights", args.arch, tasks)
+            for task in tasks:
+                write_images(args.folder / "data" / task.name, args.images, task.class_names)
+        compare(args)
+
+
+def compare(args: argparse.Namespace) -> None:
     threads = torch.get_num_threads()
     few = threads // args.ranks
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {threads} threads"
     print(f"torch {torch.__version__}, {device}; {args.arch}, {args.rounds} rounds")
     runs: dict[str, list[dict]] = {name: [] for name in ("alone", "beside", "one", "many")}
     for _ in range(args.rounds):
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             at = {name: Path(folder) / name for name in ("alone", "shared", "one", "many", "few")}
             extract(args, at["shared"], "ta")
             runs["beside"].append(extract(args, at["shared"], "ties"))

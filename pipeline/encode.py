@@ -46,8 +46,8 @@ class Tally:
         default_factory=lambda: {"prepare": 0.0, "read": 0.0, "encode": 0.0, "write": 0.0}
     )
     """Wall time spent on checkpoints, merging and opening data sets; waiting for images; encoding; waiting for the
-    writer; of several ranks, `wait`ing for the others, in the figures of rank 0. What the main thread waits for images is
-    what reading costs beyond what the workers do meanwhile."""
+    writer; and, of several ranks, rank 0's time with `wait`ing for the others. What the main thread waits for images
+    is what reading costs beyond what the workers do meanwhile."""
 
     @contextmanager
     def timed(self, phase: str):
