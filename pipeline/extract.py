@@ -110,6 +110,8 @@ def _prepare(config: ExtractConfig, ranks: Ranks) -> _Plan:
     now = tuple(task for task in tasks if config.only is None or task.name in config.only)
     paths = _cache_paths(config, tasks, whole_suite=len(tasks) == len(select_tasks(row.suite, None)))
     device = choose_device(config.device, ranks.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # pinned memory would else take room on the first GPU, in every rank
     weights = Weights(config.arch, config.checkpoints)
     pretrained = weights.pretrained()
     classifiers = weights.classifiers(now, device)

@@ -136,12 +136,13 @@ class Cache:
             raise InputError(
                 f"{self.path} holds no {kind!r} features of {task} ({split}); it may hold: {', '.join(KINDS)}"
             )
-        shape = (self.rows(task, split), self.dim)
+        name, shape = f"{split}/{task}/{kind}", (self.rows(task, split), self.dim)
+        self._require_sizes(name)
         bad: list[int] = []
 
         def blocks() -> Iterator[np.ndarray]:
             row = 0
-            for block in self._blocks(f"{split}/{task}/{kind}", self.skipped(task, split)):
+            for block in self._blocks(name, self.skipped(task, split)):
                 bad.extend(row + np.flatnonzero(~np.isfinite(block).all(-1)))
                 row += len(block)
                 yield block
@@ -168,6 +169,13 @@ class Cache:
     def classifier(self, task: str) -> Tensor:
         """Zero-shot classifier (C, d), rows unit-norm times the logit scale."""
         return torch.from_numpy(np.concatenate([*self._blocks(f"classifiers/{task}")])).float()
+
+    def _require_sizes(self, name: str) -> None:
+        """Have every file of an array there, in its size, before memory is taken for the whole."""
+        for part, sealed in enumerate(self.manifest["arrays"][name]["shards"]):
+            file = self.file(name, part)
+            if not file.is_file() or file.stat().st_size != sealed["bytes"]:
+                self.shard(name, part)  # which says what is wrong
 
     def _blocks(self, name: str, left_out: dict[int, str] | None = None) -> Iterator[np.ndarray]:
         """An array's shards, without the rows that were left out."""

@@ -103,22 +103,19 @@ class CacheWriter:
         """Make arrays known to plain readers. A kill in the midst of it leaves files without a seal, not wrong ones."""
         if not arrays:
             return
-        with self._room():
-            self._describe_anew(arrays)
-
-    def _describe_anew(self, arrays: dict[str, dict]) -> None:
         metadata = self.manifest["metadata"]
-        for name, file in self._metadata(arrays).items():
-            sealed = metadata.pop(name, None)
-            if sealed is None or broken_seal(file, sealed):
-                file.unlink(missing_ok=True)
-        self.save()
-        for name, spec in self.manifest["arrays"].items():  # what several arrays have in common may be gone
-            if not all(file.is_file() for file in self.backend.metadata(name)):
-                arrays = arrays | {name: spec}
-        self.backend.declare(arrays)
-        metadata |= {name: seal(file) for name, file in self._metadata(arrays).items()}
-        self.save()
+        with self._room():
+            for name, file in self._metadata(arrays).items():
+                sealed = metadata.pop(name, None)
+                if sealed is None or broken_seal(file, sealed):
+                    file.unlink(missing_ok=True)
+            self.save()
+            for name, spec in self.manifest["arrays"].items():  # what several arrays have in common may be gone
+                if not all(file.is_file() for file in self.backend.metadata(name)):
+                    arrays = arrays | {name: spec}
+            self.backend.declare(arrays)
+            metadata |= {name: seal(file) for name, file in self._metadata(arrays).items()}
+            self.save()
 
     def request(self, names: list[str]) -> None:
         """Note which `<split>/<task>` this run will write, so that a reader knows an unfinished cache."""
