@@ -364,11 +364,12 @@ def cache_ls(
     for one in found:
         about = _listed(one)
         if one.cache is None:
-            table.add_row(one.path.name, *[""] * 6, _size(one.size), "", _plain(one.problem))
+            table.add_row(_plain(one.path.name), *[""] * 6, _size(one.size), "", _plain(one.problem))
             continue
         state = "complete" if not about["missing"] else f"{about['missing']} shards missing"
         figures = (str(len(about["tasks"])), f"{about['rows']:,}", about["store"], about["dtype"], _size(one.size))
-        table.add_row(one.path.name, about["arch"], about["merge"], *figures, str(about["heads"]), state)
+        names = map(_plain, (one.path.name, about["arch"], about["merge"]))
+        table.add_row(*names, *figures, str(about["heads"]), state)
     if found:
         _console().print(table)
     shared = size_of(*(one.path for one in found))
@@ -518,12 +519,13 @@ def cache_rm(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Delete caches, with their heads and results; other caches that share files with one keep theirs."""
-    from probsurgery.pipeline.upkeep import list_caches, removable, remove
+    from probsurgery.pipeline.upkeep import Listed, removable, remove, size_of
 
+    caches = list(dict.fromkeys(caches))
     for path in caches:
         removable(path)
     for path in caches:
-        (one,) = list_caches(path)
+        one = Listed(path, size_of(path))
         heads = f", {one.heads} head{'s' * (one.heads != 1)} and their results" if one.heads else ""
         if not yes:
             if not sys.stdin.isatty():
@@ -561,7 +563,8 @@ def _console():
     from rich.console import Console
 
     # A pipe has no width: give tables what they need instead of wrapping them at 80.
-    return Console() if sys.stdout.isatty() else Console(width=200, force_terminal=False)
+    shape = {} if sys.stdout.isatty() else {"width": 200, "force_terminal": False}
+    return Console(markup=False, emoji=False, **shape)  # a name may look like markup
 
 
 def _table(columns: list[str]):

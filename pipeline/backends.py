@@ -11,6 +11,7 @@ anything is read by it. So no codec, filter, link or size of theirs is followed.
 from __future__ import annotations
 
 import io
+import json
 import math
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +22,8 @@ from probsurgery.pipeline.files import write_atomically
 
 SHARD_ROWS = 2048
 CHUNK_ROWS = 256
+_GROUP = {"attributes", "zarr_format", "node_type"}
+"""Keys of a zarr group. Consolidated metadata, which plain readers prefer to an array's own, is not among them."""
 
 
 def shard_count(rows: int) -> int:
@@ -45,10 +48,10 @@ def _fill(dtype: str) -> float | int:
 class Backend(Protocol):
     """How arrays lie on disk. Values read are checked by the format's own checksums, and by `Cache` besides."""
 
-    def declare(self, arrays: dict[str, dict]) -> None:
+    def declare(self, arrays: dict[str, dict], known: dict[str, dict]) -> None:
         """Make arrays known, each `{"shape", "dtype"}` under its name, to plain readers of the format.
 
-        Shards that are there already stay.
+        Shards that are there already stay. `known` are all arrays of the cache, these among them.
         """
 
     def metadata(self, name: str) -> tuple[Path, ...]:
@@ -79,7 +82,7 @@ class ZarrBackend:
     def __init__(self, cache: Path) -> None:
         self.root = cache / "features.zarr"
 
-    def declare(self, arrays: dict[str, dict]) -> None:
+    def declare(self, arrays: dict[str, dict], known: dict[str, dict]) -> None:
         import zarr
         from zarr.codecs import Crc32cCodec
 
@@ -104,7 +107,9 @@ class ZarrBackend:
         return tuple(folder / "zarr.json" for folder in folders)
 
     def described(self, name: str, spec: dict) -> bool:
-        return self._is_ours(self._open(name, "r"), spec)
+        groups = (self.root / parent / "zarr.json" for parent in Path(name).parents)
+        plain = all(json.loads(self._small(group).read_text()).keys() <= _GROUP for group in groups)
+        return plain and self._is_ours(self._open(name, "r"), spec)
 
     def write(self, name: str, part: int, values: np.ndarray) -> None:
         # Else zarr leaves out a chunk that equals the fill value.
@@ -125,9 +130,13 @@ class ZarrBackend:
     def _open(self, name: str, mode: str):
         import zarr
 
-        if (self.root / name / "zarr.json").stat().st_size > self.MOST_METADATA:
-            raise ValueError(f"what describes the array has more than {self.MOST_METADATA:,} bytes")
+        self._small(self.root / name / "zarr.json")
         return zarr.open_array(self.root, path=name, mode=mode, zarr_format=3)
+
+    def _small(self, file: Path) -> Path:
+        if file.stat().st_size > self.MOST_METADATA:
+            raise ValueError(f"what describes the array has more than {self.MOST_METADATA:,} bytes")
+        return file
 
     @staticmethod
     def _is_ours(array, spec: dict) -> bool:
@@ -155,16 +164,12 @@ class Hdf5Backend:
         self.cache = cache
         self.index = cache / "features.h5"
 
-    def declare(self, arrays: dict[str, dict]) -> None:
+    def declare(self, arrays: dict[str, dict], known: dict[str, dict]) -> None:
         import h5py
 
-        if not arrays:
-            return
-        content = io.BytesIO(self.index.read_bytes() if self.index.is_file() else b"")
-        with h5py.File(content, "a", libver="latest") as file:
-            for name, spec in arrays.items():
-                if name in file:
-                    del file[name]
+        content = io.BytesIO()
+        with h5py.File(content, "w", libver="latest") as file:
+            for name, spec in known.items():
                 layout = h5py.VirtualLayout(tuple(spec["shape"]), spec["dtype"])
                 for part, source in enumerate(self._sources(name, spec)):
                     rows = part_range(part, spec["shape"][0])

@@ -33,7 +33,10 @@ def broken_seal(path: Path, sealed: dict) -> str | None:
 
 
 def refuse_links(path: Path) -> None:
-    """Raise `InputError` if a cache's folder holds a symbolic link: through one we might write, or read, elsewhere."""
+    """Raise `InputError` if a cache's folder holds a symbolic link, through which we might write or read elsewhere.
+
+    Or a pipe or device, on which we might wait for ever.
+    """
     waiting = [path]
     while waiting:
         try:
@@ -45,5 +48,7 @@ def refuse_links(path: Path) -> None:
                         )
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append(Path(entry.path))
+                    elif not entry.is_file(follow_symlinks=False) and os.path.lexists(entry.path):
+                        raise InputError(f"{entry.path} is neither a file nor a folder; a cache holds nothing else")
         except (FileNotFoundError, NotADirectoryError):  # none there, or it was removed meanwhile
             continue

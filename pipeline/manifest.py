@@ -12,6 +12,7 @@ import datetime
 import hashlib
 import json
 import math
+import os
 import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,7 +28,7 @@ SCHEMA = 1
 KINDS = ("merged", "expert", "pretrained")
 MOST_BYTES = 2**28
 """Of a manifest; a cache of the papers' eight tasks has some 100 KB."""
-_MOST_DIM = 2**16
+_MOST_DIM, _MOST_ROWS = 2**16, 2**40
 _TASK = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}"
 _ARRAY = re.compile(rf"(?:({'|'.join(SPLITS)})/({_TASK})/({'|'.join(KINDS)}|labels)|classifiers/({_TASK}))")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -97,7 +98,8 @@ def read_manifest(path: Path) -> dict:
     the manifest is not as it was written.
     """
     file = path / "manifest.json"
-    refuse_links(path)
+    if os.path.lexists(file):  # else it is any folder, and may be a large one
+        refuse_links(path)
     try:
         if file.stat().st_size > MOST_BYTES:
             raise DamagedCacheError(f"{file} has more than {MOST_BYTES:,} bytes; it is not a cache's manifest")
@@ -130,7 +132,7 @@ def check_form(manifest: dict, file: Path) -> None:
     """Raise `DamagedCacheError` unless a manifest has the form that docs/cache-format.md describes."""
     try:
         _check(manifest)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         what = f"{type(error).__name__}: {error}" if not isinstance(error, _FormError) else str(error)
         raise DamagedCacheError(
             f"{file} does not have a manifest's form ({what[:200]}); do not use this cache, and extract it anew"
@@ -170,15 +172,33 @@ def _check(manifest: dict) -> None:
     for task, about in manifest["tasks"].items():
         _need(task in names, "it describes a task that it does not merge")
         _need(_whole(about["classes"]) and isinstance(about["classifier"], str), f"it garbles the classes of {task}")
+        origins = about.get("origins", {}).values()
+        _need(all(isinstance(origin, dict) for origin in origins), f"it garbles where {task} is from")
         for split, data in about["splits"].items():
             skipped = data.get("skipped", {})
-            _need(split in SPLITS and _whole(data["rows"]), f"it garbles the rows of {task}")
+            _need(split in SPLITS and _whole(data["rows"], _MOST_ROWS), f"it garbles the rows of {task}")
+            _need(isinstance(skipped, dict), f"it garbles what {task} leaves out")
             _need(all(r.isdecimal() and int(r) < data["rows"] for r in skipped), f"it garbles what {task} leaves out")
     for name, spec in manifest["arrays"].items():
         _check_array(name, spec, manifest)
     for name, sealed in manifest["metadata"].items():
         _need(re.fullmatch(_METADATA, name) is not None, "it seals a file that is none of its own")
         _check_seal(name, sealed, 0)
+    _check_provenance(manifest)
+
+
+def _check_provenance(manifest: dict) -> None:
+    """What is only shown, and may be missing."""
+    files, runs = manifest.get("files", {}), manifest.get("runs", [])
+    _need(all(isinstance(file, dict) for file in files.values()), "it garbles the files that it is made from")
+    _need(isinstance(manifest.get("software", {}), dict), "it garbles the versions that it was made by")
+    _need(isinstance(manifest.get("converted_from", {}), dict), "it garbles what it was converted from")
+    numbers = manifest.get("precision", {}).values()
+    _need(all(isinstance(number, int | float) for number in numbers), "it garbles the precision")
+    _need(isinstance(runs, list), "it garbles its runs")
+    for run in runs:
+        counts = (run["images"], run.get("passes", 0), *run.get("taken", {}).values())
+        _need(all(map(_whole, counts)), "it garbles its runs")
 
 
 def _check_array(name: str, spec: dict, manifest: dict) -> None:
@@ -187,7 +207,7 @@ def _check_array(name: str, spec: dict, manifest: dict) -> None:
     split, task, kind, classifier = found.groups()
     identity, shape = manifest["identity"], spec["shape"]
     _need((task or classifier) in identity["tasks"], "it holds a task that it does not merge")
-    _need(all(map(_whole, shape)) and bool(shape) and shape[0] > 0, f"the shape of {name} is none")
+    _need(all(_whole(n, _MOST_ROWS) for n in shape) and bool(shape) and shape[0] > 0, f"the shape of {name} is none")
     if kind == "labels":
         dtype, rest = "int64", []
     else:

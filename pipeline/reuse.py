@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from probsurgery.pipeline.backends import part_range
-from probsurgery.pipeline.errors import DamagedCacheError, ProbsurgeryError
+from probsurgery.pipeline.errors import DamagedCacheError, ProbsurgeryError, first_line
 from probsurgery.pipeline.manifest import is_features
 from probsurgery.pipeline.store import Cache
 from probsurgery.pipeline.writer import CacheWriter
@@ -23,7 +23,7 @@ class Reused:
     rows: dict[str, int] = field(default_factory=dict)
     """Rows of features, by the name of the cache that had them."""
     damaged: list[str] = field(default_factory=list)
-    """Shards that would have been taken, and are damaged."""
+    """Shards that would have been taken, and are damaged or cannot be read."""
 
 
 def origin(manifest: dict, name: str) -> list | None:
@@ -49,11 +49,11 @@ def take_from_siblings(writer: CacheWriter, names: Sequence[str], *, skip_bad: b
         wanted = {name: parts for name in names if (parts := sorted(writer.pending(name)))}
         if not wanted:
             break
-        if folder == writer.path.absolute() or not (folder / "manifest.json").is_file():
+        if folder == writer.path.absolute():
             continue
         try:
             sibling = Cache(folder)
-        except (ProbsurgeryError, OSError):  # none that can be read
+        except (ProbsurgeryError, OSError):  # none, or none that can be read
             continue
         for name, parts in wanted.items():
             ours = origin(writer.manifest, name)
@@ -82,7 +82,8 @@ def _take(writer: CacheWriter, sibling: Cache, name: str, parts: Sequence[int], 
         except DamagedCacheError as error:
             reused.damaged.append(str(error).partition(";")[0])
             continue
-        except FileNotFoundError:  # the other cache was removed meanwhile
-            return
+        except OSError as error:  # removed meanwhile, or somebody else's
+            reused.damaged.append(f"{sibling.file(name, part)} cannot be read ({first_line(error)})")
+            continue
         if is_features(name):
             reused.rows[sibling.path.name] = reused.rows.get(sibling.path.name, 0) + len(rows)

@@ -116,9 +116,15 @@ class Cache:
         return f"{split}/{task}/{kind}" in self.manifest["arrays"]
 
     def rows(self, task: str, split: str = "test") -> int:
-        """N, the task's images in a split, without those that were left out because they could not be decoded."""
+        """N, the task's images in a split, without those that were left out because they could not be decoded.
+
+        Raises `InputError` if none is left.
+        """
         self.require(task, split)
-        return self.manifest["arrays"][f"{split}/{task}/labels"]["shape"][0] - len(self.skipped(task, split))
+        rows = self.manifest["arrays"][f"{split}/{task}/labels"]["shape"][0] - len(self.skipped(task, split))
+        if not rows:
+            raise InputError(f"{self.path}: no image of {task} ({split}) could be decoded; give --tasks without it")
+        return rows
 
     def skipped(self, task: str, split: str = "test") -> dict[int, str]:
         """Images that were left out: row in the data set -> why it could not be decoded."""

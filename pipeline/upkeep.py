@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from probsurgery.pipeline.backends import part_range
-from probsurgery.pipeline.config import DTYPES, STORES
+from probsurgery.pipeline.config import DTYPES, STORES, fingerprint
 from probsurgery.pipeline.errors import DamagedCacheError, InputError, ProbsurgeryError, unknown
 from probsurgery.pipeline.files import broken_seal
 from probsurgery.pipeline.manifest import array_digest, is_features, read_manifest
 from probsurgery.pipeline.store import Cache
-from probsurgery.pipeline.writer import LOCK, CacheWriter, locked, remove_features
+from probsurgery.pipeline.writer import LOCK, CacheWriter, is_remains, locked, remove_features
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ def _description_problems(cache: Cache, name: str, seen: set[Path]) -> tuple[lis
     """What is wrong with the files that describe an array; one that several arrays have in common is named once."""
     files = {file.relative_to(cache.path).as_posix(): file for file in cache.description(name)}
     sealed = cache.manifest["metadata"]
+    if any(n in sealed and broken_seal(file, sealed[n]) for n, file in files.items()):
+        sealed = read_manifest(cache.path)["metadata"]  # an extraction may have described more arrays meanwhile
     broken = {files[n]: problem for n in files if n in sealed and (problem := broken_seal(files[n], sealed[n]))}
     problems = [
         f"{file}, which describes arrays to plain readers, {problem}"
@@ -110,6 +112,7 @@ def repair(path: Path) -> list[ArrayCheck]:
     with locked(path, option=None):
         cache = Cache(path)
         writer = CacheWriter(path, cache.manifest)
+        writer.finish()
         checks = list(check(cache))
         for one in checks:
             for part in one.bad_shards:
@@ -148,7 +151,7 @@ def convert(
     if old_dtype == "float16" and dtype == "float32":
         raise InputError(f"{source} is kept in float16, and float32 would not bring back what that lost; extract anew")
     suffix = "_".join(new for new, old in ((store, old_store), (dtype, old_dtype)) if new != old)
-    named = source if source.name else source.absolute()
+    named = source if source.name not in ("", "..") else source.resolve()
     out = out or named.with_name(f"{named.name}_{suffix}")
     if out.resolve() == source.resolve():
         raise InputError(f"--out {out} is the cache itself; choose another place")
@@ -158,10 +161,17 @@ def convert(
     }
     with locked(out, option="--out"):
         writer = CacheWriter.begin(out, cache.identity | {"dtype": dtype}, store)
+        converted = {"store": old_store, "dtype": old_dtype, "content": cache.content}
+        converted["tasks"] = fingerprint(cache.manifest["tasks"])
+        if writer.manifest["arrays"] and writer.manifest.get("converted_from") != converted:
+            raise InputError(
+                f"{out} was not made from {source} as it is now; remove it with `probsurgery cache rm`, or choose "
+                "another --out"
+            )
         for key in ("tasks", "requested", "files", "runs", "precision", "software", "created"):
             if key in cache.manifest:
                 writer.manifest[key] = cache.manifest[key]
-        writer.manifest["converted_from"] = {"store": old_store, "dtype": old_dtype, "content": cache.content}
+        writer.manifest["converted_from"] = converted
         writer.declare(arrays)
         work = [
             (name, part)
@@ -211,14 +221,17 @@ def list_caches(root: Path) -> list[Listed]:
     """Every cache in a folder, or the one that it is. Raises `InputError` if there is no such folder."""
     if not root.is_dir():
         raise InputError(f"no folder {root}; name the one that holds the caches")
-    folders = [root] if (root / "manifest.json").is_file() else sorted(p for p in root.iterdir() if p.is_dir())
     found = []
-    for path in folders:
-        if (path / "manifest.json").is_file():
-            try:
+    for path in [root] if (root / "manifest.json").is_file() else sorted(root.iterdir()):
+        try:
+            if (path / "manifest.json").is_file():
                 found.append(Listed(path, size_of(path), Cache(path)))
-            except ProbsurgeryError as error:
-                found.append(Listed(path, size_of(path), problem=str(error)))
+            elif path.is_dir() and is_remains(path):
+                found.append(Listed(path, size_of(path), problem="what is left of a cache; remove it or extract again"))
+        except ProbsurgeryError as error:
+            found.append(Listed(path, size_of(path), problem=str(error)))
+        except PermissionError:  # a folder that is somebody else's
+            continue
     return found
 
 
@@ -235,9 +248,11 @@ def size_of(*paths: Path) -> int:
 
 
 def removable(path: Path) -> None:
-    """Raise `InputError` unless `path` is a cache, be it a damaged one."""
+    """Raise `InputError` unless `path` is a cache, be it a damaged one or what a kill left of one."""
     if path.is_symlink():
         raise InputError(f"{path} is a link; remove the folder that it names")
+    if path.is_dir() and is_remains(path):
+        return
     with contextlib.suppress(DamagedCacheError):
         read_manifest(path)
 

@@ -113,7 +113,7 @@ class CacheWriter:
             for name, spec in self.manifest["arrays"].items():  # what several arrays have in common may be gone
                 if not all(file.is_file() for file in self.backend.metadata(name)):
                     arrays = arrays | {name: spec}
-            self.backend.declare(arrays)
+            self.backend.declare(arrays, self.manifest["arrays"] | arrays)
             metadata |= {name: seal(file) for name, file in self._metadata(arrays).items()}
             self.save()
 
@@ -164,6 +164,7 @@ class CacheWriter:
             with self._room():
                 shutil.copyfile(file, partial)
         partial.replace(own)
+        partial.unlink(missing_ok=True)  # which stays if a killed run had linked it already
         self.note({"part": part, "shards": {name: sealed}, "skipped": skipped})
 
     def note(self, entry: dict) -> None:
@@ -279,15 +280,15 @@ def locked(path: Path, option: str | None = "--root or --out") -> Iterator[None]
                 yield
             finally:
                 owner.unlink(missing_ok=True)
+                if not here and not (path / "manifest.json").exists():  # nothing was begun
+                    lock.unlink(missing_ok=True)
     except Timeout:
         other = f", or choose another place with {option}" if option else ""
         raise InputError(f"another process is writing to {path}{_named(owner)}; wait for it{other}") from None
     finally:
-        if not here and not (path / "manifest.json").exists():  # nothing was begun
-            lock.unlink(missing_ok=True)
-            if new:
-                with contextlib.suppress(OSError):
-                    path.rmdir()
+        if new:
+            with contextlib.suppress(OSError):  # something is in it
+                path.rmdir()
 
 
 def _named(owner: Path) -> str:
@@ -308,10 +309,9 @@ def check_target(path: Path, identity: dict, store: str, *, fresh: bool = False)
     if not path.exists():
         return None
     if not (path / "manifest.json").exists():
-        # A kill may have left what a cache is made of without its manifest.
-        strange = [p.name for p in path.iterdir() if p.name.removesuffix(".partial") not in _OWN]
-        if strange:
-            raise InputError(f"{path} exists and is not a cache (it holds {min(strange)}); choose another --out")
+        if any(path.iterdir()) and not is_remains(path):
+            held = min(p.name for p in path.iterdir())
+            raise InputError(f"{path} exists and is not a cache (it holds {held}); choose another --out")
         refuse_links(path)
         return None
     if fresh:
@@ -331,9 +331,19 @@ def check_target(path: Path, identity: dict, store: str, *, fresh: bool = False)
     return manifest
 
 
+def is_remains(path: Path) -> bool:
+    """Whether a folder is what a kill left of a cache: its own files without a manifest, and its lock, which is empty.
+
+    Other programs' files may have the names of our own, but not all of this.
+    """
+    lock = path / ".lock"
+    own = all(p.name.removesuffix(".partial") in _OWN for p in path.iterdir())
+    return own and not (path / "manifest.json").exists() and lock.is_file() and not lock.stat().st_size
+
+
 def remove_features(path: Path, *, heads: bool) -> None:
-    """Remove what a cache is made of, the manifest first: a kill leaves an unfinished cache rather than a torn one."""
-    for name in FEATURES + (HEADS if heads else ()):
+    """Remove what a cache is made of: heads first, then the manifest. A kill leaves a cache or remains, no torn one."""
+    for name in (HEADS if heads else ()) + FEATURES:
         if (path / name).is_dir() and not (path / name).is_symlink():
             shutil.rmtree(path / name)
         else:

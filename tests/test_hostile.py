@@ -95,6 +95,93 @@ def test_a_manifest_that_has_not_its_form_is_refused(cache, change):
         Cache(cache.path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.update(files=[1]),
+        lambda m: m.update(files={"a": 1}),
+        lambda m: m.update(software=[1]),
+        lambda m: m.update(runs=[{}]),
+        lambda m: m.update(runs=[{"images": "x"}]),
+        lambda m: m.update(runs=[{"images": 1, "taken": [1]}]),
+        lambda m: m.update(runs={"a": 1}),
+        lambda m: m.update(precision={"a": "x"}),
+        lambda m: m.update(converted_from=1),
+        lambda m: m["tasks"]["a"].update(origins=[1]),
+        lambda m: m["tasks"]["a"].update(origins={"test": 1}),
+        lambda m: m["tasks"]["a"]["splits"]["test"].update(skipped=["1"]),
+        lambda m: m["tasks"]["a"]["splits"]["test"].update(rows=10**400),
+    ],
+)
+def test_what_is_only_shown_has_its_form_too(cache, run, change):
+    forge(cache, change)
+    for command in (["cache", "info"], ["cache", "verify"], ["fit", "--cache"]):
+        refused(run(*command, cache.path), "does not have a manifest's form")
+
+
+def test_a_name_is_no_markup_and_no_escape(tmp_path, run):
+    path = write_cache(tmp_path / "caches" / "[red]x\x1b[31m\n", {"a": 20})
+
+    def change(manifest):
+        manifest["identity"] |= {"arch": "[/x]\x1b[31m", "merge": {"method": "[/y]", "settings": {"a": "\x1b"}}}
+        manifest["tasks"]["a"]["origins"] = {"test": {"source": "/data/[/z]\x1b"}}
+
+    forge(Cache(path), change)
+    for command in (["ls", path.parent], ["info", path]):
+        status, out, err = run("cache", *command)
+        assert (status, err) == (0, "")
+        assert "[/x]" in out
+        assert "\x1b" not in out
+    assert "[red]x" in run("cache", "ls", path.parent)[1]
+
+
+def test_a_task_without_a_usable_image_is_refused(cache, run):
+    forge(cache, lambda m: m["tasks"]["a"]["splits"]["test"].update(skipped={str(row): "x" for row in range(60)}))
+    for head in ("prob", "ridge"):
+        refused(run("fit", "--cache", cache.path, "--head", head), "no image of a (test) could be decoded")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without named pipes")
+@pytest.mark.parametrize("name", ["manifest.json", "results.jsonl", "heads"])
+def test_a_pipe_is_not_waited_on(cache, run, name):
+    (cache.path / name).unlink(missing_ok=True)
+    os.mkfifo(cache.path / name)
+    refused(run("cache", "info", cache.path), "neither a file nor a folder")
+    refused(run("report", "--cache", cache.path), "neither a file nor a folder")
+
+
+def test_a_strangers_index_is_made_anew_before_it_is_added_to(tmp_path):
+    """Else a link in it would be followed by plain readers, and sealed as our own."""
+    cache = Cache(write_cache(tmp_path / "cache", {"a": 60}, "hdf5", merged=("a", "b")))
+    victim = tmp_path / "victim.h5"
+    with h5py.File(victim, "w") as file:
+        file["kept"] = 1
+    before = victim.read_bytes()
+    index = cache.path / "features.h5"
+    with h5py.File(index, "a") as file:
+        file["train"] = h5py.ExternalLink(str(victim), "/")
+    forge(cache, lambda m: m["metadata"].update({"features.h5": seal(index)}))
+    with opened(cache.path, cache.identity, "hdf5") as writer:
+        writer.declare({"train/a/labels": {"shape": [5], "dtype": "int64"}})
+        writer.write(0, {"train/a/labels": np.zeros(5, "int64")})
+    assert victim.read_bytes() == before
+    assert damage(Cache(cache.path)) == []
+    with h5py.File(index) as file:
+        assert file["train/a/labels"].shape == (5,)
+
+
+def test_consolidated_metadata_of_a_stranger_is_named(tmp_path):
+    """Plain zarr prefers it to an array's own."""
+    cache = Cache(write_cache(tmp_path / "cache", {"a": 60}, "zarr"))
+    group = cache.path / "features.zarr" / "zarr.json"
+    about = json.loads(group.read_text())
+    other = json.loads((group.parent / "test" / "a" / "labels" / "zarr.json").read_text())
+    consolidated = {"kind": "inline", "must_understand": False, "metadata": {"test/a/merged": other}}
+    group.write_text(json.dumps(about | {"consolidated_metadata": consolidated}))
+    forge(cache, lambda m: m["metadata"].update({"features.zarr/zarr.json": seal(group)}))
+    assert any("does not describe" in problem for problem in damage(Cache(cache.path)))
+
+
 @pytest.mark.parametrize("lacking", ["test/a/labels", "test/a/expert", "classifiers/a", "tasks"])
 def test_a_manifest_that_lacks_a_part_is_one_line(cache, run, lacking):
     forge(cache, lambda m: m["tasks"].pop("a") if lacking == "tasks" else m["arrays"].pop(lacking))

@@ -13,10 +13,10 @@ from probsurgery.pipeline.config import FitConfig, ProbSettings, RidgeSettings, 
 from probsurgery.pipeline.device import available_memory
 from support import write_cache
 
-ROWS, DIM = 60_000, 128
+ROWS, DIM = 100_000, 128
 MEBIBYTE = 2**20
-ROOM = 80 * MEBIBYTE
-"""For a fit; one task's merged, expert and pre-trained features have 88 MiB, both tasks' twice as much."""
+ROOM = 128 * MEBIBYTE
+"""For a fit; one task's merged, expert and pre-trained features have 146 MiB, both tasks' twice as much."""
 
 SCRIPT = textwrap.dedent(
     """

@@ -11,10 +11,13 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from probsurgery.pipeline import backends, encode, encoders, extract, writer
+from probsurgery.pipeline import backends, encode, encoders, extract, manifest, writer
+from probsurgery.pipeline import store as store_module
 from probsurgery.pipeline.config import ExtractConfig, FitConfig, SurgerySettings
 from probsurgery.pipeline.extract import extract as run_extract
+from probsurgery.pipeline.files import broken_seal
 from probsurgery.pipeline.fit import fit
+from probsurgery.pipeline.manifest import write_manifest
 from probsurgery.pipeline.store import Cache
 from probsurgery.pipeline.tasks import open_images
 from probsurgery.pipeline.upkeep import remove
@@ -196,6 +199,38 @@ def test_images_that_were_left_out_are_left_out_again(tmp_path, monkeypatch):
     assert cache.rows("texture") == LIMIT - 1
     assert damage(cache) == []
     assert np.isfinite(cache.features("texture", "expert").numpy()).all()
+
+
+def test_a_shard_that_a_killed_run_had_linked_already_is_taken_again(tmp_path, store):
+    (first,) = run_extract(config(tmp_path, store=store)).caches
+    (second,) = run_extract(config(tmp_path, "ties", store=store)).caches
+    about = Cache(second).manifest
+    about["arrays"]["test/texture/expert"]["shards"][1] = None
+    write_manifest(second, about)
+    assert run_extract(config(tmp_path, "ties", store=store)).taken == {first.name: 32}
+    assert damage(Cache(second)) == []
+    assert not list(second.rglob("*.partial"))
+
+
+def test_what_may_not_be_read_is_passed_by(tmp_path, monkeypatch):
+    """The superuser may read anything, so the answer of the system is set here."""
+    (first,) = run_extract(config(tmp_path)).caches
+    (tmp_path / "locked").mkdir()
+    forbidden = Cache(first).file("test/texture/expert", 1)
+
+    def refuse(path, inner):
+        if path.parent.name == "locked" or path == forbidden:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return inner(path)
+
+    monkeypatch.setattr(manifest, "os", type("os", (), {"path": type("path", (), {"lexists": lambda path: True})}))
+    monkeypatch.setattr(manifest, "refuse_links", lambda path: refuse(path / "x", lambda path: None))
+    monkeypatch.setattr(
+        store_module, "broken_seal", lambda path, sealed: refuse(path, lambda p: broken_seal(p, sealed))
+    )
+    second = run_extract(config(tmp_path, "ties"))
+    assert second.passes == ROWS + 32
+    assert any(str(forbidden) in note and "cannot be read" in note for note in second.notes)
 
 
 def test_a_link_in_a_sibling_is_not_followed(tmp_path):

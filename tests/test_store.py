@@ -11,6 +11,7 @@ from probsurgery.pipeline.backends import SHARD_ROWS
 from probsurgery.pipeline.errors import DamagedCacheError, InputError
 from probsurgery.pipeline.files import write_atomically
 from probsurgery.pipeline.store import Cache
+from probsurgery.pipeline.writer import check_target
 from support import DIM, damage, identity, opened, synthetic, write_cache
 
 ROWS = 2 * SHARD_ROWS + 100
@@ -177,6 +178,18 @@ def test_no_folder_but_a_cache_is_written_into(tmp_path, store):
         opened(tmp_path / "thesis.tex" / "cache", identity(["a"]), store),
     ):
         pass
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_folder_whose_files_happen_to_have_our_names_is_spared(tmp_path, store, fresh):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "train-000.tar").write_text("precious")
+    for lock in (None, "of another program"):
+        if lock:
+            (tmp_path / ".lock").write_text(lock)
+        with pytest.raises(InputError, match="is not a cache"):
+            check_target(tmp_path, identity(["a"]), store, fresh=fresh)
+    assert (tmp_path / "shards" / "train-000.tar").read_text() == "precious"
 
 
 def test_fresh_spares_another_programs_files(tmp_path, store):

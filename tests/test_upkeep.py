@@ -1,5 +1,6 @@
 """Looking after caches: damage of every kind is found and mended, values survive a conversion, removal asks."""
 
+import contextlib
 import json
 import os
 import random
@@ -19,7 +20,7 @@ from probsurgery.pipeline.fit import fit
 from probsurgery.pipeline.manifest import write_manifest
 from probsurgery.pipeline.store import Cache
 from probsurgery.pipeline.writer import locked
-from support import damage, refused, write_cache
+from support import damage, identity, opened, refused, write_cache
 
 TASKS = ("digits8", "texture")
 
@@ -231,6 +232,31 @@ def test_an_interrupted_conversion_goes_on(extracted, store, tmp_path):
     assert counted[-1] == sum(len(spec["shards"]) for spec in Cache(path).manifest["arrays"].values()) - 4
 
 
+def test_a_conversion_of_what_has_changed_is_refused(extracted, store, tmp_path):
+    """Else arrays of then would stand under a manifest of now."""
+    path, _ = extracted
+    other = {"zarr": "hdf5", "hdf5": "zarr"}[store]
+    new = upkeep.convert(path, other)
+    content = Cache(new).content
+    assert upkeep.convert(path, other) == new
+    manifest = Cache(path).manifest
+    manifest["tasks"]["texture"]["splits"]["test"]["fingerprint"] = "of other images"
+    write_manifest(path, manifest)
+    with pytest.raises(InputError, match=r"was not made from .* as it is now; remove it with `probsurgery cache rm`"):
+        upkeep.convert(path, other)
+    assert Cache(new).content == content
+    assert Cache(new).manifest["tasks"] != manifest["tasks"]
+
+
+def test_a_conversion_goes_beside_the_cache_wherever_one_stands(extracted, monkeypatch):
+    path, _ = extracted
+    (path / "heads").mkdir()
+    for folder, name in ((path, "."), (path / "heads", "..")):
+        monkeypatch.chdir(folder)
+        new = upkeep.convert(Path(name), dtype="float16")
+        assert new.resolve() == path.with_name("cache_float16")
+
+
 def test_bad_conversions(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_cache(tmp_path / "one", {"a": 40})
@@ -324,6 +350,57 @@ def test_rm_asks_and_removes_what_is_its_own(tmp_path, run, monkeypatch):
     (path / "notes.txt").write_text("mine")
     assert "files in it that are no part" in run("cache", "rm", path)[1]
     assert [p.name for p in path.rglob("*")] == ["notes.txt"]
+
+
+def test_what_a_killed_removal_leaves_can_be_removed_and_replaced(tmp_path, run, monkeypatch, store):
+    """Killed between any two of its steps: `rm` again ends it, and `--fresh` begins anew without the old heads."""
+    kept = write_cache(tmp_path / "kept", {"a": 40}, store)
+    fit(FitConfig(kept, SurgerySettings(steps=5)))
+    (kept / ".lock").touch()
+    path, steps = tmp_path / "cache", 0
+
+    def kill(self, *arguments, inner, **named):
+        nonlocal steps
+        if path in (Path(self), *Path(self).parents) and Path(self).name != ".owner":
+            steps -= 1
+            if steps < 0:
+                raise KeyboardInterrupt
+        return inner(self, *arguments, **named)
+
+    for after in range(12):
+        for again in ("rm", "fresh"):
+            shutil.copytree(kept, path)
+            steps = after
+            with pytest.MonkeyPatch.context() as patch:
+                for owner, name in ((Path, "unlink"), (shutil, "rmtree")):
+                    inner = getattr(owner, name)
+                    patch.setattr(owner, name, lambda p, *a, inner=inner, **k: kill(p, *a, inner=inner, **k))
+                with contextlib.suppress(KeyboardInterrupt):
+                    upkeep.remove(path)
+            if path.exists() and again == "rm":
+                assert len(json.loads(run("cache", "ls", tmp_path, "--json")[1])) == 2
+                assert run("cache", "rm", "--yes", path)[0] == 0
+            elif path.exists():
+                with opened(path, identity(["a"]), store, fresh=True):
+                    pass
+                assert not (path / "heads").exists()
+                upkeep.remove(path)
+            assert not path.exists()
+
+
+def test_one_cache_named_twice_is_removed_once(tmp_path, run):
+    path = write_cache(tmp_path / "cache", {"a": 40})
+    (path / "notes.txt").write_text("mine")
+    assert run("cache", "rm", "--yes", path, path)[0] == 0
+    assert [p.name for p in path.iterdir()] == ["notes.txt"]
+
+
+def test_a_check_beside_an_extraction_finds_no_damage(tmp_path, store):
+    path = write_cache(tmp_path / "cache", {"a": 40}, store, merged=("a", "b"))
+    opened_before = Cache(path)
+    with opened(path, opened_before.identity, store) as writer:
+        writer.declare({"train/a/labels": {"shape": [5], "dtype": "int64"}})
+    assert damage(opened_before) == []
 
 
 def test_rm_of_what_is_no_cache(tmp_path, run):
