@@ -140,14 +140,17 @@ def _open(config: ExtractConfig, plan: _Plan, locks: contextlib.ExitStack, resul
         CacheWriter.begin(merge.path, identity, config.store, fresh=config.fresh)
         for merge, identity in zip(plan.merges, plan.identities, strict=True)
     ]
-    for writer in writers:
+    taken = {}
+    for writer, merge in zip(writers, plan.merges, strict=True):
         _register(writer, plan.now, plan.images, plan.classifiers, plan.weights.files)
         arrays = _arrays(config, plan)
         writer.declare(arrays)
         reused = take_from_siblings(writer, list(arrays), skip_bad=config.skip_bad)
-        for name, rows in reused.rows.items():
-            result.taken[name] = result.taken.get(name, 0) + rows
+        # The merges of one run would have shared the passes of the others' encoders.
+        taken |= {(*key, merge.name if key[0].endswith("merged") else ""): rows for key, rows in reused.rows.items()}
         result.notes += [f"{problem}: it was encoded anew" for problem in reused.damaged]
+    for cache, rows in taken.values():
+        result.taken[cache] = result.taken.get(cache, 0) + rows
     return writers
 
 

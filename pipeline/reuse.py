@@ -20,8 +20,8 @@ from probsurgery.pipeline.writer import CacheWriter
 class Reused:
     """What was taken from other caches."""
 
-    rows: dict[str, int] = field(default_factory=dict)
-    """Rows of features, by the name of the cache that had them."""
+    rows: dict[tuple[str, int], tuple[str, int]] = field(default_factory=dict)
+    """By array and part of features: the name of the cache that had it, and its rows."""
     damaged: list[str] = field(default_factory=list)
     """Shards that would have been taken, and are damaged or cannot be read."""
 
@@ -86,4 +86,4 @@ def _take(writer: CacheWriter, sibling: Cache, name: str, parts: Sequence[int], 
             reused.damaged.append(f"{sibling.file(name, part)} cannot be read ({first_line(error)})")
             continue
         if is_features(name):
-            reused.rows[sibling.path.name] = reused.rows.get(sibling.path.name, 0) + len(rows)
+            reused.rows[name, part] = sibling.path.name, len(rows)

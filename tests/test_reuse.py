@@ -64,6 +64,14 @@ def test_a_second_merge_runs_the_encoder_once_for_each_image(tmp_path, store, co
     assert Cache(second.caches[0]).manifest["runs"][0]["taken"] == second.taken
 
 
+def test_merges_of_one_run_save_a_pass_once(tmp_path, counted):
+    (first,) = run_extract(config(tmp_path)).caches
+    counted.clear()
+    both = run_extract(config(tmp_path, merges=("ties", "wa")))
+    assert both.passes == sum(counted) == 2 * ROWS
+    assert both.taken == {first.name: 2 * ROWS}
+
+
 def test_features_are_linked_and_outlive_the_cache_they_came_from(tmp_path, store):
     (first,), (second,) = (run_extract(config(tmp_path, merge, store=store)).caches for merge in ("ta", "ties"))
     files = [Cache(path).file("test/texture/expert", 1) for path in (first, second)]
