@@ -13,9 +13,13 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     """Replace a file so that a reader sees the old or the new content, never a part."""
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)  # a kill may have left one, and a stranger a link to somewhere else
-    with partial.open("xb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-    partial.replace(path)
+    try:
+        with partial.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def seal(path: Path) -> dict:
