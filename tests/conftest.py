@@ -8,11 +8,12 @@ CHECKED = ("heads", "objectives", "metrics", "ridge", "step", "train")
 install_import_hook([f"probsurgery.pipeline.{module}" for module in CHECKED], "beartype.beartype")
 
 import numpy as np
+import processes
 import pytest
 import torch
 
 from probsurgery import cli
-from probsurgery.pipeline import encoders
+from probsurgery.pipeline import backends, encoders
 from probsurgery.pipeline.store import Cache
 from support import TINY, write_cache
 
@@ -48,6 +49,15 @@ def tiny(monkeypatch):
 @pytest.fixture(params=["zarr", "hdf5"])
 def store(request):
     return request.param
+
+
+@pytest.fixture(scope="module")
+def shards_of_processes():
+    """Cut arrays here as the extractions of `processes` do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "SHARD_ROWS", processes.SHARD)
+        patch.setattr(backends, "CHUNK_ROWS", processes.CHUNK)
+        yield
 
 
 @pytest.fixture

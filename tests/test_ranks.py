@@ -11,20 +11,13 @@ import time
 import processes
 import pytest
 
-from probsurgery.pipeline import backends, ranks
+from probsurgery.pipeline import ranks
 from probsurgery.pipeline.config import ExtractConfig
 from probsurgery.pipeline.store import Cache
 from support import damage
 
+pytestmark = pytest.mark.usefixtures("shards_of_processes")
 TASKS = ("digits8", "texture", "street")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _small_shards():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "SHARD_ROWS", processes.SHARD)
-        patch.setattr(backends, "CHUNK_ROWS", processes.CHUNK)
-        yield
 
 
 def config(path, store="zarr", **other):
@@ -44,12 +37,12 @@ def launch(requests):
     ]
 
 
-def run(requests):
+def finish(requests):
     return [processes.finish(*started) for started in launch(requests)]
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def alone(tmp_path_factory, shards_of_processes):
     """What one process makes of it."""
     path = tmp_path_factory.mktemp("alone") / "cache"
     told = processes.finish(*processes.start(config(path)))
@@ -64,7 +57,7 @@ def wait_for(path, process):
 @pytest.mark.parametrize(("size", "store"), [(2, "zarr"), (3, "hdf5")])
 def test_several_ranks_write_what_one_does(tmp_path, store, alone, size):
     path = tmp_path / "cache"
-    told = run([config(path, store)] * size)
+    told = finish([config(path, store)] * size)
     assert told[0]["images"] == alone[1]
     assert told[0]["passes"] == 3 * alone[1]
     assert Cache(path).content == alone[0]
@@ -84,7 +77,7 @@ def test_a_killed_rank_ends_the_run_and_the_next_goes_on(tmp_path, store, alone,
     assert told[victim] == {}
     assert "another rank has gone" in told[1 - victim]["error"]
     assert damage(Cache(path)) == []
-    rest = run([config(path, store)] * 2)
+    rest = finish([config(path, store)] * 2)
     assert 0 < rest[0]["images"] < alone[1]
     assert Cache(path).content == alone[0]
     assert damage(Cache(path)) == []
@@ -108,28 +101,28 @@ def test_what_a_killed_leader_had_not_taken_over_is_not_done_again(tmp_path, alo
     files = [Cache(path).file(name, entry["part"]) for entry in entries for name in entry["shards"]]
     before = [file.stat().st_ino for file in files]
     assert len(files) > 8
-    run([config(path)] * 2)
+    finish([config(path)] * 2)
     assert [file.stat().st_ino for file in files] == before
     assert Cache(path).content == alone[0]
 
 
 def test_bad_input_is_rank_0s_to_say(tmp_path):
-    told = run([config(tmp_path / "cache", merges=("none",))] * 2)
+    told = finish([config(tmp_path / "cache", merges=("none",))] * 2)
     assert "unknown merge 'none'" in told[0]["error"]
     assert told[1] == {}
     assert not (tmp_path / "cache").exists()
 
 
 def test_ranks_that_would_write_different_features_are_refused(tmp_path):
-    told = run([config(tmp_path / "cache"), config(tmp_path / "cache", dtype="float16")])
+    told = finish([config(tmp_path / "cache"), config(tmp_path / "cache", dtype="float16")])
     assert "rank 1 would write other features" in told[1]["error"]
     assert "dtype: float32 / float16" in told[1]["error"]
     assert "another rank has gone" in told[0]["error"]
 
 
 def test_a_second_merge_takes_features_on_ranks_too(tmp_path):
-    run([config(None, root=tmp_path)] * 2)
-    told = run([config(None, root=tmp_path, merges=("ties",))] * 2)
+    finish([config(None, root=tmp_path)] * 2)
+    told = finish([config(None, root=tmp_path, merges=("ties",))] * 2)
     assert sum(told[0]["taken"].values()) == 2 * told[0]["passes"]
 
 
@@ -141,11 +134,16 @@ def test_torchrun_runs_the_command(tmp_path, alone):
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path / 'c'}: written\n"
     assert done.stderr.count("1,165 images, 2 ranks") == 1
-    fit = subprocess.run(
-        [*torchrun, "-m", "probsurgery", "fit", "--cache", tmp_path / "c"], capture_output=True, text=True, timeout=300
-    )
-    assert fit.returncode != 0
-    assert fit.stderr.count("error: fit runs as one process; start it without torchrun") == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_other_commands_run_as_one_process(run, monkeypatch, rank):
+    for name, value in {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    for command in ("fit", "sweep", "report", "cache"):
+        status, out, err = run(command)
+        expected = "" if rank else f"error: {command} runs as one process; start it without torchrun\n"
+        assert (status, out, err) == (2, "", expected)
 
 
 def test_a_process_of_its_own_is_no_rank(monkeypatch):
