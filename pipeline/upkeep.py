@@ -76,12 +76,9 @@ def _description_problems(cache: Cache, name: str, seen: set[Path]) -> tuple[lis
         if file not in seen
     ]
     seen.update(broken)
-    if not broken and not cache.described(name):
-        # A file without a seal is none yet: a run was ended while it described arrays, and the next does it again.
-        # Shards that are there already are read by it in zarr, though.
-        begun = cache.manifest["store"] == "zarr" and any(cache.manifest["arrays"][name]["shards"])
-        if files.keys() <= sealed.keys() or begun:
-            return [f"{next(iter(files.values()))} does not describe {name} as it is"], [*files.values()]
+    # A file without a seal is none yet: a run was ended while it described arrays, and the next does it again.
+    if files.keys() <= sealed.keys() and not broken and not cache.described(name):
+        return [f"{next(iter(files.values()))} does not describe {name} as it is"], [*files.values()]
     return problems, [*broken]
 
 
