@@ -94,14 +94,38 @@ def _numbers(option: str, text: str | None, kind: type) -> tuple | None:
     return tuple(numbers)
 
 
+def _pairs(option: str, texts: list[str] | None) -> dict[str, str]:
+    """KEY=VALUE texts as a dictionary; dashes in keys are underscores."""
+    pairs: dict[str, str] = {}
+    for text in texts or ():
+        key, found, value = text.partition("=")
+        key = key.strip().replace("-", "_")
+        if not found or not key or key in pairs:
+            problem = "names a setting that was given before" if key in pairs else "is not KEY=VALUE"
+            raise InputError(f"{option} {text[:80]!r} {problem}; write each setting once, such as scale=0.4")
+        pairs[key] = value.strip()
+    return pairs
+
+
 @app.command("extract")
 def extract_command(
     arch: Annotated[
         str, typer.Option(help="mini, vitb32, vitb16, vitl14, or a model of open_clip's with --checkpoints.")
     ],
     merge: Annotated[
-        list[str] | None, typer.Option(help="wa, ta, ties, or the path of a merged checkpoint; may be repeated. [ta]")
+        list[str] | None,
+        typer.Option(
+            help="A method of `probsurgery merges`, or the path of a merged checkpoint; may be repeated. [ta]"
+        ),
     ] = None,
+    merge_arg: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="A setting of the merges that have it; may be repeated."),
+    ] = None,
+    coefficients: Annotated[
+        Path | None, typer.Option(help="AdaMerging's coefficients, from this file instead of learned.")
+    ] = _E.coefficients,
+    name: Annotated[str | None, typer.Option(help="What a merged checkpoint is called. [its file's name]")] = _E.name,
     tasks: Annotated[str | None, typer.Option(help="Tasks to merge and extract, a,b,... [all of the suite]")] = None,
     only: Annotated[str | None, typer.Option(help="Those of the merged tasks to extract now, a,b,...")] = None,
     checkpoints: Annotated[
@@ -138,6 +162,9 @@ def extract_command(
     config = ExtractConfig(
         arch=arch,
         merges=tuple(merge) if merge else _E.merges,
+        merge_args=_pairs("--merge-arg", merge_arg),
+        coefficients=coefficients,
+        name=name,
         tasks=_names(tasks),
         only=_names(only),
         checkpoints=checkpoints,
@@ -168,7 +195,7 @@ def extract_command(
     if as_json:
         _print_json(asdict(result) | {"caches": [str(path) for path in result.caches]})
         return
-    busy = sum(seconds for phase, seconds in result.seconds.items() if phase != "prepare")
+    busy = sum(seconds for phase, seconds in result.seconds.items() if phase not in ("prepare", "merge"))
     if result.images:
         phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
         rate = f"{result.images / busy:,.0f} images/s" if launched_rank()[1] == 1 else f"{launched_rank()[1]} ranks"
@@ -178,6 +205,30 @@ def extract_command(
         _note(f"{rows:,} forward passes saved ({share} of all): their features were in {name}")
     for path in result.caches:
         print(f"{path}: {'written' if result.images or result.taken else 'complete already, nothing to do'}")
+
+
+@app.command("merges")
+def merges_command(as_json: Annotated[bool, _JSON] = False) -> None:
+    """The merging methods: what each is, where it was published, its settings and their defaults."""
+    from probsurgery.pipeline.merging import METHODS
+
+    if as_json:
+        rows = {
+            name: {
+                "title": row.title,
+                "paper": row.paper,
+                "learns": row.learns,
+                "settings": {key: {"default": s.default, "about": s.about} for key, s in row.settings.items()},
+            }
+            for name, row in METHODS.items()
+        }
+        _print_json(rows)
+        return
+    for name, row in METHODS.items():
+        needs = ", learns from unlabelled images" if row.learns else ""
+        print(f"{name}: {row.title}{needs}\n  {row.paper}")
+        for key, setting in row.settings.items():
+            print(f"    {key + '=' + _value(setting.default):<20} {setting.about}")
 
 
 @app.command("fit")
@@ -382,7 +433,9 @@ def _listed(one: Listed) -> dict:
         return about | {"problem": one.problem}
     manifest, identity = one.cache.manifest, one.cache.identity
     rows = sum(data["rows"] for task in manifest["tasks"].values() for data in task["splits"].values())
-    about |= {"arch": identity["arch"], "merge": identity["merge"]["method"], "tasks": identity["tasks"], "rows": rows}
+    from probsurgery.pipeline.merging import label
+
+    about |= {"arch": identity["arch"], "merge": label(identity["merge"]), "tasks": identity["tasks"], "rows": rows}
     about |= {"store": manifest["store"], "dtype": identity["dtype"], "missing": one.missing, "heads": one.heads}
     return about | {"content": one.cache.content}
 
@@ -397,7 +450,7 @@ def cache_info(cache: Annotated[Path, _CACHE_ARGUMENT], as_json: Annotated[bool,
     opened = Cache(cache)
     manifest, identity = opened.manifest, opened.identity
     if as_json:
-        kept = ("store", "created", "software", "identity", "requested", "tasks", "files", "runs", "precision")
+        kept = ("store", "created", "software", "identity", "requested", "tasks", "files", "merge", "runs", "precision")
         about = {"path": str(cache), "fingerprint": opened.fingerprint, "content": opened.content}
         about |= {"bytes": size_of(cache)} | {name: manifest[name] for name in kept if name in manifest}
         about["arrays"] = {
@@ -416,7 +469,7 @@ def cache_info(cache: Annotated[Path, _CACHE_ARGUMENT], as_json: Annotated[bool,
     merge = identity["merge"]
     settings = "".join(f" {name}={value}" for name, value in merge["settings"].items())
     lines = [
-        f"{cache}: {identity['arch']}, merged by {merge['method']}{settings}, d={opened.dim}",
+        f"{cache}: {identity['arch']}, merged by {merge.get('name') or merge['method']}{settings}, d={opened.dim}",
         f"kept in {manifest['store']}, {identity['dtype']}, {_size(size_of(cache))}; encoded in "
         f"{identity.get('precision')}",
         f"identity {opened.fingerprint[:16]}, content {opened.content[:16]}",
@@ -486,7 +539,8 @@ def cache_verify(
     else:
         again = "; run the same `probsurgery extract` again to fill them" if damaged else ""
         what = f"{damaged} damaged" + (f" and dropped{again}" if repair and damaged else "")
-        print(f"{cache}: {len(checks)} arrays, {shards} shards checked, {what}; content {opened.content[:16]}")
+        arrays = sum(1 for one in checks if one.shards)
+        print(f"{cache}: {arrays} arrays, {shards} shards checked, {what}; content {opened.content[:16]}")
     if damaged:
         raise typer.Exit(1)
 
@@ -688,7 +742,7 @@ def _cells(line: Line, tasks: tuple[str, ...], form: str) -> list[str]:
 def _progress(unit: str) -> Iterator[Callable[..., None]]:
     """A bar with a rate and an ETA on a terminal; elsewhere a plain line now and then. Both on standard error."""
     if launched_rank()[0]:  # rank 0 shows what all have done
-        yield lambda *_: None
+        yield lambda *_, **__: None
         return
     if not sys.stderr.isatty():
         yield _plain_progress(unit)
@@ -699,9 +753,13 @@ def _progress(unit: str) -> Iterator[Callable[..., None]]:
     console = Console(stderr=True)
     columns = (BarColumn(16), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.description}"), console=console, transient=True) as bar:
-        task = bar.add_task("", total=None, rate="")
+        task = bar.add_task("", total=None, rate="", unit=unit)
 
-        def show(done: int, total: int, what: str = "") -> None:
+        def show(done: int, total: int, what: str = "", unit: str = unit) -> None:
+            nonlocal task
+            if unit != bar.tasks[0].fields["unit"]:  # other work, with a rate of its own
+                bar.remove_task(task)
+                task = bar.add_task("", total=None, rate="", unit=unit)
             speed = bar.tasks[0].speed
             rate = f"{speed:,.0f} {unit}/s" if speed else ""
             # What does not fit is cut here, and not from the numbers before it.
@@ -712,13 +770,13 @@ def _progress(unit: str) -> Iterator[Callable[..., None]]:
 
 
 def _plain_progress(unit: str, every: float = 10.0) -> Callable[..., None]:
-    begun, already, last = 0.0, 0, 0.0
+    begun, already, last, of = 0.0, 0, 0.0, ""
 
-    def show(done: int, total: int, what: str = "") -> None:
-        nonlocal begun, already, last
+    def show(done: int, total: int, what: str = "", unit: str = unit) -> None:
+        nonlocal begun, already, last, of
         now = time.monotonic()
-        if not begun:
-            begun, already, last = now, done, now - every + 1
+        if unit != of:
+            begun, already, last, of = now, done, now - every + 1, unit
         if now - last < every:
             return
         last = now

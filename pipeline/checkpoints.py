@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from probsurgery.pipeline import pickles
@@ -44,10 +45,11 @@ _STRANGERS = {
 _FORMATS = "safetensors, torch.save and pickle files are read"
 
 
-def read_tensors(path: Path) -> StateDict:
+def read_tensors(path: Path) -> Mapping[str, Tensor]:
     """Named tensors of a checkpoint, its format recognised by content: safetensors, `torch.save`, or a plain pickle.
 
-    Pickled objects are read as what they are made of (see `pickles`). Raises `InputError` if the file is missing, cut
+    Those of safetensors are read when they are asked for, one at a time. Pickled objects are read at once, as what they
+    are made of (see `pickles`). Raises `InputError` if the file is missing, cut
     off, of another format, holds no tensors, or would call something when unpickled by others.
     """
     if not path.is_file():
@@ -83,9 +85,33 @@ def read_tensors(path: Path) -> StateDict:
     return state
 
 
-def _read_safetensors(path: Path, header: int, size: int) -> StateDict:
+class _Streamed(Mapping):
+    """Tensors of a safetensors file, each read when it is asked for; none is kept, nor the file held open."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with safe_open(path, "pt") as file:
+            self._names = dict.fromkeys(file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        try:
+            with safe_open(self._path, "pt") as file:
+                return file.get_tensor(name)
+        except Exception as error:  # the library raises its own and the OS's
+            raise InputError(f"{self._path}: {name!r} cannot be read: {first_line(error)}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _read_safetensors(path: Path, header: int, size: int) -> Mapping[str, Tensor]:
     try:
-        return load_file(path)
+        return _Streamed(path)
     except Exception as error:  # the library raises its own and the OS's
         if 8 + header > size:
             raise pickles.CutOffError("it ends in the middle of its safetensors header") from None
@@ -107,8 +133,8 @@ def _pickled_tensors(value: object, size: int) -> StateDict:
     return pickles.named_tensors(value, size)
 
 
-def to_visual(state: StateDict, projection: Tensor | None = None) -> StateDict:
-    """State dict of open_clip's visual tower, from any of the layouts that are met in the wild.
+class VisualState(Mapping):
+    """State dict of open_clip's visual tower in float32, made tensor by tensor from any of the layouts met in the wild.
 
     - open_clip's visual tower itself;
     - a whole CLIP model of open_clip or OpenAI, or a wrapper of one, whose tower is under `visual.` (the rest is
@@ -117,18 +143,47 @@ def to_visual(state: StateDict, projection: Tensor | None = None) -> StateDict:
       lacks the visual projection: `projection` (width, d), the pre-trained model's, stands in;
     - Hugging Face `CLIPModel` and `CLIPVisionModelWithProjection`, which hold it.
     """
-    if not _is_hugging_face(state):
-        return _under(state, "visual.") or state
-    visual = _from_hugging_face(_under(state, "vision_model.") or state)
-    projection = next((t.T for n, t in state.items() if n.endswith("visual_projection.weight")), projection)
-    visual.pop("visual_projection.weight", None)
-    return visual if projection is None else visual | {"proj": projection.contiguous()}
+
+    def __init__(self, held: Mapping[str, Tensor], projection: Tensor | None = None) -> None:
+        self._held, self._projection = held, projection
+        self._sources = _visual_sources(held)
+        if projection is not None and lacks_projection(held):
+            self._sources["proj"] = ()
+
+    def raw(self, name: str) -> Tensor:
+        """A tensor in the type in which the checkpoint has it."""
+        sources = self._sources[name]
+        if not sources:
+            return self._projection
+        parts = [self._held[source] for source in sources]
+        if len(parts) > 1:
+            if len({part.shape for part in parts}) > 1:
+                raise InputError(f"the shapes of the q, k, v projections of {name} differ in the checkpoint")
+            return torch.cat(parts)
+        return parts[0].T.contiguous() if sources[0].endswith("visual_projection.weight") else parts[0]
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.raw(name)
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
 
 
-def to_text(state: StateDict) -> StateDict | None:
+def to_visual(state: Mapping[str, Tensor], projection: Tensor | None = None) -> StateDict:
+    """What `VisualState` describes, all of it, in the types in which the checkpoint has it."""
+    view = VisualState(state, projection)
+    return {name: view.raw(name) for name in view}
+
+
+def to_text(state: Mapping[str, Tensor]) -> StateDict | None:
     """The text tower of a whole CLIP model, in open_clip's names; None if there is none."""
     if _is_hugging_face(state):
-        text = _from_hugging_face(_under(state, "text_model."))
+        sources = _from_hugging_face(_under(state, "text_model."))
+        text = {name: torch.cat([state[source] for source in its]) for name, its in sources.items()}
         kept = {"text_projection": state.get("text_projection.weight"), "logit_scale": state.get("logit_scale")}
         if not text or None in kept.values():
             return None
@@ -141,7 +196,7 @@ def to_text(state: StateDict) -> StateDict | None:
     return {n.removeprefix(where): t for n, t in state.items() if n.startswith(tuple(where + name for name in names))}
 
 
-def to_classifier(state: StateDict) -> Tensor:
+def to_classifier(state: Mapping[str, Tensor]) -> Tensor:
     """Weights (C, d) of a pickled `ClassificationHead`. Raises `InputError` if it is something else, or has a bias."""
     weight, bias = state.get("weight"), state.get("bias")
     if weight is None or weight.ndim != 2 or state.keys() - {"weight", "bias"}:
@@ -151,26 +206,36 @@ def to_classifier(state: StateDict) -> Tensor:
     return weight.float()
 
 
-def _under(state: StateDict, name: str) -> StateDict:
-    """What is under a module of this name, wherever it first is."""
-    found = [match.group() for n in state if (match := re.match(rf"(?:\w+\.)*?{re.escape(name)}", n))]
+def _visual_sources(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Which of a checkpoint's tensors make up each one of open_clip's visual tower: one, or q, k and v."""
+    if not _is_hugging_face(names):
+        return {name: (source,) for name, source in (_under(names, "visual.") or {n: n for n in names}).items()}
+    tower = _from_hugging_face(_under(names, "vision_model.") or {name: name for name in names})
+    tower.pop("visual_projection.weight", None)
+    projection = next((name for name in names if name.endswith("visual_projection.weight")), None)
+    return tower if projection is None else tower | {"proj": (projection,)}
+
+
+def _under(names: Iterable[str], module: str) -> dict[str, str]:
+    """Names of what is under a module of this name, wherever it first is: without its prefix -> whole."""
+    found = [match.group() for n in names if (match := re.match(rf"(?:\w+\.)*?{re.escape(module)}", n))]
     prefix = min(found, key=len, default=None)
-    return {n.removeprefix(prefix): t for n, t in state.items() if prefix is not None and n.startswith(prefix)}
+    return {n.removeprefix(prefix): n for n in names if prefix is not None and n.startswith(prefix)}
 
 
-def _is_hugging_face(state: StateDict) -> bool:
-    return any(name.endswith("embeddings.patch_embedding.weight") for name in state)
+def _is_hugging_face(names: Iterable[str]) -> bool:
+    return any(name.endswith("embeddings.patch_embedding.weight") for name in names)
 
 
-def lacks_projection(state: StateDict) -> bool:
+def lacks_projection(names: Iterable[str]) -> bool:
     """Whether these are a Hugging Face `CLIPVisionModel`'s tensors, which leave the visual projection out."""
-    return _is_hugging_face(state) and not any(name.endswith("visual_projection.weight") for name in state)
+    return _is_hugging_face(names) and not any(name.endswith("visual_projection.weight") for name in names)
 
 
-def _from_hugging_face(state: StateDict) -> StateDict:
-    tower: StateDict = {}
-    attention: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in state.items():
+def _from_hugging_face(names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    tower: dict[str, tuple[str, ...]] = {}
+    attention: dict[str, dict[str, str]] = {}
+    for name, source in names.items():
         if name.endswith("position_ids"):  # 0, 1, 2, ..., which older releases kept
             continue
         for theirs, ours in _HF_NAMES.items():
@@ -178,35 +243,36 @@ def _from_hugging_face(state: StateDict) -> StateDict:
         block, found, rest = name.partition("self_attn.")
         if found:
             which, _, kind = rest.partition("_proj.")
-            attention.setdefault(f"{block}attn.in_proj_{kind}", {})[which] = tensor
+            attention.setdefault(f"{block}attn.in_proj_{kind}", {})[which] = source
         else:
-            tower[name] = tensor
+            tower[name] = (source,)
     for name, parts in attention.items():
-        if parts.keys() != {"q", "k", "v"} or len({tensor.shape for tensor in parts.values()}) > 1:
-            raise InputError(f"the checkpoint lacks one of the q, k, v projections of {name}, or their shapes differ")
-        tower[name] = torch.cat([parts[which] for which in "qkv"])
+        if parts.keys() != {"q", "k", "v"}:
+            raise InputError(f"the checkpoint lacks one of the q, k, v projections of {name}")
+        tower[name] = tuple(parts[which] for which in "qkv")
     return tower
 
 
-def check_state(state: StateDict, expected: dict[str, torch.Size], where: str, arch: str) -> None:
+def check_state(state: Mapping[str, Tensor], expected: dict[str, torch.Size], where: str, arch: str) -> None:
     """Raise `InputError`, naming the first key that differs, unless names and shapes are exactly these."""
+    bad = None
     for name, shape in expected.items():
         if name not in state:
             problem = f"lacks the key {name!r}"
-        elif state[name].shape != shape:
-            problem = f"has {name!r} of shape {tuple(state[name].shape)} instead of {tuple(shape)}"
+        elif (tensor := state[name]).shape != shape:
+            problem = f"has {name!r} of shape {tuple(tensor.shape)} instead of {tuple(shape)}"
         else:
+            bad = bad or (None if tensor.isfinite().all() else name)
             continue
         raise InputError(f"{where} {problem}: it is no checkpoint of {arch}; it looks like {looks_like(state)}")
     extra = next((name for name in state if name not in expected), None)
     if extra is not None:
         raise InputError(f"{where} has a key {extra!r} that {arch} has not; it looks like {looks_like(state)}")
-    for name, tensor in state.items():
-        if not tensor.isfinite().all():
-            raise InputError(f"{where}: {name!r} holds NaN or infinite weights")
+    if bad is not None:
+        raise InputError(f"{where}: {bad!r} holds NaN or infinite weights")
 
 
-def looks_like(state: StateDict) -> str:
+def looks_like(state: Mapping[str, Tensor]) -> str:
     """A few words on what a state dict is of, for errors."""
     conv = next((t for n, t in state.items() if n.endswith(("conv1.weight", "patch_embedding.weight"))), None)
     blocks = {int(m.group(1)) for n in state if (m := re.search(r"(?:resblocks|encoder\.layers)\.(\d+)\.", n))}
@@ -222,7 +288,7 @@ def looks_like(state: StateDict) -> str:
     return f"tensors named {', '.join(map(repr, names[:3]))}{', ...' if len(names) > 3 else ''}"
 
 
-def digest(state: StateDict) -> str:
+def digest(state: Mapping[str, Tensor]) -> str:
     """SHA-256 of names, shapes and values: the same for the same weights, whatever file they came in."""
     total = hashlib.sha256()
     for name in sorted(state):

@@ -70,6 +70,11 @@ def _number(option: str, value: float, low: float, high: float, *, above_low: bo
         raise InputError(f"{option} is {value}; it must be {span}")
 
 
+def _plain_name(name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}", name):
+        raise InputError(f"--name {name[:80]!r} is not a plain folder name: letters, digits, and . _ + -")
+
+
 @dataclass(frozen=True)
 class _GradientSettings:
     """Settings of every head that is trained step by step. A step is one update of one head."""
@@ -176,6 +181,12 @@ class ExtractConfig:
     """Architecture: a name in `encoders.ARCHS`, or any of open_clip's."""
     merges: tuple[str, ...] = ("ta",)
     """Merging methods, each a name in `merging.METHODS` or the path of a merged checkpoint."""
+    merge_args: dict[str, object] = field(default_factory=dict)
+    """Settings of the merges that have them (see `merging.METHODS`), as values or as texts."""
+    coefficients: Path | None = None
+    """AdaMerging's coefficients, from a file instead of learned."""
+    name: str | None = None
+    """What a merged checkpoint is called in reports and in its cache's name; None: the file's name."""
     tasks: tuple[str, ...] | None = None
     """Tasks whose experts are merged, and which are extracted; None: all of the architecture's suite."""
     only: tuple[str, ...] | None = None
@@ -224,6 +235,8 @@ class ExtractConfig:
             raise InputError("no merge was asked for; give --merge at least once")
         if len(set(self.merges)) < len(self.merges):
             raise InputError(f"a merge is named twice: {', '.join(self.merges)}")
+        if self.name is not None:
+            _plain_name(self.name)
         if self.out is not None and len(self.merges) > 1:
             raise InputError("--out names one cache, but several merges were asked for; use --root instead")
 
@@ -273,8 +286,8 @@ class FitConfig:
             raise InputError("--holdout splits the test rows; with --fit-split train no test row is fitted anyway")
         if self.shared and isinstance(self.head, RidgeSettings):
             raise InputError("--shared is for heads trained step by step: prob, surgery")
-        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}", self.name):
-            raise InputError(f"--name {self.name[:80]!r} is not a plain folder name: letters, digits, and . _ + -")
+        if self.name is not None:
+            _plain_name(self.name)
 
     @property
     def protocol(self) -> str:

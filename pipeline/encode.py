@@ -43,9 +43,9 @@ class Tally:
     passes: int = 0
     """Forward passes of a single image through a single encoder."""
     seconds: dict[str, float] = field(
-        default_factory=lambda: {"prepare": 0.0, "read": 0.0, "encode": 0.0, "write": 0.0}
+        default_factory=lambda: {"prepare": 0.0, "merge": 0.0, "read": 0.0, "encode": 0.0, "write": 0.0}
     )
-    """Wall time spent on checkpoints, merging and opening data sets; waiting for images; encoding; waiting for the
+    """Wall time spent on checkpoints and opening data sets; merging; waiting for images; encoding; waiting for the
     writer; and, of several ranks, rank 0's time with `wait`ing for the others. What the main thread waits for images
     is what reading costs beyond what the workers do meanwhile."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -130,11 +130,22 @@ def expected_shapes(arch: str) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in _empty_tower(arch).state_dict().items()}
 
 
-def build_visual(arch: str, state: StateDict) -> nn.Module:
+def functional(arch: str) -> Callable[[Mapping[str, Tensor], Tensor], Tensor]:
+    """The image tower as a function of its weights and images (B, 3, size, size), with no weights of its own."""
+    tower = _empty_tower(arch).eval()
+
+    def forward(weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the patch embedding would else be TF32
+            return torch.func.functional_call(tower, dict(weights), (images,), strict=True)
+
+    return forward
+
+
+def build_visual(arch: str, state: Mapping[str, Tensor]) -> nn.Module:
     """The image tower with these weights: images (B, 3, size, size) -> features (B, d), after the projection and not
     normalised, which is what open_clip's `encode_image` returns."""
     tower = _empty_tower(arch)
-    tower.load_state_dict(state, strict=True, assign=True)
+    tower.load_state_dict(dict(state), strict=True, assign=True)
     unfilled = next(
         (name for name, tensor in (*tower.named_parameters(), *tower.named_buffers()) if tensor.is_meta), None
     )

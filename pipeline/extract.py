@@ -8,6 +8,7 @@ cache beside it holds already is taken from there (`reuse`). Several ranks share
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,22 +18,26 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from probsurgery.pipeline import encoders, merging
+from probsurgery.pipeline import encoders, merged
 from probsurgery.pipeline.backends import part_range
 from probsurgery.pipeline.checkpoints import StateDict, digest
 from probsurgery.pipeline.config import ExtractConfig
 from probsurgery.pipeline.device import choose_device
 from probsurgery.pipeline.encode import Tally, Target, fill, parts_of
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
+from probsurgery.pipeline.merged import MergedModel, Request
+from probsurgery.pipeline.merging import Samples
 from probsurgery.pipeline.ranks import Ranks, joined
 from probsurgery.pipeline.reader import default_workers
 from probsurgery.pipeline.reuse import take_from_siblings
+from probsurgery.pipeline.samples import samples_of
 from probsurgery.pipeline.tasks import Images, Task, check_names, open_images, select_tasks
 from probsurgery.pipeline.weights import Weights
 from probsurgery.pipeline.writer import CacheWriter, check_target, locked
 
-Progress = Callable[[int, int, str], None]
-"""Told how many images are done, how many there are in all, and what is being worked on."""
+Progress = Callable[..., None]
+"""Told how many images are done, how many there are in all, and what is being worked on; with `unit="steps"`, how many
+steps or images a merge has learned from."""
 
 
 @dataclass
@@ -46,22 +51,11 @@ class Extraction(Tally):
     """What a user should know of this run: images left out, precision."""
 
 
-@dataclass(frozen=True)
-class _Merge:
-    """One merged model and where its cache goes."""
-
-    name: str
-    path: Path
-    state: StateDict
-    about: dict
-    """Method, settings and digest, as kept in the identity."""
-
-
 _Work = tuple[Task, str, list[Target]]
 """A task and a split, and what is to be filled of them."""
 
 
-def extract(config: ExtractConfig, progress: Progress = lambda done, total, what: None) -> Extraction:
+def extract(config: ExtractConfig, progress: Progress = lambda done, total, what, unit="": None) -> Extraction:
     """Run stage one. Goes on where an interrupted run of the same settings stopped.
 
     Under torchrun, every rank calls this with the same settings, and each encodes its share of the shards; `progress`
@@ -73,15 +67,12 @@ def extract(config: ExtractConfig, progress: Progress = lambda done, total, what
         with result.timed("prepare"):
             # Rank 0 goes first: what it downloads, and the classifiers that it makes, are there for the others.
             plan = ranks.lead(partial(_prepare, config, ranks), all_follow=True)
-        result.caches = [merge.path for merge in plan.merges]
+        result.caches = [request.path for request in plan.requests]
         with contextlib.ExitStack() as locks:
-            writers = ranks.lead(lambda: _open(config, plan, locks, result))
-            if not ranks.leads:
-                writers = [
-                    CacheWriter.join(merge.path, identity, ranks.rank)
-                    for merge, identity in zip(plan.merges, plan.identities, strict=True)
-                ]
-            _run(config, plan, writers, ranks, result, progress)
+            models, writers = ranks.lead(lambda: _open(config, plan, locks, result, progress)) or _join(plan, ranks)
+            if ranks.size > 1:  # a share is of what was lacking before any rank wrote
+                ranks.total([0], meanwhile=lambda: None)
+            _run(config, replace(plan, merges=models), writers, ranks, result, progress)
         return result
 
 
@@ -98,8 +89,14 @@ class _Plan:
     classifiers: dict[str, Tensor]
     images: dict[tuple[str, str], Images]
     """By split and task."""
-    merges: list[_Merge]
-    identities: list[dict]
+    requests: list[Request]
+    identity: dict
+    """What all the caches' identities have in common: all but the merge."""
+    merges: list[MergedModel] = field(default_factory=list)
+
+    def identity_of(self, about: dict) -> dict:
+        """The identity of the cache of one merge."""
+        return self.identity | {"merge": about}
 
 
 def _prepare(config: ExtractConfig, ranks: Ranks) -> _Plan:
@@ -108,38 +105,55 @@ def _prepare(config: ExtractConfig, ranks: Ranks) -> _Plan:
     if config.only is not None:
         check_names(config.only, [task.name for task in tasks])
     now = tuple(task for task in tasks if config.only is None or task.name in config.only)
-    paths = _cache_paths(config, tasks, whole_suite=len(tasks) == len(select_tasks(row.suite, None)))
+    requests = merged.requests(config, tasks, whole_suite=len(tasks) == len(select_tasks(row.suite, None)))
     device = choose_device(config.device, ranks.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # pinned memory would else take room on the first GPU, in every rank
     weights = Weights(config.arch, config.checkpoints)
     pretrained = weights.pretrained()
-    classifiers = weights.classifiers(now, device)
+    # A merge that learns needs those of all tasks.
+    classifiers = weights.classifiers(tasks if any(request.learns for request in requests) else now, device)
     digests = {"pretrained": digest(pretrained)}
-    for task, expert in zip(tasks, weights.experts(tasks), strict=True):
-        digests[task.name] = digest(expert)
+    digests |= {name: digest(expert) for name, expert in weights.experts(tasks).items()}
     images = {
         (split, task.name): open_images(task, split, config.data, config.limit, any_rows=config.any_rows)
         for split in config.splits
         for task in now
     }
-    merges = [_merge(name, path, weights, pretrained, tasks) for name, path in paths.items()]
-    identities = [_identity(config, tasks, digests, merge) for merge in merges]
-    for merge, identity in zip(merges, identities, strict=True) if ranks.leads else ():
-        known = check_target(merge.path, identity, config.store, fresh=config.fresh)
+    plan = _Plan(
+        tasks, now, device, weights, pretrained, classifiers, images, requests, _identity(config, tasks, digests)
+    )
+    for request in requests if ranks.leads else ():
+        known = check_target(request.path, plan.identity_of(request.about), config.store, fresh=config.fresh)
         if known is not None:
-            _check_data(merge.path, known["tasks"], images, classifiers)
-    return _Plan(tasks, now, device, weights, pretrained, classifiers, images, merges, identities)
+            _check_data(request.path, known["tasks"], images, classifiers)
+    return plan
 
 
-def _open(config: ExtractConfig, plan: _Plan, locks: contextlib.ExitStack, result: Extraction) -> list[CacheWriter]:
-    """Open the caches for writing, declare what this run adds, and take what other caches hold of it."""
-    for merge in plan.merges:  # all of them, before the first is changed
-        locks.enter_context(locked(merge.path))
-    writers = [
-        CacheWriter.begin(merge.path, identity, config.store, fresh=config.fresh)
-        for merge, identity in zip(plan.merges, plan.identities, strict=True)
-    ]
+def _open(
+    config: ExtractConfig, plan: _Plan, locks: contextlib.ExitStack, result: Extraction, progress: Progress
+) -> tuple[list[MergedModel], list[CacheWriter]]:
+    """Merge, open the caches for writing, declare what this run adds, and take what other caches hold of it."""
+    for request in plan.requests:  # all of them, before the first is changed
+        locks.enter_context(locked(request.path))
+    models = []
+    with result.timed("merge"):
+        open_task = functools.cache(partial(_open_task, config, plan))
+        samples = partial(_samples, config, plan, open_task, progress)
+        for request in plan.requests:
+            known = None if config.fresh else merged.kept(request, plan.identity_of(request.about), plan.weights)
+            models.append(known or merged.make(request, plan.weights, plan.pretrained, plan.tasks, samples))
+            if models[-1].keep:
+                split = request.about["settings"]["split"]
+                images = {task.name: open_task(task.name, split).fingerprint for task in plan.tasks}
+                models[-1].record["images"] = images
+    for model in models:
+        check_target(model.path, plan.identity_of(model.about), config.store, fresh=config.fresh)
+    writers = []
+    for model in models:
+        writers.append(CacheWriter.begin(model.path, plan.identity_of(model.about), config.store, fresh=config.fresh))
+        merged.keep(writers[-1], model)
+    plan = replace(plan, merges=models)
     taken = {}
     for writer, merge in zip(writers, plan.merges, strict=True):
         _register(writer, plan.now, plan.images, plan.classifiers, plan.weights.files)
@@ -151,7 +165,41 @@ def _open(config: ExtractConfig, plan: _Plan, locks: contextlib.ExitStack, resul
         result.notes += [f"{problem}: it was encoded anew" for problem in reused.damaged]
     for cache, rows in taken.values():
         result.taken[cache] = result.taken.get(cache, 0) + rows
-    return writers
+    return models, writers
+
+
+def _join(plan: _Plan, ranks: Ranks) -> tuple[list[MergedModel], list[CacheWriter]]:
+    """What the first rank has opened, with the merged models: those that it has learned are kept there."""
+    models = []
+    for request in plan.requests:
+        known = merged.kept(request, plan.identity_of(request.about), plan.weights) if request.learns else None
+        if known is None and request.learns:
+            raise ProbsurgeryError(f"rank {ranks.rank} does not find what rank 0 has learned in {request.path}")
+        models.append(known or merged.make(request, plan.weights, plan.pretrained, plan.tasks, lambda: None))
+    return models, [CacheWriter.join(model.path, plan.identity_of(model.about), ranks.rank) for model in models]
+
+
+def _samples(
+    config: ExtractConfig, plan: _Plan, open_task: Callable[[str, str], Images], progress: Progress
+) -> Samples:
+    """Images of all merged tasks, for a merge that learns."""
+    classifiers = {task.name: plan.classifiers[task.name] for task in plan.tasks}
+    return samples_of(
+        config.arch,
+        open_task,
+        classifiers,
+        plan.device,
+        _workers(config, Ranks()),
+        skip_bad=config.skip_bad,
+        progress=partial(progress, unit="steps"),
+    )
+
+
+def _open_task(config: ExtractConfig, plan: _Plan, name: str, split: str) -> Images:
+    """Images of a merged task, which may be one that is not extracted now."""
+    task = next(task for task in plan.tasks if task.name == name)
+    known = plan.images.get((split, name))
+    return known or open_images(task, split, config.data, config.limit, any_rows=config.any_rows)
 
 
 def _arrays(config: ExtractConfig, plan: _Plan) -> dict[str, dict]:
@@ -252,33 +300,7 @@ def _rows_by_others(work: list[_Work], share: list[_Work], plan: _Plan) -> int:
     return _rows_of(done, plan)
 
 
-def _cache_paths(config: ExtractConfig, tasks: Sequence[Task], *, whole_suite: bool) -> dict[str, Path]:
-    """Where each merge's cache goes, by the merge as it was asked for."""
-    paths = {}
-    for merge in config.merges:
-        if merge not in merging.METHODS and not Path(merge).is_file():
-            raise InputError(
-                f"unknown merge {merge!r}; choose from: {', '.join(merging.METHODS)}, "
-                "or the path of a merged checkpoint"
-            )
-        name = merge if merge in merging.METHODS else Path(merge).stem
-        subset = "" if whole_suite else "_" + "+".join(task.name for task in tasks)
-        paths[merge] = Path(config.out or Path(config.root) / f"{config.arch}_{name}{subset}")
-    if len(set(paths.values())) < len(paths):
-        raise InputError("two of the merges would go to one cache; rename one of the checkpoints")
-    return paths
-
-
-def _merge(name: str, path: Path, weights: Weights, pretrained: StateDict, tasks: Sequence[Task]) -> _Merge:
-    if name in merging.METHODS:
-        state = merging.merge(name, pretrained, weights.experts(tasks))
-        about = {"method": name, "settings": merging.METHODS[name].settings}
-    else:
-        state, about = weights.load(Path(name)), {"method": "file", "settings": {}}
-    return _Merge(name, path, state, about | {"digest": digest(state)})
-
-
-def _identity(config: ExtractConfig, tasks: Sequence[Task], digests: dict[str, str], merge: _Merge) -> dict:
+def _identity(config: ExtractConfig, tasks: Sequence[Task], digests: dict[str, str]) -> dict:
     return {
         "arch": config.arch,
         "suite": tasks[0].suite,
@@ -288,7 +310,6 @@ def _identity(config: ExtractConfig, tasks: Sequence[Task], digests: dict[str, s
         "limit": config.limit,
         "tasks": [task.name for task in tasks],
         "checkpoints": digests,
-        "merge": merge.about,
         "preprocessing": encoders.preprocessing(config.arch),
     }
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from probsurgery.pipeline import merging
 from probsurgery.pipeline.config import FitConfig, differences, fingerprint, head_kind
 from probsurgery.pipeline.device import available_memory, choose_device
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
@@ -350,7 +351,7 @@ def _about(wish: _Wish, task: str) -> dict:
         "request": wish.request,
         "cache": cache.task_fingerprint(task),
         "arch": identity["arch"],
-        "merge": identity["merge"]["method"],
+        "merge": merging.label(identity["merge"]),
         "parameters": parameter_count(config.head, cache.dim),
     }
 

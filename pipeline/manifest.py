@@ -165,6 +165,7 @@ def _check(manifest: dict) -> None:
     _need(len(set(names)) == len(names), "it names a task twice")
     merge = identity["merge"]
     _need(isinstance(merge["method"], str) and isinstance(merge["settings"], dict), "its merge is not described")
+    _need(isinstance(merge.get("name", ""), str), "its merge is not described")
     _need(isinstance(identity["checkpoints"], dict) and isinstance(identity["arch"], str), "its models are not named")
     for requested in manifest["requested"]:
         split, _, task = requested.partition("/")
@@ -193,6 +194,10 @@ def _check_provenance(manifest: dict) -> None:
     _need(all(isinstance(file, dict) for file in files.values()), "it garbles the files that it is made from")
     _need(isinstance(manifest.get("software", {}), dict), "it garbles the versions that it was made by")
     _need(isinstance(manifest.get("converted_from", {}), dict), "it garbles what it was converted from")
+    kept = manifest.get("merge", {})
+    _need(kept.get("files", {}).keys() <= {"merged.safetensors", "coefficients.json"}, "it garbles what was learned")
+    for name, sealed in kept.get("files", {}).items():
+        _check_seal(name, sealed, 0)
     numbers = manifest.get("precision", {}).values()
     _need(all(isinstance(number, int | float) for number in numbers), "it garbles the precision")
     _need(isinstance(runs, list), "it garbles its runs")

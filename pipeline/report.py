@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
+from probsurgery.pipeline import merging
 from probsurgery.pipeline.config import HEAD_SETTINGS, fingerprint, number
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.results import read_results
@@ -108,7 +109,7 @@ def _table(cache: Cache, protocol: str, rows: Sequence[dict]) -> Report:
     return Report(
         str(cache.path),
         cache.identity["arch"],
-        cache.identity["merge"]["method"],
+        merging.label(cache.identity["merge"]),
         protocol,
         tasks,
         lines,
@@ -153,8 +154,8 @@ def _won_back(rows: Sequence[dict], tasks: Sequence[str]) -> float | None:
 
 
 def _baseline_label(kind: str, cache: Cache) -> str:
-    method = cache.identity["merge"]["method"]
-    return {"individual": "individual experts", "merged": f"merged ({method})"}.get(kind, kind)
+    merge = merging.label(cache.identity["merge"])
+    return {"individual": "individual experts", "merged": f"merged ({merge})"}.get(kind, kind)
 
 
 def head_label(row: dict) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from probsurgery.pipeline.writer import LOCK, CacheWriter, is_remains, locked, r
 
 @dataclass(frozen=True)
 class ArrayCheck:
-    """What the check of one array found."""
+    """What the check of one array found, or of a file that keeps what a merge has learned, which has no shards."""
 
     name: str
     shape: tuple[int, ...]
@@ -61,6 +62,11 @@ def check(cache: Cache) -> Iterator[ArrayCheck]:
             tuple(bad_shards),
             tuple(bad_files),
         )
+    for name, sealed in cache.manifest.get("merge", {}).get("files", {}).items():
+        file = cache.path / name
+        problem = broken_seal(file, sealed)
+        problems = (f"{file} {problem}",) if problem else ()
+        yield ArrayCheck(name, (), "", 0, 0, sealed["sha256"], problems, (), (file,) if problem else ())
 
 
 def _description_problems(cache: Cache, name: str, seen: set[Path]) -> tuple[list[str], list[Path]]:
@@ -116,6 +122,7 @@ def repair(path: Path) -> list[ArrayCheck]:
                 cache.manifest["arrays"][one.name]["shards"][part] = None
             for file in one.bad_files:
                 cache.manifest["metadata"].pop(file.relative_to(path).as_posix(), None)
+                cache.manifest.get("merge", {}).get("files", {}).pop(file.name, None)
         writer.save()  # before the files go: a kill leaves a file too many rather than a seal too many
         for one in checks:
             for file in (*one.bad_files, *(cache.file(one.name, part) for part in one.bad_shards)):
@@ -165,9 +172,17 @@ def convert(
                 f"{out} was not made from {source} as it is now; remove it with `probsurgery cache rm`, or choose "
                 "another --out"
             )
-        for key in ("tasks", "requested", "files", "runs", "precision", "software", "created"):
+        for key in ("tasks", "requested", "files", "merge", "runs", "precision", "software", "created"):
             if key in cache.manifest:
                 writer.manifest[key] = cache.manifest[key]
+        for name, sealed in cache.manifest.get("merge", {}).get("files", {}).items():
+            if broken_seal(out / name, sealed):
+                problem = broken_seal(source / name, sealed)
+                if problem:
+                    raise DamagedCacheError(f"{source / name} {problem}; see `probsurgery cache verify`")
+                with writer.room():
+                    shutil.copyfile(source / name, out / f"{name}.partial")
+                    (out / f"{name}.partial").replace(out / name)
         writer.manifest["converted_from"] = converted
         writer.declare(arrays)
         work = [

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -15,13 +15,13 @@ from torch import Tensor
 from probsurgery.pipeline import encoders, hub
 from probsurgery.pipeline.checkpoints import (
     StateDict,
+    VisualState,
     check_state,
     digest,
     lacks_projection,
     read_tensors,
     to_classifier,
     to_text,
-    to_visual,
 )
 from probsurgery.pipeline.config import fingerprint
 from probsurgery.pipeline.errors import InputError
@@ -50,29 +50,52 @@ class Weights:
         self.files: dict[str, dict] = {}
         """Every file read so far, by what it holds: where it is from, its size, its digest."""
         self._located: dict[str, Path] = {}
+        self._checked: set[Path] = set()
         self._shapes = encoders.expected_shapes(arch)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of a tower's tensors, in order."""
+        return list(self._shapes)
 
     def pretrained(self) -> StateDict:
         """The tower that the experts were fine-tuned from."""
-        return self.load(self._pretrained_file)
+        state = self.load(self._pretrained_file)
+        return {name: state[name] for name in self._shapes}
 
-    def expert(self, task: Task) -> StateDict:
+    def expert(self, task: Task) -> Mapping[str, Tensor]:
         """The tower that was fine-tuned on a task."""
         repo = self.row.expert_repo and self.row.expert_repo.format(task.expert_suffix)
         titles = [f"{task.title}/finetuned", f"{task.title}Val/finetuned"] if task.title else []
         return self.load(self._file(task.name, [task.name, *titles], repo))
 
-    def experts(self, tasks: Sequence[Task]) -> Iterator[StateDict]:
-        """The experts one at a time, so that no more than one needs to be in memory."""
-        return (self.expert(task) for task in tasks)
+    def experts(self, tasks: Sequence[Task]) -> Mapping[str, Mapping[str, Tensor]]:
+        """The experts by task, each opened when it is asked for, so that no more than one needs to be in memory."""
+        return OnRequest({task.name: partial(self.expert, task) for task in tasks})
 
-    def load(self, path: Path) -> StateDict:
-        """Any checkpoint of this architecture, in open_clip's names and float32."""
+    def own(self, name: str) -> Mapping[str, Tensor]:
+        """A tower of the folder by its name, that is no expert: `traditional-mtl`."""
+        if self.folder is None:
+            raise InputError(
+                f"no {name} checkpoint of {self.arch} is published; put {name}.safetensors in --checkpoints"
+            )
+        return self.load(self._file(name, [name], None))
+
+    def merged(self, path: Path) -> Mapping[str, Tensor]:
+        """A merged checkpoint that was made elsewhere."""
+        state = self.load(path)
+        self.files[f"merged {path.stem}"] = {"source": path.name, **hub.checked_digest(path)}
+        return state
+
+    def load(self, path: Path) -> Mapping[str, Tensor]:
+        """Any checkpoint of this architecture, in open_clip's names and float32, tensor by tensor where it can be."""
         held = read_tensors(path)
-        state = to_visual(held, self._projection if lacks_projection(held) else None)
-        check_state(state, self._shapes, str(path), self.arch)
-        self._check_activation(path)
-        return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+        state = VisualState(held, self._projection if lacks_projection(held) else None)
+        if path not in self._checked:
+            check_state(state, self._shapes, str(path), self.arch)
+            self._check_activation(path)
+            self._checked.add(path)
+        return state
 
     @cached_property
     def _pretrained_file(self) -> Path:
@@ -81,7 +104,7 @@ class Weights:
     @cached_property
     def _projection(self) -> Tensor:
         """The pre-trained visual projection (width, d)."""
-        state = to_visual(read_tensors(self._pretrained_file))
+        state = VisualState(read_tensors(self._pretrained_file))
         if "proj" not in state:
             raise InputError(
                 f"{self._pretrained_file} lacks the visual projection, which the experts' checkpoints leave out too"
@@ -208,6 +231,22 @@ class Weights:
                 _keep(file, made[name])
             found |= made
         return found
+
+
+class OnRequest(Mapping):
+    """Values that are made when they are asked for, each time."""
+
+    def __init__(self, makers: dict[str, Callable[[], Mapping[str, Tensor]]]) -> None:
+        self._makers = makers
+
+    def __getitem__(self, name: str) -> Mapping[str, Tensor]:
+        return self._makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
 
 
 def _user_cache() -> Path:

@@ -24,7 +24,8 @@ from probsurgery.pipeline.files import broken_seal, refuse_links, seal, write_at
 from probsurgery.pipeline.manifest import check_form, new_manifest, read_manifest, values_digest, write_manifest
 
 JOURNAL = "journal"
-FEATURES = ("manifest.json", "features.h5", "features.zarr", "shards", JOURNAL)
+MERGED, COEFFICIENTS = "merged.safetensors", "coefficients.json"
+FEATURES = ("manifest.json", "features.h5", "features.zarr", "shards", JOURNAL, MERGED, COEFFICIENTS)
 HEADS = ("heads", "results.jsonl")
 LOCK = (".lock", ".owner")
 _OWN = (*FEATURES, *HEADS, *LOCK)
@@ -104,7 +105,7 @@ class CacheWriter:
         if not arrays:
             return
         metadata = self.manifest["metadata"]
-        with self._room():
+        with self.room():
             for name, file in self._metadata(arrays).items():
                 sealed = metadata.pop(name, None)
                 if sealed is None or broken_seal(file, sealed):
@@ -146,7 +147,7 @@ class CacheWriter:
 
         `skipped` says which rows of a `<split>/<task>` were left out, and why.
         """
-        with self._room():
+        with self.room():
             for name, array in values.items():
                 self.backend.write(name, part, array)
         seals = {n: seal(self.backend.file(n, part)) | {"values": values_digest(v)} for n, v in values.items()}
@@ -161,7 +162,7 @@ class CacheWriter:
         try:
             os.link(file, partial)
         except OSError:  # another file system, or one without hard links
-            with self._room():
+            with self.room():
                 shutil.copyfile(file, partial)
         partial.replace(own)
         partial.unlink(missing_ok=True)  # which stays if a killed run had linked it already
@@ -174,7 +175,7 @@ class CacheWriter:
             if self._journal is None:
                 self.save()
                 return
-            with self._room(), self._journal.open("a", encoding="utf-8") as file:
+            with self.room(), self._journal.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
 
     def _take(self, entry: dict) -> None:
@@ -218,11 +219,11 @@ class CacheWriter:
 
     def save(self) -> None:
         """Replace the manifest."""
-        with self._lock, self._room():
+        with self._lock, self.room():
             write_manifest(self.path, self.manifest)
 
     @contextlib.contextmanager
-    def _room(self) -> Iterator[None]:
+    def room(self) -> Iterator[None]:
         """Say of a full disk what to do."""
         try:
             yield
@@ -303,7 +304,8 @@ def check_target(path: Path, identity: dict, store: str, *, fresh: bool = False)
     """The manifest of the cache at `path` if this identity can be added to it; None if one is to be begun there.
 
     Changes nothing. Raises `InputError` if a cache of another identity or store is there (with the difference;
-    `fresh` is to replace it), if the folder holds something else, or if it cannot be written.
+    `fresh` is to replace it), if the folder holds something else, or if it cannot be written. The merge's digest is not
+    compared where the identity has none yet.
     """
     require_writable(path, "--root or --out")
     if not path.exists():
@@ -319,7 +321,10 @@ def check_target(path: Path, identity: dict, store: str, *, fresh: bool = False)
             read_manifest(path)
         return None
     manifest = read_manifest(path)
-    differ = differences(manifest["identity"], identity)
+    there = manifest["identity"]
+    if "digest" not in identity["merge"]:
+        there = there | {"merge": {key: value for key, value in there["merge"].items() if key != "digest"}}
+    differ = differences(there, identity)
     if manifest["store"] != store:
         differ.insert(0, f"store: {manifest['store']} / {store}")
     if differ:

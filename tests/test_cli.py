@@ -51,7 +51,26 @@ def test_no_command_shows_the_help(run):
     ("arguments", "words"),
     [
         (["--arch", "vitb64"], ["'vitb64'", "mini, vitb32, vitb16, vitl14"]),
-        (["--arch", "mini", "--merge", "fisher"], ["'fisher'", "wa, ta, ties", "path of a merged checkpoint"]),
+        (["--arch", "mini", "--merge", "fishy"], ["'fishy'", "wa, ta, ties", "path of a merged checkpoint"]),
+        (["--arch", "mini", "--merge-arg", "scale"], ["'scale' is not KEY=VALUE", "scale=0.4"]),
+        (["--arch", "mini", "--merge-arg", "scale=1", "--merge-arg", "scale=2"], ["scale=2", "was given before"]),
+        (["--arch", "mini", "--merge-arg", "keep=1"], ["unknown setting of ta 'keep'", "choose from: scale"]),
+        (["--arch", "mini", "--merge-arg", "scale=x"], ["the setting scale is 'x'", "a number"]),
+        (
+            ["--arch", "mini", "--merge", "wa", "--merge-arg", "scale=1"],
+            ["unknown setting of wa 'scale'", "there is none"],
+        ),
+        (["--arch", "mini", "--name", "mine"], ["--name names a merged checkpoint", "exactly one path"]),
+        (["--arch", "mini", "--name", "../mine"], ["is not a plain folder name"]),
+        (["--arch", "mini", "--coefficients", "c.json"], ["--coefficients are for one --merge of: tw-adamerging"]),
+        (
+            ["--arch", "mini", "--merge", "tw-adamerging", "--coefficients", "c.json"],
+            ["no file of coefficients at c.json"],
+        ),
+        (
+            ["--arch", "vitb32", "--merge", "traditional-mtl", "--checkpoints", "nowhere"],
+            ["no folder of checkpoints at nowhere"],
+        ),
         (["--arch", "mini", "--merge", "missing.safetensors"], ["'missing.safetensors'"]),
         (["--arch", "mini", "--tasks", "mnist,imagenet"], ["'imagenet'", "mnist"]),
         (["--arch", "mini", "--tasks", ","], ["no task was named", "mnist"]),

@@ -56,7 +56,7 @@ def test_features_are_those_of_the_encoders(tmp_path, store):
     (path,) = extract.extract(config(tmp_path, store=store)).caches
     cache = Cache(path)
     weights, tasks = Weights("mini"), select_tasks("mini", TASKS)
-    merged = merge("ta", weights.pretrained(), weights.experts(tasks))
+    merged = merge("ta", weights.pretrained(), weights.experts(tasks)).state
     for task in tasks:
         images = open_images(task, "test", limit=LIMIT)
         batch = torch.stack([encoders.image_transform("mini")(images.get(i)) for i in range(LIMIT)])
@@ -172,7 +172,7 @@ def edit(folder, name, change):
 
 def test_a_merged_checkpoint_can_be_given(tmp_path, checkpoints):
     weights = Weights("mini")
-    state = merge("ta", weights.pretrained(), weights.experts(select_tasks("mini", TASKS)))
+    state = merge("ta", weights.pretrained(), weights.experts(select_tasks("mini", TASKS))).state
     save_file({f"visual.{n}": t.contiguous() for n, t in state.items()}, tmp_path / "mine.safetensors")
     (path,) = extract.extract(config(tmp_path, merges=(str(tmp_path / "mine.safetensors"),))).caches
     (usual,) = extract.extract(config(tmp_path)).caches
@@ -291,7 +291,7 @@ def test_the_manifest_says_what_a_cache_was_made_from(tmp_path):
     assert manifest["files"]["classifier texture"]["source"] == "classifiers.safetensors"
     (run,) = manifest["runs"]
     assert run["images"] == LIMIT * len(TASKS)
-    assert set(run["seconds"]) == {"prepare", "read", "encode", "write"}
+    assert set(run["seconds"]) == {"prepare", "merge", "read", "encode", "write"}
 
 
 def test_a_write_that_fails_ends_the_run_and_the_next_goes_on(tmp_path, monkeypatch, store):

@@ -129,13 +129,13 @@ def test_weights_are_those_of_the_record_and_small():
     for name, entry in files.items():
         content = (WEIGHTS / name).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (entry["bytes"], entry["sha256"]), name
-    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 10_000_000
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 11_000_000
 
 
 def test_every_encoder_fits_the_config_and_classifiers_fit_the_encoder():
     tower = open_clip.CLIP(**json.loads((FOLDER / "mini.json").read_text(encoding="utf-8"))).visual
     shapes = {name: tuple(tensor.shape) for name, tensor in tower.state_dict().items()}
-    for name in ["pretrained", *TASKS]:
+    for name in ["pretrained", "traditional-mtl", *TASKS]:
         with safe_open(WEIGHTS / f"{name}.safetensors", "pt") as file:
             found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         assert found == shapes, name
@@ -152,6 +152,7 @@ def test_the_record_shows_what_the_suite_is_for():
     means = {name: row["mean"] for name, row in record()["test_accuracy"].items()}
     assert means["expert"] >= 80
     assert means["expert"] - means["task_arithmetic"] >= 15
+    assert means["pretrained"] < means["traditional_mtl"] < means["expert"]
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,16 @@ def test_several_ranks_write_what_one_does(tmp_path, store, alone, size):
     assert Cache(path).manifest["runs"][-1]["ranks"] == size
 
 
+def test_what_a_merge_learns_is_learned_once_for_all_ranks(tmp_path):
+    learns = {"merges": ("lw-adamerging",), "merge_args": {"steps": 3, "batch_size": 4}, "limit": 200}
+    (one,) = finish([config(tmp_path / "a" / "one", **learns)])
+    told = finish([config(tmp_path / "b" / "two", **learns)] * 2)
+    assert told[0]["passes"] == one["passes"]
+    assert Cache(tmp_path / "b" / "two").content == Cache(tmp_path / "a" / "one").content
+    assert Cache(tmp_path / "b" / "two").identity == Cache(tmp_path / "a" / "one").identity
+    assert damage(Cache(tmp_path / "b" / "two")) == []
+
+
 @pytest.mark.parametrize(("victim", "store"), [(0, "hdf5"), (1, "zarr")])
 def test_a_killed_rank_ends_the_run_and_the_next_goes_on(tmp_path, store, alone, victim):
     path = tmp_path / "cache"

@@ -2,8 +2,9 @@
 
 A small vision transformer is trained for a few steps on all train splits together, with one linear
 classifier per task (the base). From it one expert per task is fine-tuned on that task alone, its classifier
-frozen. Test splits are read only at the end, to write the record. Everything is seeded; on the same machine,
-library versions and number of threads the result is the same, elsewhere it is close."""
+frozen, and one encoder on all tasks (traditional multi-task learning), all classifiers frozen. Test splits are
+read only at the end, to write the record. Everything is seeded; on the same machine, library versions and
+number of threads the result is the same, elsewhere it is close."""
 
 from __future__ import annotations
 
@@ -178,7 +179,23 @@ def train_expert(task: str, data: tuple[Tensor, Tensor], base: State, classifier
         return F.cross_entropy(logits(tower, images, classifier), labels)
 
     descend(list(tower.parameters()), loss_of, recipe.expert_steps, recipe.expert_lr, recipe.weight_decay)
-    return halved(merge("ta", base, [halved(tower.state_dict())], scale=recipe.expert_reach))
+    return halved(merge("ta", base, [halved(tower.state_dict())], scale=recipe.expert_reach).state)
+
+
+def train_mtl(data: Data, base: State, classifiers: State, recipe: Recipe) -> State:
+    """The base fine-tuned on all tasks together, which sees as many images of each as the task's expert does."""
+    generator = torch.Generator().manual_seed(recipe.seed + 1 + len(MINI_TASKS))
+    tower = tower_of(base).train()
+
+    def loss_of() -> Tensor:
+        losses = []
+        for task, rows in data.items():
+            images, labels = draw(rows, recipe.expert_batch, recipe.augment[task], generator)
+            losses.append(F.cross_entropy(logits(tower, images, classifiers[task]), labels))
+        return torch.stack(losses).mean()
+
+    descend(list(tower.parameters()), loss_of, recipe.expert_steps, recipe.expert_lr, recipe.weight_decay)
+    return halved(tower.state_dict())
 
 
 def halved(state: Mapping[str, Tensor]) -> State:
@@ -202,25 +219,28 @@ def accuracy(state: Mapping[str, Tensor], data: tuple[Tensor, Tensor], classifie
     return 100 * metrics.accuracy(features, classifier, labels)
 
 
-def evaluate(base: State, experts: Mapping[str, State], classifiers: State, test: Data) -> dict[str, dict[str, float]]:
+def evaluate(
+    base: State, experts: Mapping[str, State], classifiers: State, mtl: State, test: Data
+) -> dict[str, dict[str, float]]:
     """Test accuracy per encoder and task, and the mean over tasks."""
-    summed, averaged = (merge(method, base, experts.values()) for method in ("ta", "wa"))
+    summed, averaged = (merge(method, base, experts).state for method in ("ta", "wa"))
     table = {}
     for name, state_of in {
         "pretrained": lambda task: base,
         "expert": lambda task: experts[task],
         "task_arithmetic": lambda task: summed,
         "weight_average": lambda task: averaged,
+        "traditional_mtl": lambda task: mtl,
     }.items():
         row = {task: round(accuracy(state_of(task), rows, classifiers[task]), 2) for task, rows in test.items()}
         table[name] = {**row, "mean": round(sum(row.values()) / len(row), 2)}
     return table
 
 
-def write(base: State, experts: Mapping[str, State], classifiers: State, folder: Path) -> list[Path]:
+def write(base: State, experts: Mapping[str, State], classifiers: State, mtl: State, folder: Path) -> list[Path]:
     """The safetensors files, in the order of the record."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = {"pretrained": base, **experts, "classifiers": classifiers}
+    files = {"pretrained": base, **experts, "classifiers": classifiers, "traditional-mtl": mtl}
     for name, tensors in files.items():
         (folder / f"{name}.safetensors").write_bytes(save(tensors))
     return [folder / f"{name}.safetensors" for name in files]
@@ -241,15 +261,17 @@ def make(folder: Path, recipe: Recipe) -> dict:
     for task, rows in train.items():
         experts[task] = train_expert(task, rows, base, classifiers[task], recipe)
         report(f"expert {task} trained", start)
-    return publish(folder, recipe, train, (base, classifiers, experts), start)
+    mtl = train_mtl(train, base, classifiers, recipe)
+    report("multi-task encoder trained", start)
+    return publish(folder, recipe, train, (base, classifiers, experts, mtl), start)
 
 
 def publish(
-    folder: Path, recipe: Recipe, train: Data, made: tuple[State, State, dict[str, State]], start: float
+    folder: Path, recipe: Recipe, train: Data, made: tuple[State, State, dict[str, State], State], start: float
 ) -> dict:
     """Write the weights, evaluate them on the test splits, write the record and give it."""
-    base, classifiers, experts = made
-    files = write(base, experts, classifiers, folder)
+    base, classifiers, experts, mtl = made
+    files = write(base, experts, classifiers, mtl, folder)
     test = read_split("test")
     record = {
         "command": "python -m probsurgery.pipeline.mini.make",
@@ -274,7 +296,7 @@ def publish(
             }
             for task in train
         },
-        "test_accuracy": evaluate(base, experts, classifiers, test),
+        "test_accuracy": evaluate(base, experts, classifiers, mtl, test),
         "files": {path.name: describe_file(path) for path in files},
     }
     (folder / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

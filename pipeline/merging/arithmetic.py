@@ -1,0 +1,18 @@
+"""Sums of task vectors: weight averaging, task arithmetic. Each holds theta_0 and the sum, 2 P."""
+
+from __future__ import annotations
+
+from probsurgery.pipeline.merging.vectors import Experts, Merged, StateDict, add, task_vectors, total
+
+
+def weight_averaging(pretrained: StateDict, experts: Experts) -> Merged:
+    """theta_0 + (1/T) sum tau_t, over all T experts.
+
+    The reference lists 1+7 coefficients for 8 tasks, and so drops the last.
+    """
+    return Merged(add(pretrained, total(pretrained, task_vectors(pretrained, experts)), 1 / len(experts)))
+
+
+def task_arithmetic(pretrained: StateDict, experts: Experts, *, scale: float) -> Merged:
+    """theta_0 + scale * sum tau_t (Ilharco et al., ICLR 2023)."""
+    return Merged(add(pretrained, total(pretrained, task_vectors(pretrained, experts)), scale))

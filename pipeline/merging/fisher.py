@@ -1,0 +1,91 @@
+"""Fisher merging (Matena and Raffel, NeurIPS 2022): each parameter averaged by what the experts' predictions owe to it.
+
+Holds 5 P: the weighted sum and the weights' sum on the CPU; an expert, its Fisher information and a gradient on the
+device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from probsurgery.pipeline.merging.vectors import Experts, Merged, Samples, StateDict
+
+
+def fisher(
+    pretrained: StateDict,
+    experts: Experts,
+    samples: Samples,
+    *,
+    split: str,
+    images: int,
+    labels: bool,
+    normalise: bool,
+    floor: float,
+    seed: int,
+) -> Merged:
+    """(sum F_t theta_t) / (sum F_t), per parameter (eq. 4), F_t the diagonal Fisher information of expert t.
+
+    F_t is taken over `images` images of the task, with a label drawn from the expert's own prediction for each, or the
+    true one with `labels` (the "empirical" Fisher). With `normalise`, each F_t is divided by its length, so that a
+    task with larger gradients does not outweigh the others. `floor` is the least that F_t is taken for, relative to
+    its mean: where no expert's predictions owe anything to a parameter, it is averaged.
+    """
+    weighted: StateDict = {}
+    weights: StateDict = {}
+    for index, (task, expert) in enumerate(experts.items()):
+        state = {name: expert[name].to(samples.device, torch.float32) for name in pretrained}
+        generator = torch.Generator().manual_seed(seed)
+        information = _zeros_like(state)
+        done = index * images
+        for batch, its_labels in samples.take(task, split, images, seed):
+            add_squares(information, state, samples, task, batch, its_labels if labels else None, generator)
+            done += len(batch)
+            samples.progress(done, len(experts) * images, f"Fisher information of {task}")
+        information = _prepared({n: f.cpu() / images for n, f in information.items()}, normalise, floor)
+        for name, f in information.items():
+            weighted[name] = weighted.get(name, 0) + f * expert[name].float()
+            weights[name] = weights.get(name, 0) + f
+    return Merged({name: weighted.pop(name) / weights.pop(name) for name in pretrained})
+
+
+def add_squares(
+    information: StateDict,
+    state: StateDict,
+    samples: Samples,
+    task: str,
+    images: Tensor,
+    labels: Tensor | None,
+    generator: torch.Generator,
+) -> None:
+    """Add (d log p(y|x) / d theta)^2 of each image (B, 3, size, size), y its label (B,), or drawn from p(y|x)."""
+    weights = {name: tensor.detach().requires_grad_() for name, tensor in state.items()}
+
+    def square(name: str):
+        def hook(weight: Tensor) -> None:
+            information[name].addcmul_(weight.grad, weight.grad)
+            weight.grad = None
+
+        return hook
+
+    for name, weight in weights.items():
+        weight.register_post_accumulate_grad_hook(square(name))
+    for row in range(len(images)):
+        log_p = samples.logits(weights, task, images[row : row + 1])[0].log_softmax(-1)
+        drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator)
+        log_p[int(drawn if labels is None else labels[row])].backward()
+
+
+def _prepared(information: StateDict, normalise: bool, floor: float) -> StateDict:
+    if normalise:
+        length = torch.stack([f.norm() for f in information.values()]).norm().clamp(min=1e-30)
+        information = {name: f / length for name, f in information.items()}
+    mean = sum(f.sum() for f in information.values()) / sum(f.numel() for f in information.values())
+    least = (floor * mean).clamp(min=1e-30)
+    return {name: f.clamp(min=least) for name, f in information.items()}
+
+
+def _zeros_like(state: Mapping[str, Tensor]) -> StateDict:
+    return {name: torch.zeros_like(tensor) for name, tensor in state.items()}

@@ -1,0 +1,133 @@
+"""Task vectors of which only some entries stay: TIES, DARE, Breadcrumbs.
+
+DARE and Breadcrumbs hold theta_0 and the sum, 2 P; TIES holds theta_0 and two sums, 3 P.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from probsurgery.pipeline.merging.vectors import (
+    Experts,
+    Merged,
+    StateDict,
+    Vector,
+    add,
+    task_vector,
+    task_vectors,
+    total,
+    zeros,
+)
+
+
+def ties(pretrained: StateDict, experts: Experts, *, scale: float, keep: float) -> Merged:
+    """theta_0 + scale * (trimmed, sign-elected, disjointly summed task vectors) (Yadav et al., NeurIPS 2023).
+
+    Trim: keep the `keep` share of each tau_t that is largest by magnitude, over the whole vector. Elect: per entry, the
+    sign of the sum over tasks. Merge: sum the entries that have that sign. Where the sum is exactly zero nothing is
+    added; the reference gives such an entry the majority sign of all others.
+    """
+    positive, negative = _sums_by_sign(pretrained, _trimmed(pretrained, experts, keep))
+    update = {}
+    for name in pretrained:
+        plus, minus = positive.pop(name), negative.pop(name)
+        # Agreeing entries of one sign have been summed apart from the other's, so electing picks one of the two sums.
+        elected = (plus + minus).sign_()
+        minus.mul_(elected.clamp(max=0).neg_())
+        update[name] = plus.mul_(elected.clamp_(min=0)).add_(minus)
+    return Merged(add(pretrained, update, scale))
+
+
+def ties_vectors(pretrained: StateDict, experts: Experts, keep: float) -> Iterator[Vector]:
+    """Each tau_t trimmed, and without the entries whose sign was not elected; their sum is what `ties` adds."""
+    positive, negative = _sums_by_sign(pretrained, _trimmed(pretrained, experts, keep))
+    signs = {name: (positive.pop(name) + negative.pop(name)).sign().to(torch.int8) for name in pretrained}
+    for vector in _trimmed(pretrained, experts, keep):
+        yield ((name, torch.where(tau.sign() == signs[name], tau, 0)) for name, tau in vector)
+
+
+def _trimmed(pretrained: StateDict, experts: Experts, keep: float) -> Iterator[Vector]:
+    """Entries equal to the smallest one that is kept stay too."""
+    for expert in experts.values():
+        least = magnitude_at(lambda expert=expert: task_vector(pretrained, expert), keep)
+        yield ((n, torch.where(tau.abs() >= least, tau, 0)) for n, tau in task_vector(pretrained, expert))
+
+
+def _sums_by_sign(pretrained: StateDict, vectors: Iterator[Vector]) -> tuple[StateDict, StateDict]:
+    positive, negative = zeros(pretrained), zeros(pretrained)
+    for vector in vectors:
+        for name, tau in vector:
+            positive[name].add_(tau.clamp(min=0))
+            negative[name].add_(tau.clamp_(max=0))
+    return positive, negative
+
+
+def magnitude_at(vector, keep: float) -> float:
+    """The k-th largest magnitude of a whole vector, for the k that are the `keep` share of its entries, and 1 or more.
+
+    Exact, without the vector in memory: the bits of non-negative floats are in the order of the floats, so two counts,
+    of the upper and then of the lower half of the bits, find it. `vector()` is gone through once for each.
+    """
+    size = sum(tau.numel() for _, tau in vector()) if keep < 1 else 0
+    if not size:
+        return 0.0
+    wanted = max(1, round(keep * size))
+
+    def count(halves) -> tuple[int, int]:
+        """The half in which the wanted rank lies, and how many magnitudes are in those above it."""
+        counts = torch.zeros(1 << 16, dtype=torch.int64)
+        for _, tau in vector():
+            counts += torch.bincount(halves(_bits(tau)), minlength=1 << 16)
+        above = counts.flip(0).cumsum(0).flip(0)  # in this half and those above
+        half = int((above >= wanted).nonzero().max())
+        return half, int(above[half] - counts[half])
+
+    upper, larger = count(lambda bits: bits >> 16)
+    wanted -= larger
+    lower, _ = count(lambda bits: bits[bits >> 16 == upper] & 0xFFFF)
+    return torch.tensor((upper << 16) | lower, dtype=torch.int32).view(torch.float32).item()
+
+
+def _bits(tau: Tensor) -> Tensor:
+    return tau.abs().contiguous().flatten().view(torch.int32)
+
+
+def dare(pretrained: StateDict, experts: Experts, *, scale: float, drop: float, seed: int) -> Merged:
+    """theta_0 + scale * sum of tau_t, each entry dropped with probability `drop`, or else divided by 1 - drop.
+
+    Yu et al., ICML 2024, with task arithmetic after it. What is dropped depends on the seed and the task's name, and
+    not on the order of the experts.
+    """
+
+    def dropped() -> Iterator[Vector]:
+        for task, expert in experts.items():
+            own = int.from_bytes(hashlib.sha256(f"{seed} {task}".encode()).digest()[:7], "little")
+            generator = torch.Generator().manual_seed(own)
+            yield (
+                (name, torch.where(torch.rand(tau.shape, generator=generator) >= drop, tau / (1 - drop), 0))
+                for name, tau in task_vector(pretrained, expert)
+            )
+
+    return Merged(add(pretrained, total(pretrained, dropped()), scale))
+
+
+def breadcrumbs(pretrained: StateDict, experts: Experts, *, scale: float, small: float, large: float) -> Merged:
+    """theta_0 + scale * sum of tau_t without the smallest and the largest entries of each tensor.
+
+    Davari and Belilovsky, ECCV 2024: of each tensor, the `small` share of entries that is smallest by magnitude is
+    dropped, and the `large` share that is largest.
+    """
+
+    def masked(tau: Tensor) -> Tensor:
+        order = tau.abs().flatten().argsort()
+        first, last = round(small * len(order)), len(order) - round(large * len(order))
+        kept = torch.zeros(len(order))
+        kept[order[first:last]] = 1
+        return tau * kept.view_as(tau)
+
+    vectors = (((name, masked(tau)) for name, tau in vector) for vector in task_vectors(pretrained, experts))
+    return Merged(add(pretrained, total(pretrained, vectors), scale))
