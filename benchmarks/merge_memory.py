@@ -1,0 +1,100 @@
+"""How much memory does each merge take, in models, and does it grow with the experts?
+
+The checkpoints are random ViT-B/32 image towers (P = 335 MiB in float32) in safetensors files. Each merge runs in a
+process of its own; its peak is what is resident beyond what the process held before it, plus theta_0, divided by P.
+Merges that learn take two steps on batches of two images of 224 x 224 (Fisher and RegMean four images), so that
+activations weigh little. On a CPU everything is in one memory; with CUDA, what the modules' docstrings place on the
+device is there.
+
+    python benchmarks/merge_memory.py [--experts 2,8] [--merge NAME ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+BRIEF = {"steps": 2, "batch_size": 2, "images": 4}
+
+
+def write_checkpoints(folder: Path, count: int) -> None:
+    """A pre-trained tower and `count` others near it."""
+    import torch
+    from safetensors.torch import save_file
+
+    from probsurgery.pipeline.encoders import expected_shapes
+
+    generator = torch.Generator().manual_seed(0)
+    base = {n: 0.02 * torch.randn(s, generator=generator) for n, s in expected_shapes("vitb32").items()}
+    save_file(base, folder / "0.safetensors")
+    for index in range(1, count + 1):
+        near = {n: t + 0.002 * torch.randn(t.shape, generator=generator) for n, t in base.items()}
+        save_file(near, folder / f"{index}.safetensors")
+
+
+def measure(folder: Path, method: str, count: int) -> float:
+    """The peak of one merge, in this process."""
+    import torch
+
+    from probsurgery.pipeline.checkpoints import VisualState, read_tensors
+    from probsurgery.pipeline.encoders import functional
+    from probsurgery.pipeline.merging import METHODS, Samples, merge
+    from probsurgery.pipeline.weights import OnRequest
+
+    def resident(name: str) -> int:
+        with open("/proc/self/status") as file:
+            return 1024 * int(next(line for line in file if line.startswith(name)).split()[1])
+
+    def opened(index: int) -> VisualState:
+        return VisualState(read_tensors(folder / f"{index}.safetensors"))
+
+    def batches(task: str, split: str, size: int, seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield torch.randn(size, 3, 224, 224, generator=generator), torch.zeros(size, dtype=torch.int64)
+
+    row = METHODS[method]
+    pretrained = {name: tensor.clone() for name, tensor in opened(0).items()}
+    experts = OnRequest({f"task{i}": (lambda i=i: opened(i)) for i in range(1, count + 1)})
+    samples = Samples(functional("vitb32"), {task: torch.randn(10, 512) for task in experts}, batches)
+    settings = {name: value for name, value in BRIEF.items() if name in row.settings}
+    with torch.no_grad():
+        samples.forward(pretrained, next(batches("", "", 2, 0))[0])  # libraries load
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = resident("VmRSS")
+    merge(method, pretrained, experts, samples if row.learns else None, **settings)
+    return 1 + (resident("VmHWM") - before) / (4 * sum(tensor.numel() for tensor in pretrained.values()))
+
+
+def main() -> None:
+    from probsurgery.pipeline.merging import METHODS
+
+    merges = [name for name, row in METHODS.items() if row.function is not None]
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--experts", default="2,8")
+    parser.add_argument("--merge", nargs="+", default=merges)
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        folder, method, count = arguments.one
+        print(json.dumps(measure(Path(folder), method, int(count))))
+        return
+    counts = list(map(int, arguments.experts.split(",")))
+    print(f"{'peak in models':<18}" + "".join(f"{f'{count} experts':>12}" for count in counts), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoints(Path(folder), max(counts))
+        for method in arguments.merge:
+            peaks = []
+            for count in counts:
+                command = [sys.executable, __file__, "--one", folder, method, str(count)]
+                done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+                peaks.append(json.loads(done.stdout))
+            print(f"{method:<18}" + "".join(f"{peak:>12.1f}" for peak in peaks), flush=True)
+
+
+if __name__ == "__main__":
+    main()
