@@ -147,11 +147,15 @@ def _open(
                 split = request.about["settings"]["split"]
                 images = {task.name: open_task(task.name, split).fingerprint for task in plan.tasks}
                 models[-1].record["images"] = images
-    for model in models:
-        check_target(model.path, plan.identity_of(model.about), config.store, fresh=config.fresh)
+    targets = [
+        (m.path, plan.identity_of(m.about), config.store, config.fresh or (m.keep and merged.is_blank(request)))
+        for request, m in zip(plan.requests, models, strict=True)
+    ]
+    for path, identity, store, fresh in targets:
+        check_target(path, identity, store, fresh=fresh)
     writers = []
-    for model in models:
-        writers.append(CacheWriter.begin(model.path, plan.identity_of(model.about), config.store, fresh=config.fresh))
+    for (path, identity, store, fresh), model in zip(targets, models, strict=True):
+        writers.append(CacheWriter.begin(path, identity, store, fresh=fresh))
         merged.keep(writers[-1], model)
     plan = replace(plan, merges=models)
     taken = {}

@@ -154,6 +154,20 @@ def kept(request: Request, identity: dict, weights: Weights) -> MergedModel | No
     return MergedModel(request.name, request.path, state, about, coefficients=coefficients)
 
 
+def is_blank(request: Request) -> bool:
+    """Whether a cache of this learned merge was begun, and no feature of it written: what it learned may be gone.
+
+    Learned again, it may come out different by float noise; as nothing depends on it yet, the cache is begun anew.
+    """
+    try:
+        arrays = read_manifest(request.path)["arrays"] if request.learns else None
+    except (InputError, DamagedCacheError):
+        return False
+    return arrays is not None and not any(
+        shard for name, spec in arrays.items() if name.endswith("/merged") for shard in spec["shards"]
+    )
+
+
 def make(
     request: Request,
     weights: Weights,

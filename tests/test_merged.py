@@ -4,13 +4,14 @@ import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from probsurgery.pipeline import encoders, extract, reader, upkeep
+from probsurgery.pipeline import encoders, extract, merged, reader, upkeep
 from probsurgery.pipeline.checkpoints import digest
 from probsurgery.pipeline.config import ExtractConfig, FitConfig, SurgerySettings
 from probsurgery.pipeline.errors import DamagedCacheError, InputError, ProbsurgeryError
@@ -199,6 +200,36 @@ def test_nothing_is_left_of_learning_that_was_cut_short(tmp_path, error):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_cache_that_lost_what_it_learned_before_any_feature_is_begun_anew(tmp_path, monkeypatch):
+    """As a kill leaves it that comes after the manifest and before the merged weights."""
+
+    def killed(writer, made):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merged, "keep", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+    manifest = json.loads(
+        (tmp_path / "mini_tw-adamerging-steps3-batch-size4_digits8+texture/manifest.json").read_text()
+    )
+    make = merged.make
+    monkeypatch.setattr(merged, "make", lambda *given: nudged(make(*given)))
+    path, _ = run(tmp_path)
+    assert Cache(path).identity["merge"]["digest"] != manifest["identity"]["merge"]["digest"]
+    assert damage(Cache(path)) == []
+    (path / "merged.safetensors").unlink()  # now features depend on it
+    monkeypatch.setattr(merged, "make", make)
+    with pytest.raises(InputError, match="merge.digest: .*replace it with --fresh"):
+        run(tmp_path)
+
+
+def nudged(model):
+    """A merged model as another machine would have learned it."""
+    state = {name: tensor * 1.0001 for name, tensor in model.state.items()}
+    return replace(model, state=state, about=model.about | {"digest": digest(state)})
+
+
 @pytest.mark.parametrize("name", ["merged.safetensors", "coefficients.json"])
 def test_damage_to_what_was_learned_is_found_and_mended(tmp_path, name):
     path, _ = run(tmp_path)
@@ -228,6 +259,24 @@ def test_what_was_learned_goes_where_the_cache_goes(tmp_path):
         upkeep.convert(path, "hdf5", out=tmp_path / "other")
     upkeep.remove(path)
     assert not path.exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["lw-adamerging++", "fisher", "regmean"])
+def test_a_gpu_learns_what_a_cpu_does(tmp_path, method):
+    states = [
+        load_file(run(tmp_path / device, method, device=device)[0] / "merged.safetensors") for device in ("cpu", "cuda")
+    ]
+    assert all(torch.allclose(states[0][n], states[1][n], atol=1e-3) for n in NAMES)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["concrete-ta", "concrete-am"])
+def test_masks_are_learned_on_a_gpu(tmp_path, method):
+    """Their noise is another on each kind of device."""
+    path, learned = run(tmp_path, method, device="cuda")
+    assert learned
+    assert damage(Cache(path)) == []
 
 
 # Coefficients

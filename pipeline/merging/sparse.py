@@ -6,7 +6,7 @@ DARE and Breadcrumbs hold theta_0 and the sum, 2 P; TIES holds theta_0 and two s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -66,34 +66,32 @@ def _sums_by_sign(pretrained: StateDict, vectors: Iterator[Vector]) -> tuple[Sta
     return positive, negative
 
 
-def magnitude_at(vector, keep: float) -> float:
+def magnitude_at(vector: Callable[[], Vector], keep: float) -> float:
     """The k-th largest magnitude of a whole vector, for the k that are the `keep` share of its entries, and 1 or more.
 
-    Exact, without the vector in memory: the bits of non-negative floats are in the order of the floats, so two counts,
-    of the upper and then of the lower half of the bits, find it. `vector()` is gone through once for each.
+    Exact, without the vector in memory: the bits of non-negative floats are in the order of the floats, so counting
+    the upper and then the lower half of the bits finds it. `vector()` is gone through once for each.
     """
-    size = sum(tau.numel() for _, tau in vector()) if keep < 1 else 0
-    if not size:
-        return 0.0
-    wanted = max(1, round(keep * size))
-
-    def count(halves) -> tuple[int, int]:
-        """The half in which the wanted rank lies, and how many magnitudes are in those above it."""
-        counts = torch.zeros(1 << 16, dtype=torch.int64)
-        for _, tau in vector():
-            counts += torch.bincount(halves(_bits(tau)), minlength=1 << 16)
-        above = counts.flip(0).cumsum(0).flip(0)  # in this half and those above
-        half = int((above >= wanted).nonzero().max())
-        return half, int(above[half] - counts[half])
-
-    upper, larger = count(lambda bits: bits >> 16)
-    wanted -= larger
-    lower, _ = count(lambda bits: bits[bits >> 16 == upper] & 0xFFFF)
+    counts = _counts(vector, lambda bits: bits >> 16)
+    wanted = max(1, round(keep * int(counts.sum())))
+    upper, larger = _where(counts, wanted)
+    lower, _ = _where(_counts(vector, lambda bits: bits[bits >> 16 == upper] & 0xFFFF), wanted - larger)
     return torch.tensor((upper << 16) | lower, dtype=torch.int32).view(torch.float32).item()
 
 
-def _bits(tau: Tensor) -> Tensor:
-    return tau.abs().contiguous().flatten().view(torch.int32)
+def _counts(vector: Callable[[], Vector], half: Callable[[Tensor], Tensor]) -> Tensor:
+    """How often each value of half of the bits of a magnitude comes."""
+    counts = torch.zeros(1 << 16, dtype=torch.int64)
+    for _, tau in vector():
+        counts += torch.bincount(half(tau.abs().flatten().view(torch.int32)), minlength=1 << 16)
+    return counts
+
+
+def _where(counts: Tensor, wanted: int) -> tuple[int, int]:
+    """The value at which the wanted rank from above lies, and how many are larger."""
+    at_least = counts.flip(0).cumsum(0).flip(0)
+    value = int((at_least >= wanted).nonzero().max())
+    return value, int(at_least[value] - counts[value])
 
 
 def dare(pretrained: StateDict, experts: Experts, *, scale: float, drop: float, seed: int) -> Merged:
@@ -119,14 +117,17 @@ def breadcrumbs(pretrained: StateDict, experts: Experts, *, scale: float, small:
     """theta_0 + scale * sum of tau_t without the smallest and the largest entries of each tensor.
 
     Davari and Belilovsky, ECCV 2024: of each tensor, the `small` share of entries that is smallest by magnitude is
-    dropped, and the `large` share that is largest.
+    dropped, and the `large` share that is largest. Equal entries go the same way.
     """
 
     def masked(tau: Tensor) -> Tensor:
-        order = tau.abs().flatten().argsort()
-        first, last = round(small * len(order)), len(order) - round(large * len(order))
-        kept = torch.zeros(len(order))
-        kept[order[first:last]] = 1
+        magnitudes = tau.abs().flatten()
+        first, last = round(small * tau.numel()), tau.numel() - round(large * tau.numel())
+        if first >= last:
+            return torch.zeros_like(tau)
+        kept = magnitudes <= magnitudes.kthvalue(last).values
+        if first:
+            kept &= magnitudes > magnitudes.kthvalue(first).values
         return tau * kept.view_as(tau)
 
     vectors = (((name, masked(tau)) for name, tau in vector) for vector in task_vectors(pretrained, experts))
