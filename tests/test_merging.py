@@ -377,15 +377,15 @@ def test_regmean_of_one_linear_layer_is_the_least_squares_answer():
         t: {"w": torch.randn(D, D_IN, generator=torch.Generator().manual_seed(i))} for i, t in enumerate(EXPERTS)
     }
     given = Samples(lambda weights, x: F.linear(x, weights["w"]), dict.fromkeys(experts, torch.zeros(2, D)), batches)
-    found = merge("regmean", base, experts, given, images=40, off_diagonal=1.0).state["w"]
-    inputs = {t: torch.cat([x for x, _ in given.take(t, "test", 40, 0)]) for t in experts}
+    found = merge("regmean", base, experts, given, images=100, off_diagonal=1.0).state["w"]  # batches of 64 and 36
+    inputs = {t: torch.cat([x for x, _ in given.take(t, "test", 100, 0)]) for t in experts}
     x = torch.cat([inputs[t] for t in experts]).double()
     y = torch.cat([inputs[t].double() @ experts[t]["w"].double().T for t in experts])
     best = torch.linalg.lstsq(x, y).solution.T
     assert torch.allclose(found.double(), best, atol=1e-5)
     mean = torch.stack([e["w"] for e in experts.values()]).mean(0)
     assert not torch.allclose(found, mean, atol=0.1)
-    diagonal = merge("regmean", base, experts, given, images=40, off_diagonal=0.0).state["w"]
+    diagonal = merge("regmean", base, experts, given, images=100, off_diagonal=0.0).state["w"]
     weights = {t: inputs[t].square().mean(0) for t in experts}
     expected = sum(weights[t] * experts[t]["w"] for t in experts) / sum(weights.values())
     assert torch.allclose(diagonal, expected, atol=1e-5)
@@ -400,8 +400,8 @@ def test_grams_are_seen_for_linear_layers_and_for_plain_products_alone():
     inner = F.relu(F.linear(x, BASE["up.weight"], BASE["up.bias"])).double()
     assert watch.grams.keys() == {"up.weight", "proj"}
     assert watch.turned == {"up.weight"}
-    assert torch.allclose(watch.grams["up.weight"], x.double().T @ x.double() / 9)
-    assert torch.allclose(watch.grams["proj"], inner.T @ inner / 9, atol=1e-6)
+    assert torch.allclose(watch.grams["up.weight"], x.double().T @ x.double())
+    assert torch.allclose(watch.grams["proj"], inner.T @ inner, atol=1e-6)
 
 
 def test_regmean_finds_every_linear_map_of_the_tower():

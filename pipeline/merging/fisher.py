@@ -1,7 +1,7 @@
 """Fisher merging (Matena and Raffel, NeurIPS 2022): each parameter averaged by what the experts' predictions owe to it.
 
-Holds 5 P: the weighted sum and the weights' sum on the CPU; an expert, its Fisher information and a gradient on the
-device.
+Holds 8 P: theta_0, the weighted sum and the weights' sum, an expert, and its Fisher information before and after it is
+brought to one length. An expert and its information are on the device.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from probsurgery.pipeline.merging.vectors import Experts, Merged, Samples, StateDict
+from probsurgery.pipeline.merging.vectors import Experts, Merged, Samples, StateDict, add_to
 
 
 def fisher(
@@ -46,8 +46,8 @@ def fisher(
             samples.progress(done, len(experts) * images, f"Fisher information of {task}")
         information = _prepared({n: f.cpu() / images for n, f in information.items()}, normalise, floor)
         for name, f in information.items():
-            weighted[name] = weighted.get(name, 0) + f * expert[name].float()
-            weights[name] = weights.get(name, 0) + f
+            add_to(weighted, name, f * expert[name].float())
+            add_to(weights, name, f)
     return Merged({name: weighted.pop(name) / weights.pop(name) for name in pretrained})
 
 

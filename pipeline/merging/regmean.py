@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from probsurgery.pipeline.merging.vectors import Experts, Merged, Samples, StateDict
+from probsurgery.pipeline.merging.vectors import Experts, Merged, Samples, StateDict, add_to
 
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 
@@ -49,10 +49,10 @@ def regmean(
             weight = expert[name].float()
             if name in watch.grams:
                 gram = _shrunk(watch.grams.pop(name).cpu(), off_diagonal)
-                grams[name] = grams.get(name, 0) + gram
                 inward = weight.double().T if name in turned else weight.double()  # (in, out)
-                products[name] = products.get(name, 0) + gram @ inward
-            means[name] = means.get(name, 0) + weight / len(experts)
+                add_to(products, name, gram @ inward)
+                add_to(grams, name, gram)
+            add_to(means, name, weight / len(experts))
     for name in list(grams):
         mean = means[name].double()
         solution = _solve(grams.pop(name), products.pop(name), mean.T if name in turned else mean)
@@ -61,7 +61,7 @@ def regmean(
 
 
 class InputGrams(TorchDispatchMode):
-    """While it is entered, adds up the Gram matrix X^T X / rows of the inputs X of each weight of a state dict.
+    """While it is entered, adds up the Gram matrix X^T X of the inputs X (rows, in) of each weight of a state dict.
 
     It watches the matrix products themselves: attention multiplies its two weights inside of one function, where
     hooks on modules do not reach.
@@ -96,7 +96,7 @@ class InputGrams(TorchDispatchMode):
         if name is None:
             return
         rows = inputs.reshape(-1, inputs.shape[-1]).double()
-        self.grams[name] = self.grams.get(name, 0) + rows.T @ rows / len(rows)
+        add_to(self.grams, name, rows.T @ rows)
         if factor.shape == weight.T.shape and factor.stride() == weight.T.stride():
             self.turned.add(name)
 

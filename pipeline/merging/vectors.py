@@ -97,6 +97,11 @@ def add(pretrained: StateDict, update: StateDict, scale: float = 1.0) -> StateDi
     return {name: update[name].mul_(scale).add_(theta) for name, theta in pretrained.items()}
 
 
+def add_to(sums: StateDict, name: str, tensor: Tensor) -> None:
+    """Add a tensor, which may be kept, to the sum of its name."""
+    sums[name] = sums[name].add_(tensor) if name in sums else tensor
+
+
 def stack(pretrained: StateDict, vectors: Iterable[Vector], count: int, device: torch.device) -> StateDict:
     """All task vectors side by side: each tensor (T, ...). Holds T * P."""
     stacked = {n: torch.empty(count, *theta.shape, device=device) for n, theta in pretrained.items()}
