@@ -22,6 +22,7 @@ from probsurgery.pipeline.merging.vectors import (
     StateDict,
     Vector,
     add,
+    on_device,
     stack,
     task_vectors,
     total,
@@ -49,7 +50,10 @@ def adamerging(
 
     about = {}
     if coefficients is None:
-        values, course = learn_coefficients(pretrained, vectors(), len(experts), samples, layerwise=layerwise, **how)
+        theta = on_device(pretrained, samples)
+        stacked = stack(pretrained, vectors(), len(experts), samples.device)
+        values, course = learn_coefficients(theta, stacked, samples, layerwise=layerwise, **how)
+        del stacked
         tensors = tuple(pretrained) if layerwise else None
         coefficients = Coefficients(tuple(experts), tensors, values)
         about["entropy"] = course
@@ -69,9 +73,8 @@ def _scaled(
 
 
 def learn_coefficients(
-    pretrained: StateDict,
-    vectors: Iterable[Vector],
-    count: int,
+    theta: StateDict,
+    stacked: StateDict,
     samples: Samples,
     *,
     layerwise: bool,
@@ -84,10 +87,11 @@ def learn_coefficients(
 ) -> tuple[Tensor, list[float]]:
     """Coefficients (T,) or (T, L), and the mean entropy before each step (AdaMerging, eq. 6 and 7).
 
+    `stacked` has the task vectors, each tensor (T, ...), and lies with `theta` on the samples' device.
+
     As in the reference, what is learned may leave [0, 1], and where it has it is not moved further.
     """
-    theta = {name: tensor.to(samples.device, torch.float32) for name, tensor in pretrained.items()}
-    stacked = stack(pretrained, vectors, count, samples.device)
+    count = len(next(iter(stacked.values())))
     free = torch.full((count, len(theta) if layerwise else 1), initial, device=samples.device, requires_grad=True)
     build = blend(theta, stacked, free)
     course = learn(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ _LEFTOVERS = 3
 """The reference's models keep text parameters, three before and three after those of the image tower, which no image
 ever moves; its tables have rows for them."""
 _MOST_BYTES = 2**24
+_LARGEST = 100
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def read_coefficients(path: Path) -> Coefficients:
 
     It is our JSON, or a table as the authors publish it, as JSON or as Python writes lists: `[[1.0, 0.22, ...]]` for
     task-wise ones, and a row for each tensor for layer-wise ones; the column of ones stands for theta_0. Raises
-    `InputError` if it is neither, or holds anything but finite numbers.
+    `InputError` if it is neither, or holds anything but numbers.
     """
     try:
         if path.stat().st_size > _MOST_BYTES:
@@ -120,7 +120,10 @@ def _of_table(held: list) -> Coefficients:
 
 
 def _numbers(held: list) -> Tensor:
+    rows = [row if isinstance(row, list) else [row] for row in held]
+    if not all(type(value) in (int, float) and abs(value) <= _LARGEST for row in rows for value in row):
+        raise ValueError(f"it takes numbers from {-_LARGEST} to {_LARGEST}, as many for each task")
     values = torch.tensor(held, dtype=torch.float32)
-    if values.ndim not in (1, 2) or not values.numel() or not all(map(math.isfinite, values.flatten().tolist())):
-        raise ValueError("it takes finite numbers, as many for each task")
+    if not values.numel():
+        raise ValueError("it is empty")
     return values

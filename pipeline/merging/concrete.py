@@ -1,8 +1,8 @@
 """Concrete subspace merging (Tang et al., 2023, arxiv.org/abs/2312.06173): a learned mask that the tasks share.
 
 The mask has an entry for each parameter, Gumbel-sigmoid of a learned logit; it is learned as AdaMerging's coefficients
-are. `concrete_ta` holds 6 P on the device (theta_0, the sum of the task vectors, the logits, Adam's two moments, the
-merged model) and a gradient of P; `concrete_am` T - 1 more.
+are. `concrete_ta` holds 7 P on the device (theta_0, the sum of the task vectors, the logits, their gradient, Adam's two
+moments, the merged model); `concrete_am`, with every task vector, T + 6.
 """
 
 from __future__ import annotations
@@ -14,7 +14,16 @@ from torch import Tensor
 
 from probsurgery.pipeline.merging.adamerging import blend, learn_coefficients
 from probsurgery.pipeline.merging.entropy import Build, learn
-from probsurgery.pipeline.merging.vectors import Experts, Merged, Samples, StateDict, stack, task_vectors, total
+from probsurgery.pipeline.merging.vectors import (
+    Experts,
+    Merged,
+    Samples,
+    StateDict,
+    on_device,
+    stack,
+    task_vectors,
+    total,
+)
 
 
 class Mask:
@@ -49,7 +58,7 @@ def concrete_ta(
 
     The merged model takes the mask without noise; the public code draws it once more.
     """
-    theta, device = _on_device(pretrained, samples)
+    theta, device = on_device(pretrained, samples), samples.device
     update = {name: tau.to(device) for name, tau in total(pretrained, task_vectors(pretrained, experts)).items()}
     mask = Mask(pretrained, temperature, how["seed"], device)
 
@@ -74,7 +83,7 @@ def concrete_am(
     First the mask with the coefficients at their initial value, then the coefficients with the mask. The public code
     moves the coefficients by one inner step before each step of the mask, and resets them.
     """
-    theta, device = _on_device(pretrained, samples)
+    theta, device = on_device(pretrained, samples), samples.device
     stacked = stack(pretrained, task_vectors(pretrained, experts), len(experts), device)
     mask = Mask(pretrained, temperature, how["seed"], device)
     fixed = torch.full((len(experts), 1), initial, device=device)
@@ -87,15 +96,9 @@ def concrete_am(
     with torch.no_grad():
         for name in theta:
             stacked[name] *= mask.draw(name, None)
-    masked = ({name: stacked[name][t] for name in theta}.items() for t in range(len(experts)))
-    values, after = learn_coefficients(
-        pretrained, masked, len(experts), samples, layerwise=True, initial=initial, **how
-    )
+    del mask, build_at  # the logits' memory
+    values, after = learn_coefficients(theta, stacked, samples, layerwise=True, initial=initial, **how)
     return Merged(_built(blend(theta, stacked, values.to(device)), theta), {"entropy": course + after})
-
-
-def _on_device(pretrained: StateDict, samples: Samples) -> tuple[StateDict, torch.device]:
-    return {n: tensor.to(samples.device, torch.float32) for n, tensor in pretrained.items()}, samples.device
 
 
 def _built(build: Callable[[str], Tensor], theta: StateDict) -> StateDict:

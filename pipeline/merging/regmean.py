@@ -1,7 +1,7 @@
 """RegMean (Jin et al., ICLR 2023): of each linear layer, the weights that come nearest to all experts' outputs.
 
 Holds the sums of the experts, of Gram matrices and of their products with the weights on the CPU, and an expert and its
-Gram matrices on the device. Matrices are in float64, and a ViT-L/14's have 1.6 times the model's entries: 11 P in all.
+Gram matrices on the device. Matrices are in float64, and a ViT-L/14's have 1.6 times the model's entries: 13 P in all.
 """
 
 from __future__ import annotations

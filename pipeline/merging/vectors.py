@@ -102,6 +102,11 @@ def add_to(sums: StateDict, name: str, tensor: Tensor) -> None:
     sums[name] = sums[name].add_(tensor) if name in sums else tensor
 
 
+def on_device(pretrained: StateDict, samples: Samples) -> StateDict:
+    """theta_0 where it is computed with; a copy only if that is elsewhere."""
+    return {name: theta.to(samples.device, torch.float32) for name, theta in pretrained.items()}
+
+
 def stack(pretrained: StateDict, vectors: Iterable[Vector], count: int, device: torch.device) -> StateDict:
     """All task vectors side by side: each tensor (T, ...). Holds T * P."""
     stacked = {n: torch.empty(count, *theta.shape, device=device) for n, theta in pretrained.items()}
