@@ -109,6 +109,19 @@ def test_extract_fit_and_report_from_the_hub_and_then_without_it(hub, command, t
     assert torch.equal(again.features("svhn"), cache.features("svhn"))
 
 
+def test_a_merge_learns_from_images_of_the_hub(hub, command, tmp_path):
+    """Of all merged tasks, although one is extracted, and with the train images of Hugging Face checkpoints' tasks."""
+    brief = ("--merge-arg", "steps=2", "--merge-arg", "batch-size=4", "--merge-arg", "split=train")
+    asked = ("--merge", "lw-adamerging++", "--merge", "regmean", "--merge-arg", "images=8", "--only", "svhn")
+    done = command(*EXTRACT, *asked, *brief, "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    caches = {Cache(path).identity["merge"]["method"]: Cache(path) for path in (tmp_path / "cache").iterdir()}
+    assert caches.keys() == {"lw-adamerging++", "regmean"}
+    for cache in caches.values():
+        assert cache.manifest["merge"]["images"].keys() == set(TASKS)
+        assert cache.tasks() == ("svhn",)
+
+
 def test_features_are_those_of_the_checkpoints_on_the_hub(hub, command, tmp_path):
     assert command(*EXTRACT, "--only", "mnist").returncode == 0
     expert = load_file(hub.root / "models/someone/clip-tiny_mnist/model.safetensors")
