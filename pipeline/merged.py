@@ -117,6 +117,11 @@ def _given_coefficients(name: str, path: Path, given: dict) -> tuple[Coefficient
     row, coefficients = METHODS[name], read_coefficients(path)
     if coefficients.method not in (None, name):
         raise InputError(f"{path} has coefficients that were learned for {coefficients.method}, not {name}")
+    layerwise = coefficients.values.ndim == 2
+    if layerwise != row.function.keywords["layerwise"]:
+        held = "a coefficient for each tensor" if layerwise else "one coefficient for each task"
+        other = f"{'lw' if layerwise else 'tw'}{name[2:]}"
+        raise InputError(f"{path} has {held}, which is not {name}; use --merge {other}")
     if "steps" in coefficients.settings:
         settings = row.checked(name, coefficients.settings)
         for key, value in given.items():

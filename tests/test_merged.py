@@ -363,7 +363,10 @@ def test_published_layer_wise_coefficients_have_rows_for_parameters_that_are_not
             "are for digits8, mnist, but the merge is of digits8, texture",
         ),
         ("[[1.0, 0.3, 0.3, 0.3]]", "are for 3 tasks, but the merge is of digits8, texture"),
-        ("[[1.0, 0.3, 0.3], [1.0, 0.3, 0.3]]", "for 2 tensors of each task, but the model has"),
+        (
+            "[[1.0, 0.3, 0.3], [1.0, 0.3, 0.3]]",
+            "has a coefficient for each tensor, which is not tw-adamerging; use .* lw-",
+        ),
     ],
 )
 def test_other_files_are_no_coefficients(tmp_path, text, said):
@@ -371,6 +374,17 @@ def test_other_files_are_no_coefficients(tmp_path, text, said):
     file.write_text(text)
     with pytest.raises(InputError, match=said):
         run(tmp_path / "caches", coefficients=file, merge_args={})
+    assert not list((tmp_path / "caches").glob("*"))
+
+
+def test_coefficients_of_another_kind_or_another_model_are_refused(tmp_path):
+    file = tmp_path / "c.txt"
+    file.write_text("[[1.0, 0.3, 0.3], [1.0, 0.3, 0.3]]")
+    with pytest.raises(InputError, match="for 2 tensors of each task, but the model has 56 tensors"):
+        run(tmp_path / "caches", "lw-adamerging", coefficients=file, merge_args={})
+    file.write_text("[[1.0, 0.3, 0.3]]")
+    with pytest.raises(InputError, match="has one coefficient for each task, .* use --merge tw-adamerging.."):
+        run(tmp_path / "caches", "lw-adamerging++", coefficients=file, merge_args={})
     assert not list((tmp_path / "caches").glob("*"))
 
 

@@ -7,7 +7,6 @@ the activations of one batch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -122,5 +121,5 @@ def blend(theta: StateDict, stacked: StateDict, free: Tensor) -> Build:
 
 def window(course: list[float], size: int = 20) -> tuple[float, float]:
     """Means of the first and the last steps' entropy, which single batches' are too noisy for."""
-    first, last = list(islice(course, size)), course[-size:]
+    first, last = course[:size], course[-size:]
     return sum(first) / len(first), sum(last) / len(last)
