@@ -198,6 +198,9 @@ def _check_provenance(manifest: dict) -> None:
     _need(kept.get("files", {}).keys() <= {"merged.safetensors", "coefficients.json"}, "it garbles what was learned")
     for name, sealed in kept.get("files", {}).items():
         _check_seal(name, sealed, 0)
+    rows = [row if isinstance(row, list) else [row] for row in kept.get("coefficients", {}).values()]
+    _need(len(set(map(len, rows))) <= 1, "it garbles the coefficients of its merge")
+    _need(all(isinstance(number, int | float) for row in rows for number in row), "it garbles what was learned")
     numbers = manifest.get("precision", {}).values()
     _need(all(isinstance(number, int | float) for number in numbers), "it garbles the precision")
     _need(isinstance(runs, list), "it garbles its runs")
