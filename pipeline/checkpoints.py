@@ -261,6 +261,8 @@ def check_state(state: Mapping[str, Tensor], expected: dict[str, torch.Size], wh
             problem = f"lacks the key {name!r}"
         elif (tensor := state[name]).shape != shape:
             problem = f"has {name!r} of shape {tuple(tensor.shape)} instead of {tuple(shape)}"
+        elif tensor.is_complex() or (name.endswith(("weight", "bias")) and not tensor.is_floating_point()):
+            problem = f"has {name!r} in {str(tensor.dtype).removeprefix('torch.')}, and not in real numbers"
         else:
             bad = bad or (None if tensor.isfinite().all() else name)
             continue

@@ -77,6 +77,8 @@ def requests(config: ExtractConfig, tasks: Sequence[Task], *, whole_suite: bool)
             raise unknown(
                 f"setting of {', '.join(config.merges)}", setting, dict.fromkeys(known) or ["(there is none)"]
             )
+    if config.name in METHODS:
+        raise InputError(f"--name {config.name} is the name of a method; choose another")
     if config.name is not None and len(config.merges) - len(methods) != 1:
         raise InputError("--name names a merged checkpoint; give exactly one path with --merge")
     if config.coefficients is not None and sum(METHODS[n].takes_coefficients for n in methods) != 1:
@@ -136,7 +138,12 @@ def _given_coefficients(name: str, path: Path, given: dict) -> tuple[Coefficient
 
 
 def kept(request: Request, identity: dict, weights: Weights) -> MergedModel | None:
-    """What an earlier run has learned for this identity, from the cache itself; None if it is not there, or damaged."""
+    """What an earlier run has learned for this identity, from the cache itself; None if it is not there, or damaged.
+
+    Given coefficients are merged anew, which is cheap: the digest then tells whether they are the cache's.
+    """
+    if request.coefficients is not None:
+        return None
     try:
         manifest = read_manifest(request.path)
     except (InputError, DamagedCacheError):
@@ -151,7 +158,8 @@ def kept(request: Request, identity: dict, weights: Weights) -> MergedModel | No
     if digest(state) != about.get("digest"):
         return None
     coefficients = None
-    if "coefficients" in manifest["merge"] and COEFFICIENTS not in manifest["merge"]["files"]:  # a repair dropped it
+    sealed = manifest["merge"]["files"].get(COEFFICIENTS)
+    if "coefficients" in manifest["merge"] and (not sealed or broken_seal(request.path / COEFFICIENTS, sealed)):
         by_task = manifest["merge"]["coefficients"]
         values = torch.tensor(list(by_task.values()))
         names = None if values.ndim == 1 else tuple(weights.names)

@@ -303,6 +303,36 @@ def test_coefficients_from_a_cache_cost_no_learning_elsewhere(tmp_path, method):
     assert not (tmp_path / "c").exists()
 
 
+def test_other_coefficients_are_not_taken_for_those_that_a_cache_has_learned(tmp_path):
+    path, _ = run(tmp_path)
+    edited = json.loads((path / "coefficients.json").read_text())
+    edited["coefficients"] = {"digits8": 0.9, "texture": 0.05}
+    file = tmp_path / "edited.json"
+    file.write_text(json.dumps(edited))
+    with pytest.raises(InputError, match="merge.digest: .*replace it with --fresh"):
+        run(tmp_path, coefficients=file, merge_args={})
+    assert damage(Cache(path)) == []
+
+
+def test_lost_coefficients_are_written_again(tmp_path):
+    path, _ = run(tmp_path)
+    whole = (path / "coefficients.json").read_bytes()
+    for damaged in (lambda file: file.unlink(), lambda file: file.write_text("{}")):
+        damaged(path / "coefficients.json")
+        assert run(tmp_path)[1] == []
+        assert (path / "coefficients.json").read_bytes() == whole
+        assert damage(Cache(path)) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64])
+def test_merged_weights_are_real_numbers(tmp_path, dtype):
+    file = tmp_path / "odd.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in Weights("mini").pretrained().items()}, file)
+    with pytest.raises(InputError, match=f"in {str(dtype)[6:]}, and not in real numbers"):
+        run(tmp_path / "caches", str(file))
+    assert not list((tmp_path / "caches").glob("*"))
+
+
 def test_published_task_wise_coefficients(tmp_path):
     """As the authors' table has them: a column of ones for the pre-trained model, then a task in each."""
     file = tmp_path / "published.txt"
@@ -351,6 +381,8 @@ def test_published_layer_wise_coefficients_have_rows_for_parameters_that_are_not
         ('{"coefficients": {"digits8": true, "texture": false}}', "it takes numbers"),
         ('{"coefficients": {"digits8": [[0.1]], "texture": [[0.1]]}}', "it takes numbers"),
         ('{"coefficients": {}}', "it is empty"),
+        ("{'coefficients': {1: 0.3, 2: 0.3},}", "tasks are given by their names"),
+        ('{"coefficients": {"digits8": 1, "texture": 0}, "settings": {"steps": 1' + 400 * "0" + "}}", "whole number"),
         ("[]", "holds no coefficients"),
         ("3", "holds no coefficients"),
         ('"a"', "holds no coefficients"),
@@ -427,6 +459,8 @@ def test_a_merge_from_a_file_has_a_name_and_its_digest(tmp_path):
     assert unnamed.name == "mini_model_digits8+texture"
     with pytest.raises(InputError, match="exactly one path"):
         run(tmp_path, "ta", name="x")
+    with pytest.raises(InputError, match="--name ta is the name of a method"):
+        run(tmp_path, str(file), name="ta")
 
 
 # Samples

@@ -54,7 +54,7 @@ class Setting:
         if (
             type(value) is not kind
             or (self.choices and value not in self.choices)
-            or (kind in (int, float) and not (math.isfinite(value) and self.low <= value <= self.high))
+            or (kind in (int, float) and not (self.low <= value <= self.high and math.isfinite(value)))
         ):
             what = " or ".join(self.choices) if self.choices else allowed.get(kind, "a text")
             raise InputError(f"the setting {name} is {str(value)[:80]!r}; it must be {what}")

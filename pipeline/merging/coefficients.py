@@ -78,6 +78,8 @@ def read_coefficients(path: Path) -> Coefficients:
     task-wise ones, and a row for each tensor for layer-wise ones; the column of ones stands for theta_0. Raises
     `InputError` if it is neither, or holds anything but numbers.
     """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is not a file; --coefficients takes JSON, or a table of numbers")
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise InputError(f"{path} has more than {_MOST_BYTES:,} bytes; it is no file of coefficients")
@@ -101,6 +103,8 @@ def read_coefficients(path: Path) -> Coefficients:
 
 def _of_ours(held: dict) -> Coefficients:
     by_task = held["coefficients"]
+    if not all(isinstance(task, str) for task in by_task):
+        raise ValueError("tasks are given by their names")
     tensors = tuple(map(str, held["tensors"])) if held.get("tensors") else None
     values = _numbers(list(by_task.values()))
     if values.ndim == 2 and (tensors is None or values.shape[1] != len(tensors)):
