@@ -18,6 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from peak import peak_of
+
 BRIEF = {"steps": 2, "batch_size": 2, "images": 4}
 
 
@@ -45,10 +47,6 @@ def measure(folder: Path, method: str, count: int) -> float:
     from probsurgery.pipeline.merging import METHODS, Samples, merge
     from probsurgery.pipeline.weights import OnRequest
 
-    def resident(name: str) -> int:
-        with open("/proc/self/status") as file:
-            return 1024 * int(next(line for line in file if line.startswith(name)).split()[1])
-
     def opened(index: int) -> VisualState:
         return VisualState(read_tensors(folder / f"{index}.safetensors"))
 
@@ -64,10 +62,8 @@ def measure(folder: Path, method: str, count: int) -> float:
     settings = {name: value for name, value in BRIEF.items() if name in row.settings}
     with torch.no_grad():
         samples.forward(pretrained, next(batches("", "", 2, 0))[0])  # libraries load
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = resident("VmRSS")
-    merge(method, pretrained, experts, samples if row.learns else None, **settings)
-    return 1 + (resident("VmHWM") - before) / (4 * sum(tensor.numel() for tensor in pretrained.values()))
+    _, peak = peak_of(lambda: merge(method, pretrained, experts, samples if row.learns else None, **settings))
+    return 1 + peak / (4 * sum(tensor.numel() for tensor in pretrained.values()))
 
 
 def main() -> None:

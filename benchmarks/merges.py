@@ -19,6 +19,8 @@ import tempfile
 from pathlib import Path
 from statistics import fmean, stdev
 
+from peak import peak_of
+
 
 def measure(merge: str, seed: int, root: str) -> dict:
     """One merge through both stages, in this process."""
@@ -30,15 +32,9 @@ def measure(merge: str, seed: int, root: str) -> dict:
 
     found, make = {}, merged.make
 
-    def resident(name: str) -> int:
-        with open("/proc/self/status") as file:
-            return 1024 * int(next(line for line in file if line.startswith(name)).split()[1])
-
     def watched(request, weights, pretrained, *rest):
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        before = resident("VmRSS")
-        model = make(request, weights, pretrained, *rest)
-        found["memory"] = (resident("VmHWM") - before) / 2**20
+        model, peak = peak_of(lambda: make(request, weights, pretrained, *rest))
+        found["memory"] = peak / 2**20
         return model
 
     merged.make = watched

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from probsurgery.pipeline.backends import part_range
 from probsurgery.pipeline.config import ExtractConfig
 from probsurgery.pipeline.errors import ProbsurgeryError
-from probsurgery.pipeline.reader import read_batches
+from probsurgery.pipeline.reader import read_batches, refuse
 from probsurgery.pipeline.tasks import Images
 from probsurgery.pipeline.writer import CacheWriter
 
@@ -99,13 +99,8 @@ def fill(
             for _ in range(0, len(rows), config.batch_size):
                 with tally.timed("read"):
                     batch, undecoded = next(batches)
-                if undecoded and not config.skip_bad:
-                    row, problem = next(iter(undecoded.items()))
-                    name = here[0].array.rpartition("/")[0]
-                    raise ProbsurgeryError(
-                        f"image {row} of {name} cannot be decoded: {problem}; mend it, or leave such images out with "
-                        "--skip-bad"
-                    )
+                if not config.skip_bad:
+                    refuse(undecoded, here[0].array.rpartition("/")[0])
                 bad |= undecoded
                 with tally.timed("encode"):
                     for name in names:

@@ -25,6 +25,8 @@ from probsurgery.pipeline.errors import DamagedCacheError, InputError
 from probsurgery.pipeline.files import refuse_links, write_atomically
 
 SCHEMA = 1
+MERGED, COEFFICIENTS = "merged.safetensors", "coefficients.json"
+"""Files that keep what a merge has learned."""
 KINDS = ("merged", "expert", "pretrained")
 MOST_BYTES = 2**28
 """Of a manifest; a cache of the papers' eight tasks has some 100 KB."""
@@ -66,6 +68,11 @@ def values_digest(values: np.ndarray) -> str:
     every store.
     """
     return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
+
+
+def learned_files(manifest: dict) -> dict[str, dict]:
+    """Seals of the files that keep what the merge has learned, if it has."""
+    return manifest.get("merge", {}).get("files", {})
 
 
 def is_features(name: str) -> bool:
@@ -195,8 +202,8 @@ def _check_provenance(manifest: dict) -> None:
     _need(isinstance(manifest.get("software", {}), dict), "it garbles the versions that it was made by")
     _need(isinstance(manifest.get("converted_from", {}), dict), "it garbles what it was converted from")
     kept = manifest.get("merge", {})
-    _need(kept.get("files", {}).keys() <= {"merged.safetensors", "coefficients.json"}, "it garbles what was learned")
-    for name, sealed in kept.get("files", {}).items():
+    _need(learned_files(manifest).keys() <= {MERGED, COEFFICIENTS}, "it garbles what was learned")
+    for name, sealed in learned_files(manifest).items():
         _check_seal(name, sealed, 0)
     rows = [row if isinstance(row, list) else [row] for row in kept.get("coefficients", {}).values()]
     _need(len(set(map(len, rows))) <= 1, "it garbles the coefficients of its merge")

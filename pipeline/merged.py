@@ -17,16 +17,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from probsurgery.pipeline.checkpoints import digest
-from probsurgery.pipeline.config import ExtractConfig, number
+from probsurgery.pipeline.config import ExtractConfig
 from probsurgery.pipeline.errors import DamagedCacheError, InputError, ProbsurgeryError, unknown
 from probsurgery.pipeline.files import broken_seal, seal, write_atomically
-from probsurgery.pipeline.manifest import read_manifest
-from probsurgery.pipeline.merging import METHODS, Coefficients, Merged, Samples, merge
-from probsurgery.pipeline.merging.adamerging import window
+from probsurgery.pipeline.manifest import COEFFICIENTS, MERGED, learned_files, read_manifest
+from probsurgery.pipeline.merging import METHODS, Coefficients, Merged, Samples, changed, merge
 from probsurgery.pipeline.merging.coefficients import read_coefficients
+from probsurgery.pipeline.merging.entropy import window
 from probsurgery.pipeline.tasks import Task
 from probsurgery.pipeline.weights import Weights
-from probsurgery.pipeline.writer import COEFFICIENTS, MERGED, CacheWriter
+from probsurgery.pipeline.writer import CacheWriter
 
 
 @dataclass(frozen=True)
@@ -96,22 +96,17 @@ def _request(name: str, config: ExtractConfig, tasks: Sequence[Task], whole_suit
         row = METHODS[name]
         given = {key: value for key, value in config.merge_args.items() if key in row.settings}
         settings = row.checked(name, given)
-        label = name + "".join(_suffix(k, v) for k, v in settings.items() if v != row.settings[k].default)
         if config.coefficients is not None and row.takes_coefficients:
             coefficients, settings = _given_coefficients(name, config.coefficients, given)
-            changed = {k: v for k, v in settings.items() if v != row.settings[k].default}
-            label = name + "".join(_suffix(k, v) for k, v in changed.items())
-            label += "" if "steps" in settings else f"-{config.coefficients.stem}"
+        label = name + "".join(f"-{key}{value}" for key, value in changed(name, settings).items())
+        if coefficients is not None and "steps" not in settings:
+            label += f"-{config.coefficients.stem}"
         about = {"method": name, "settings": settings}
     else:
         label = config.name or Path(name).stem
         about = {"method": "file", "settings": {}} | ({"name": config.name} if config.name else {})
     subset = "" if whole_suite else "_" + "+".join(task.name for task in tasks)
     return Request(name, Path(config.out or Path(config.root) / f"{config.arch}_{label}{subset}"), about, coefficients)
-
-
-def _suffix(name: str, value: object) -> str:
-    return f"-{name.replace('_', '-')}{number(value) if isinstance(value, float) else value}"
 
 
 def _given_coefficients(name: str, path: Path, given: dict) -> tuple[Coefficients, dict]:
@@ -149,7 +144,7 @@ def kept(request: Request, identity: dict, weights: Weights) -> MergedModel | No
     except (InputError, DamagedCacheError):
         return None
     about = manifest["identity"]["merge"]
-    file, sealed = request.path / MERGED, manifest.get("merge", {}).get("files", {}).get(MERGED)
+    file, sealed = request.path / MERGED, learned_files(manifest).get(MERGED)
     if manifest["identity"] != identity | {"merge": about} or sealed is None or broken_seal(file, sealed):
         return None
     if {key: about.get(key) for key in request.about} != request.about:
@@ -158,7 +153,7 @@ def kept(request: Request, identity: dict, weights: Weights) -> MergedModel | No
     if digest(state) != about.get("digest"):
         return None
     coefficients = None
-    sealed = manifest["merge"]["files"].get(COEFFICIENTS)
+    sealed = learned_files(manifest).get(COEFFICIENTS)
     if "coefficients" in manifest["merge"] and (not sealed or broken_seal(request.path / COEFFICIENTS, sealed)):
         by_task = manifest["merge"]["coefficients"]
         values = torch.tensor(list(by_task.values()))

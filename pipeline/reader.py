@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from probsurgery.pipeline.encoders import image_transform, preprocessing
-from probsurgery.pipeline.errors import first_line
+from probsurgery.pipeline.errors import ProbsurgeryError, first_line
 from probsurgery.pipeline.tasks import Images
 
 Batch = tuple[Tensor, dict[int, str]]
@@ -29,6 +29,14 @@ def read_batches(
         pin_memory=device.type == "cuda",
     )
     return _copied(batches, device) if device.type == "cuda" else iter(batches)
+
+
+def refuse(bad: dict[int, str], where: str) -> None:
+    """Raise `ProbsurgeryError` naming the first image that could not be decoded, if there is one."""
+    for row, problem in bad.items():
+        raise ProbsurgeryError(
+            f"image {row} of {where} cannot be decoded: {problem}; mend it, or leave such images out with --skip-bad"
+        )
 
 
 def default_workers() -> int:

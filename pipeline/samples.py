@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from probsurgery.pipeline.encoders import functional, preprocessing
-from probsurgery.pipeline.errors import ProbsurgeryError
 from probsurgery.pipeline.merging import Samples
-from probsurgery.pipeline.reader import read_batches
+from probsurgery.pipeline.reader import read_batches, refuse
 from probsurgery.pipeline.tasks import Images
 
 _HELD_BYTES = 2**28
@@ -84,11 +83,8 @@ def _read(
 
     for decoded, bad in read_batches(images, arch, noted(), workers, device):
         its = asked.pop(0)
-        if bad and not skip_bad:
-            row, problem = next(iter(bad.items()))
-            raise ProbsurgeryError(
-                f"image {row} of {task} cannot be decoded: {problem}; mend it, or leave such images out with --skip-bad"
-            )
+        if not skip_bad:
+            refuse(bad, task)
         good = [index for index, row in enumerate(its) if row not in bad]
         if good:
             yield (decoded if not bad else decoded[good]), labels[[its[index] for index in good]]

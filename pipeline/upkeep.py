@@ -15,7 +15,7 @@ from probsurgery.pipeline.backends import part_range
 from probsurgery.pipeline.config import DTYPES, STORES, fingerprint
 from probsurgery.pipeline.errors import DamagedCacheError, InputError, ProbsurgeryError, unknown
 from probsurgery.pipeline.files import broken_seal
-from probsurgery.pipeline.manifest import array_digest, is_features, read_manifest
+from probsurgery.pipeline.manifest import array_digest, is_features, learned_files, read_manifest
 from probsurgery.pipeline.store import Cache
 from probsurgery.pipeline.writer import LOCK, CacheWriter, is_remains, locked, remove_features
 
@@ -62,7 +62,7 @@ def check(cache: Cache) -> Iterator[ArrayCheck]:
             tuple(bad_shards),
             tuple(bad_files),
         )
-    for name, sealed in cache.manifest.get("merge", {}).get("files", {}).items():
+    for name, sealed in learned_files(cache.manifest).items():
         file = cache.path / name
         problem = broken_seal(file, sealed)
         problems = (f"{file} {problem}",) if problem else ()
@@ -122,7 +122,7 @@ def repair(path: Path) -> list[ArrayCheck]:
                 cache.manifest["arrays"][one.name]["shards"][part] = None
             for file in one.bad_files:
                 cache.manifest["metadata"].pop(file.relative_to(path).as_posix(), None)
-                cache.manifest.get("merge", {}).get("files", {}).pop(file.name, None)
+                learned_files(cache.manifest).pop(file.name, None)
         writer.save()  # before the files go: a kill leaves a file too many rather than a seal too many
         for one in checks:
             for file in (*one.bad_files, *(cache.file(one.name, part) for part in one.bad_shards)):
@@ -175,7 +175,7 @@ def convert(
         for key in ("tasks", "requested", "files", "merge", "runs", "precision", "software", "created"):
             if key in cache.manifest:
                 writer.manifest[key] = cache.manifest[key]
-        for name, sealed in cache.manifest.get("merge", {}).get("files", {}).items():
+        for name, sealed in learned_files(cache.manifest).items():
             if broken_seal(out / name, sealed):
                 problem = broken_seal(source / name, sealed)
                 if problem:

@@ -21,10 +21,17 @@ from probsurgery.pipeline.backends import BACKENDS, Backend, shard_count
 from probsurgery.pipeline.config import differences
 from probsurgery.pipeline.errors import DamagedCacheError, InputError, ProbsurgeryError
 from probsurgery.pipeline.files import broken_seal, refuse_links, seal, write_atomically
-from probsurgery.pipeline.manifest import check_form, new_manifest, read_manifest, values_digest, write_manifest
+from probsurgery.pipeline.manifest import (
+    COEFFICIENTS,
+    MERGED,
+    check_form,
+    new_manifest,
+    read_manifest,
+    values_digest,
+    write_manifest,
+)
 
 JOURNAL = "journal"
-MERGED, COEFFICIENTS = "merged.safetensors", "coefficients.json"
 FEATURES = ("manifest.json", "features.h5", "features.zarr", "shards", JOURNAL, MERGED, COEFFICIENTS)
 HEADS = ("heads", "results.jsonl")
 LOCK = (".lock", ".owner")

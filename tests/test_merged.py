@@ -578,44 +578,31 @@ def test_the_measure_of_memory_sees_experts_that_are_held(checkpoints):
 # The command
 
 
-def test_merges_lists_every_method_with_its_settings_and_paper(run_command):
-    code, out, _ = run_command("merges")
+def test_merges_lists_every_method_with_its_settings_and_paper(run):
+    code, out, _ = run("merges")
     assert code == 0
     for name, row in METHODS.items():
         assert f"{name}: {row.title}" in out
         assert row.paper in out
         assert all(f"    {key}=" in out for key in row.settings)
-    code, out, _ = run_command("merges", "--json")
+    code, out, _ = run("merges", "--json")
     listed = json.loads(out)
     assert listed.keys() == METHODS.keys()
     assert listed["ties"]["settings"]["keep"]["default"] == 0.2
 
 
-@pytest.fixture
-def run_command(capsys):
-    from probsurgery import cli
-
-    def call(*arguments):
-        with pytest.raises(SystemExit) as ended:
-            cli.main(list(arguments))
-        out, err = capsys.readouterr()
-        return ended.value.code or 0, out, err
-
-    return call
-
-
-def test_the_command_takes_settings_and_says_what_was_learned(run_command, tmp_path):
+def test_the_command_takes_settings_and_says_what_was_learned(run, tmp_path):
     arguments = ("extract", "--arch", "mini", "--tasks", "digits8,texture", "--limit", "40", "--root", str(tmp_path))
     arguments += ("--merge", "lw-adamerging", "--merge-arg", "batch-size=4", "--merge-arg", "steps=3")
-    code, out, err = run_command(*arguments)
+    code, out, err = run(*arguments)
     assert code == 0
     assert "mini_lw-adamerging-steps3-batch-size4_digits8+texture: written" in out
     assert "merge " in err
     (path,) = tmp_path.iterdir()
-    code, out, _ = run_command("cache", "info", str(path))
+    code, out, _ = run("cache", "info", str(path))
     assert "merged by lw-adamerging initial=0.3 steps=3" in out
-    code, out, _ = run_command("cache", "verify", str(path))
+    code, out, _ = run("cache", "verify", str(path))
     assert code == 0
     assert "coefficients.json" in out
-    refused(run_command(*arguments, "--merge-arg", "steps=0"), "steps=0", "was given before")
-    refused(run_command(*arguments, "--merge-arg", "lr=-1"), "the setting lr is '-1.0'", "from 1e-09 to 10")
+    refused(run(*arguments, "--merge-arg", "steps=0"), "steps=0", "was given before")
+    refused(run(*arguments, "--merge-arg", "lr=-1"), "the setting lr is '-1.0'", "from 1e-09 to 10")

@@ -86,6 +86,16 @@ class Method:
         return {n: s.check(n, given[n]) if n in given else s.default for n, s in self.settings.items()}
 
 
+def changed(method: str, settings: Mapping[str, object]) -> dict[str, str]:
+    """The settings that differ from a method's defaults, as they are written in names and tables."""
+    own = METHODS[method].settings if method in METHODS else {}
+    return {
+        key.replace("_", "-"): number(value) if isinstance(value, float) else str(value)
+        for key, value in settings.items()
+        if key not in own or value != own[key].default
+    }
+
+
 _SCALE = Setting(0.3, "factor of the summed task vectors")
 _KEEP = Setting(0.2, "share of each task vector that stays, the largest entries", 1e-9, 1)
 _SEED = Setting(0, "seed of what is drawn", 0, 2**31 - 1)
@@ -188,14 +198,9 @@ METHODS: dict[str, Method] = {
 
 def label(about: Mapping[str, object]) -> str:
     """What a merge is called in tables, from its part of a cache's identity: its name, and the settings that differ."""
-    name, settings = about.get("name") or about["method"], about["settings"]
-    row = METHODS.get(about["method"])
-    changed = [
-        f"{key.replace('_', '-')}={number(value) if isinstance(value, float) else value}"
-        for key, value in settings.items()
-        if row is None or key not in row.settings or value != row.settings[key].default
-    ]
-    return f"{name} ({', '.join(changed)})" if changed else str(name)
+    name = about.get("name") or about["method"]
+    settings = [f"{key}={value}" for key, value in changed(about["method"], about["settings"]).items()]
+    return f"{name} ({', '.join(settings)})" if settings else str(name)
 
 
 def merge(
@@ -227,5 +232,5 @@ def merge(
     if row.learns and samples is None and coefficients is None:
         raise InputError(f"{method} learns from images; give it samples")
     learned = [samples, coefficients] if row.takes_coefficients else [samples] if row.learns else []
-    with torch.set_grad_enabled(bool(row.learns)):
+    with torch.set_grad_enabled(row.learns):
         return row.function(pretrained, experts, *learned, **settings)

@@ -78,33 +78,18 @@ def learn_coefficients(
     *,
     layerwise: bool,
     initial: float,
-    split: str,
-    steps: int,
-    lr: float,
-    batch_size: int,
-    seed: int,
+    **how: float | str,
 ) -> tuple[Tensor, list[float]]:
     """Coefficients (T,) or (T, L), and the mean entropy before each step (AdaMerging, eq. 6 and 7).
 
-    `stacked` has the task vectors, each tensor (T, ...), and lies with `theta` on the samples' device.
-
-    As in the reference, what is learned may leave [0, 1], and where it has it is not moved further.
+    `stacked` has the task vectors, each tensor (T, ...), and lies with `theta` on the samples' device; `how` is what
+    `learn` takes. As in the reference, what is learned may leave [0, 1], and where it has it is not moved further.
     """
     count = len(next(iter(stacked.values())))
     free = torch.full((count, len(theta) if layerwise else 1), initial, device=samples.device, requires_grad=True)
     build = blend(theta, stacked, free)
-    course = learn(
-        [free],
-        lambda step: build,
-        list(theta),
-        samples,
-        split=split,
-        steps=steps,
-        lr=lr,
-        batch_size=batch_size,
-        seed=seed,
-        title=f"{'layer' if layerwise else 'task'}-wise coefficients",
-    )
+    title = f"{'layer' if layerwise else 'task'}-wise coefficients"
+    course = learn([free], lambda step: build, list(theta), samples, title=title, **how)
     values = free.detach().clamp(0, 1).cpu()
     return (values if layerwise else values[:, 0]), course
 
@@ -117,9 +102,3 @@ def blend(theta: StateDict, stacked: StateDict, free: Tensor) -> Build:
         return theta[name] + torch.tensordot(free[:, column[name]].clamp(0, 1), stacked[name], 1)
 
     return build
-
-
-def window(course: list[float], size: int = 20) -> tuple[float, float]:
-    """Means of the first and the last steps' entropy, which single batches' are too noisy for."""
-    first, last = course[:size], course[-size:]
-    return sum(first) / len(first), sum(last) / len(last)

@@ -97,3 +97,9 @@ def learn(
         optimiser.step()
         samples.progress(step + 1, steps, f"{title}: entropy {course[-1]:.3f}")
     return course
+
+
+def window(course: list[float], size: int = 20) -> tuple[float, float]:
+    """Means of the first and the last steps' entropy, which single batches' are too noisy for."""
+    first, last = course[:size], course[-size:]
+    return sum(first) / len(first), sum(last) / len(last)

@@ -6,12 +6,10 @@ brought to one length. An expert and its information are on the device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from probsurgery.pipeline.merging.vectors import Experts, Merged, Samples, StateDict, add_to
+from probsurgery.pipeline.merging.vectors import Experts, Merged, Samples, StateDict, add_to, on_device, zeros
 
 
 def fisher(
@@ -36,9 +34,9 @@ def fisher(
     weighted: StateDict = {}
     weights: StateDict = {}
     for index, (task, expert) in enumerate(experts.items()):
-        state = {name: expert[name].to(samples.device, torch.float32) for name in pretrained}
+        state = on_device(expert, samples)
         generator = torch.Generator().manual_seed(seed)
-        information = _zeros_like(state)
+        information = zeros(state)
         done = index * images
         for batch, its_labels in samples.take(task, split, images, seed):
             add_squares(information, state, samples, task, batch, its_labels if labels else None, generator)
@@ -85,7 +83,3 @@ def _prepared(information: StateDict, normalise: bool, floor: float) -> StateDic
     mean = sum(f.sum() for f in information.values()) / sum(f.numel() for f in information.values())
     least = (floor * mean).clamp(min=1e-30)
     return {name: f.clamp(min=least) for name, f in information.items()}
-
-
-def _zeros_like(state: Mapping[str, Tensor]) -> StateDict:
-    return {name: torch.zeros_like(tensor) for name, tensor in state.items()}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from probsurgery.pipeline.merging.vectors import Experts, Merged, Samples, StateDict, add_to
+from probsurgery.pipeline.merging.vectors import Experts, Merged, Samples, StateDict, add_to, on_device
 
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 
@@ -36,7 +36,7 @@ def regmean(
     means: StateDict = {}
     turned: set[str] = set()
     for index, (task, expert) in enumerate(experts.items()):
-        state = {name: expert[name].to(samples.device, torch.float32) for name in pretrained}
+        state = on_device(expert, samples)
         watch = InputGrams(state)
         done = index * images
         for batch, _ in samples.take(task, split, images, seed):

@@ -80,7 +80,7 @@ def task_vectors(pretrained: StateDict, experts: Experts) -> Iterator[Vector]:
 
 def zeros(pretrained: StateDict) -> StateDict:
     """Where vectors are to be summed; made before any of them, so that what is freed leaves no holes between."""
-    return {name: torch.zeros(theta.shape) for name, theta in pretrained.items()}
+    return {name: torch.zeros(theta.shape, device=theta.device) for name, theta in pretrained.items()}
 
 
 def total(pretrained: StateDict, vectors: Iterable[Vector]) -> StateDict:
@@ -102,9 +102,9 @@ def add_to(sums: StateDict, name: str, tensor: Tensor) -> None:
     sums[name] = sums[name].add_(tensor) if name in sums else tensor
 
 
-def on_device(pretrained: StateDict, samples: Samples) -> StateDict:
-    """theta_0 where it is computed with; a copy only if that is elsewhere."""
-    return {name: theta.to(samples.device, torch.float32) for name, theta in pretrained.items()}
+def on_device(state: Mapping[str, Tensor], samples: Samples) -> StateDict:
+    """Weights where they are computed with; copies only if that is elsewhere."""
+    return {name: tensor.to(samples.device, torch.float32) for name, tensor in state.items()}
 
 
 def stack(pretrained: StateDict, vectors: Iterable[Vector], count: int, device: torch.device) -> StateDict:
