@@ -69,6 +69,7 @@ _SHARED = typer.Option("--shared", help="One head for all tasks.")
 _HOLDOUT = typer.Option(help="Share of the test rows kept from the fit to evaluate on.")
 _FIT_SPLIT = typer.Option(help="Fit on test (the papers' protocol) or train images.")
 _TASKS = typer.Option(help="Tasks to fit, a,b,... [all in the cache]")
+_ONLINE = typer.Option("--online", help="See each row once, in order of arrival, one at a time.")
 _DEVICE = typer.Option(help="auto, cpu, cuda or cuda:N.")
 _WORKERS = typer.Option(help="Processes that train on a CPU; 0: this one. [by the amount of work]")
 _TF32 = typer.Option("--tf32", help="Multiply in TF32 on CUDA: faster, less exact.")
@@ -238,7 +239,9 @@ def fit_command(
     hidden: Annotated[int | None, typer.Option(help=f"prob: width h. [{ProbSettings.hidden}]")] = None,
     rank: Annotated[int | None, typer.Option(help=f"surgery: rank r. [{SurgerySettings.rank}]")] = None,
     kl_weight: Annotated[float | None, typer.Option(help=f"prob: KL weight. [{ProbSettings.kl_weight:g}]")] = None,
-    samples: Annotated[int | None, typer.Option(help=f"prob: draws in a step. [{ProbSettings.samples}]")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help=f"prob: draws in a step; 0: no noise. [{ProbSettings.samples}]")
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option(help=f"Updates for each task. [prob {ProbSettings.steps}, surgery {SurgerySettings.steps}]"),
@@ -251,6 +254,7 @@ def fit_command(
     fraction: Annotated[float, typer.Option(help="Share of the rows that the fit may see.")] = _F.fraction,
     holdout: Annotated[float, _HOLDOUT] = _F.holdout,
     fit_split: Annotated[str, _FIT_SPLIT] = _F.fit_split,
+    online: Annotated[bool, _ONLINE] = _F.online,
     seed: Annotated[int, typer.Option(help="Seed of row order, noise and starting weights.")] = _F.seed,
     tasks: Annotated[str | None, _TASKS] = None,
     device: Annotated[str, _DEVICE] = _F.device,
@@ -281,6 +285,7 @@ def fit_command(
         fraction=fraction,
         holdout=holdout,
         fit_split=fit_split,
+        online=online,
         seed=seed,
         device=device,
         workers=workers,
@@ -318,6 +323,7 @@ def sweep_command(
     shared: Annotated[bool, _SHARED] = _S.shared,
     holdout: Annotated[float, _HOLDOUT] = _S.holdout,
     fit_split: Annotated[str, _FIT_SPLIT] = _S.fit_split,
+    online: Annotated[bool, _ONLINE] = _S.online,
     tasks: Annotated[str | None, _TASKS] = None,
     device: Annotated[str, _DEVICE] = _S.device,
     workers: Annotated[int | None, _WORKERS] = _S.workers,
@@ -350,6 +356,7 @@ def sweep_command(
         shared=shared,
         holdout=holdout,
         fit_split=fit_split,
+        online=online,
         device=device,
         workers=workers,
         tf32=tf32,

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 
@@ -118,14 +118,15 @@ class ProbSettings(_GradientSettings):
     kl_weight: float = 1e-4
     """Weight lambda of the KL divergence to the standard normal."""
     samples: int = 1
-    """Draws of the correction in a step. The paper names 5, its public code draws 1."""
+    """Draws of the correction in a step. The paper names 5, its public code draws 1. 0: no noise, the mean alone is
+    trained; with a KL weight of 0 that is Surgery of this width."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _integer("--hidden", self.hidden, 1, 16_384)
         _number("--kl-weight", self.kl_weight, 0, 1e6)
         object.__setattr__(self, "kl_weight", float(self.kl_weight) + 0.0)  # -0.0 becomes 0.0
-        _integer("--samples", self.samples, 1, 1_024)
+        _integer("--samples", self.samples, 0, 1_024)
 
 
 @dataclass(frozen=True)
@@ -263,6 +264,9 @@ class FitConfig:
     which is the papers' transductive protocol."""
     fit_split: str = "test"
     """Split whose images are fitted; evaluation is always on test images."""
+    online: bool = False
+    """Each row once, in order of arrival, one at a time (Surgery, Tab. 5): one step a row, whatever the settings'
+    defaults."""
     seed: int = 0
     device: str = "auto"
     workers: int | None = None
@@ -286,8 +290,19 @@ class FitConfig:
             raise InputError("--holdout splits the test rows; with --fit-split train no test row is fitted anyway")
         if self.shared and isinstance(self.head, RidgeSettings):
             raise InputError("--shared is for heads trained step by step: prob, surgery")
+        if self.online:
+            object.__setattr__(self, "head", self._one_step_a_row())
         if self.name is not None:
             _plain_name(self.name)
+
+    def _one_step_a_row(self) -> HeadSettings:
+        if self.shared or isinstance(self.head, RidgeSettings):
+            raise InputError("--online is for heads of one task that are trained step by step: prob, surgery")
+        defaults = type(self.head)()
+        for name in ("steps", "batch_size"):
+            if getattr(self.head, name) not in (1, getattr(defaults, name)):
+                raise InputError(f"--online takes every row once, one at a time; leave {_option(name)} out")
+        return replace(self.head, steps=1, batch_size=1)
 
     @property
     def protocol(self) -> str:
@@ -296,6 +311,7 @@ class FitConfig:
             how = "train"
         else:
             how = f"holdout {number(self.holdout)}" if self.holdout else "transductive"
+        how += ", online" if self.online else ""
         return how if self.fraction == 1 else f"{how}, fraction {number(self.fraction)}"
 
     def default_name(self) -> str:
@@ -303,6 +319,8 @@ class FitConfig:
         kind, defaults = head_kind(self.head), HEAD_SETTINGS[head_kind(self.head)]()
         parts = [kind]
         for name, value in sorted(asdict(self.head).items(), key=lambda item: item[0] not in ("hidden", "rank")):
+            if self.online and name in ("steps", "batch_size"):
+                continue
             if name in ("hidden", "rank") or value != getattr(defaults, name):
                 value = number(value) if isinstance(value, float) else str(value)
                 parts.append(_ABBREVIATIONS.get(name, name) + value)
@@ -334,6 +352,7 @@ class SweepConfig:
     shared: bool = FitConfig.shared
     holdout: float = FitConfig.holdout
     fit_split: str = FitConfig.fit_split
+    online: bool = FitConfig.online
     device: str = FitConfig.device
     workers: int | None = FitConfig.workers
     tf32: bool = FitConfig.tf32

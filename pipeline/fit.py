@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 from probsurgery.pipeline import merging
-from probsurgery.pipeline.config import FitConfig, differences, fingerprint, head_kind
+from probsurgery.pipeline.config import FitConfig, HeadSettings, RidgeSettings, differences, fingerprint, head_kind
 from probsurgery.pipeline.device import available_memory, choose_device
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
 from probsurgery.pipeline.heads import Head, load_head, parameter_count, stack_params
 from probsurgery.pipeline.manifest import software
-from probsurgery.pipeline.protocol import LoadedTasks
+from probsurgery.pipeline.protocol import LoadedTasks, seen_count
 from probsurgery.pipeline.results import append_results, is_result, read_results
 from probsurgery.pipeline.schedule import Wanted, execute, make_plan
 from probsurgery.pipeline.store import Cache
@@ -280,7 +280,9 @@ def _train(
     Features that memory does not hold with ease are taken one task at a time, decoded once into a scratch file, and
     mapped from there.
     """
-    wanted = {wish: Wanted(wish.setting.config.head, len(wish.tasks), cache.dim) for wish in wishes}
+    runs = _runs(wishes)
+    wishes, again = list(runs), []
+    wanted = {wish: Wanted(_to_train(wish, cache), len(wish.tasks), cache.dim) for wish in wishes}
     total, done = sum(one.head_steps for one in wanted.values()), 0
     large = _held_bytes(wishes, cache) > min(map(available_memory, {device, torch.device("cpu")})) / 2
     groups = defaultdict(list)
@@ -310,7 +312,7 @@ def _train(
             plan = plans[key]
             with tempfile.TemporaryDirectory() if large or plan.workers else nullcontext() as folder:
                 loaded = LoadedTasks(cache, _tasks_of(group), common.fit_split, folder and Path(folder))
-                jobs = [_job(wish, loaded) for wish in group]
+                jobs = [_job(wish, cache, loaded, runs[wish]) for wish in group]
                 records = {
                     number: {"device": str(device), "plan": plan.record(stack, jobs[number].settings)}
                     for stack in plan.stacks
@@ -318,7 +320,38 @@ def _train(
                 }
                 for number, outcome in execute(jobs, plan, pool if plan.workers else None, count):
                     yield group[number], outcome, records[number], loaded
+                    for shorter in runs[group[number]]:
+                        steps = shorter.setting.config.head.steps
+                        if isinstance(outcome, ProbsurgeryError) or steps not in outcome.earlier:
+                            again.append(shorter)
+                            continue
+                        record = records[number] | {"from_run_of": jobs[number].settings.steps}
+                        yield shorter, outcome.earlier[steps], record, loaded
                     progress(done, total)
+    if again:  # a longer run failed, which need not befall a shorter one
+        yield from _train(again, cache, device, progress)
+
+
+def _runs(wishes: Sequence[_Wish]) -> dict[_Wish, list[_Wish]]:
+    """The wishes to train, each with those that differ in nothing but fewer steps: they are heads on its way."""
+    runs = defaultdict(list)
+    for wish in wishes:
+        config = wish.setting.config
+        alike = config.head if isinstance(config.head, RidgeSettings) else replace(config.head, steps=1)
+        runs[replace(config, head=alike, name=None), wish.tasks].append(wish)
+    found = {}
+    for group in runs.values():
+        longest = max(group, key=lambda wish: getattr(wish.setting.config.head, "steps", 0))
+        found[longest] = [wish for wish in group if wish is not longest]
+    return found
+
+
+def _to_train(wish: _Wish, cache: Cache) -> HeadSettings:
+    """The head's settings; online it takes a step for each row that it sees."""
+    config = wish.setting.config
+    if not config.online:
+        return config.head
+    return replace(config.head, steps=seen_count(config, cache.rows(wish.tasks[0], config.fit_split)))
 
 
 def _tasks_of(wishes: Sequence[_Wish]) -> tuple[str, ...]:
@@ -331,9 +364,11 @@ def _held_bytes(wishes: Sequence[_Wish], cache: Cache) -> int:
     return sum(3 * 4 * cache.dim * cache.rows(task, split) for task in _tasks_of(wishes) for split in splits)
 
 
-def _job(wish: _Wish, loaded: LoadedTasks) -> Job:
+def _job(wish: _Wish, cache: Cache, loaded: LoadedTasks, shorter: Sequence[_Wish]) -> Job:
     config = wish.setting.config
-    return Job(tuple(loaded.rows(config, task) for task in wish.tasks), config.head, config.seed)
+    rows = tuple(loaded.rows(config, task) for task in wish.tasks)
+    stops = tuple(sorted(its.setting.config.head.steps for its in shorter))
+    return Job(rows, _to_train(wish, cache), config.seed, config.online, stops)
 
 
 def _about(wish: _Wish, task: str) -> dict:

@@ -117,8 +117,13 @@ def split_rows(config: FitConfig, data: TaskData) -> tuple[Tensor, Tensor]:
     return _fraction(config, data.task, seen), held_out if kept else torch.arange(rows)
 
 
+def seen_count(config: FitConfig, rows: int) -> int:
+    """How many of a task's rows in the fitted split the fit may see."""
+    return max(1, round(config.fraction * (rows - round(config.holdout * rows))))
+
+
 def _fraction(config: FitConfig, task: str, rows: Tensor) -> Tensor:
     if config.fraction == 1:
         return rows
     order = torch.randperm(len(rows), generator=generator(task, config.seed, "fraction"))
-    return rows[order[: max(1, round(config.fraction * len(rows)))].sort().values]
+    return rows[order[: seen_count(replace(config, holdout=0.0), len(rows))].sort().values]

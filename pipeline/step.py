@@ -50,7 +50,7 @@ class Stack:
         # A step's results, and views of them: fresh memory costs more than the arithmetic, a view as a small operation.
         self._u, self._slope_u = (torch.empty(heads, batch, width, **like) for _ in range(2))
         self._out, self._slope = (torch.empty(heads, batch, outputs, **like) for _ in range(2))
-        samples = getattr(self.settings, "samples", 1)
+        samples = getattr(self.settings, "samples", 1) or 1  # without a draw, the mean takes its place
         self._corrected, self._spread, self._g = (
             torch.empty(samples, heads, batch, self.dim, **like) for _ in range(3)
         )
@@ -84,10 +84,10 @@ class Stack:
         """Write the gradient of every head's loss into `gradients`; with `note_loss`, add the losses to `loss_sums`."""
         u = torch.bmm(z, self._w_in_t, out=self._u).relu_()
         torch.bmm(u, self._w_out_t, out=self._out)
-        if noise is None:
-            self._surgery_slope(z, expert, note_loss)
-        else:
+        if isinstance(self.settings, ProbSettings):
             self._prob_slope(z, expert, noise, note_loss)
+        else:
+            self._surgery_slope(z, expert, note_loss)
         torch.bmm(self._slope_t, u, out=self.gradients[1])
         torch.bmm(self._slope, self.weights[1], out=self._slope_u).mul_(u.sign_())  # u is never negative
         torch.bmm(self._slope_u_t, z, out=self.gradients[0])
@@ -99,17 +99,17 @@ class Stack:
         if note_loss:
             self.loss_sums += distance(corrected, expert, self.settings.loss)
 
-    def _prob_slope(self, z: Tensor, expert: Tensor, noise: Tensor, note_loss: bool) -> None:
+    def _prob_slope(self, z: Tensor, expert: Tensor, noise: Tensor | None, note_loss: bool) -> None:
         """Write the gradient with respect to mean and log-variance, through the draws ``b = mu + noise sigma``.
 
         As ``z_hat = z - b``: d/d mu takes minus the distance's gradient g, d/d log_var takes ``-g noise sigma / 2``;
-        both are summed over samples and added to the KL divergence's own.
+        both are summed over samples and added to the KL divergence's own. Without noise, b is mu.
         """
         mu = self._mu
         if note_loss:
             self.loss_sums += self._kl_weights * kl_divergence(mu, self._log_var)
         sigma = self._log_var.mul_(0.5).exp_()  # in place of the log-variance
-        spread = torch.mul(noise, sigma, out=self._spread)
+        spread = self._spread.zero_() if noise is None else torch.mul(noise, sigma, out=self._spread)
         corrected = torch.sub(z, spread, out=self._corrected).sub_(mu)
         if note_loss:
             self.loss_sums += distance(corrected, expert, self.settings.loss)

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -85,6 +86,11 @@ class Job:
     rows: tuple[Rows, ...]
     settings: HeadSettings
     seed: int = 0
+    online: bool = False
+    """Take the rows once, as they come, instead of a permutation per epoch."""
+    stops: tuple[int, ...] = ()
+    """Numbers of steps below `settings.steps` after which the head is wanted too. It is copied there and trained on: a
+    run of so many steps alone gives the same."""
 
     @property
     def stream(self) -> str:
@@ -108,6 +114,8 @@ class Fitted:
     """Ridge: the penalty that was used."""
     seconds: float = 0.0
     """Its share of the time that its stack took."""
+    earlier: dict[int, Fitted] = field(default_factory=dict)
+    """The head as it was after each of `Job.stops`. Its curve ends with the last whole block."""
 
 
 Outcome = Fitted | ProbsurgeryError
@@ -124,19 +132,22 @@ def generator(task: str, seed: int, purpose: str) -> torch.Generator:
 class Stream:
     """Row numbers and noise of one (task, seed), for heads that take batches of one size."""
 
-    def __init__(self, task: str, seed: int, rows: int, batch_size: int, dim: int, samples: int) -> None:
-        self.rows, self.batch_size, self.dim = rows, batch_size, dim
+    def __init__(
+        self, task: str, seed: int, rows: int, batch_size: int, dim: int, samples: int, *, online: bool = False
+    ) -> None:
+        self.rows, self.batch_size, self.dim, self.online = rows, batch_size, dim, online
         self._order = generator(task, seed, "rows")
         self._noise = [generator(task, seed, f"noise {sample}") for sample in range(samples)]
         self._left = torch.empty(0, dtype=torch.long)
 
     def batches(self) -> Int[Tensor, "BLOCK B"]:
         """Rows of the next `BLOCK` steps: a permutation per epoch; a batch that one leaves incomplete is filled from
-        the next, so that a task with fewer rows than a batch still trains."""
+        the next, so that a task with fewer rows than a batch still trains. Online: the rows as they come."""
         wanted = BLOCK * self.batch_size
         parts, have = [self._left], len(self._left)
         while have < wanted:
-            parts.append(torch.randperm(self.rows, generator=self._order))
+            in_order = torch.arange(self.rows) if self.online else torch.randperm(self.rows, generator=self._order)
+            parts.append(in_order)
             have += self.rows
         flat = torch.cat(parts)
         self._left = flat[wanted:]
@@ -159,14 +170,16 @@ class Feed:
 
     def __init__(self, jobs: Sequence[Job], device: torch.device, *, ahead: bool) -> None:
         settings, dim, tasks = jobs[0].settings, jobs[0].rows[0].merged.shape[1], len(jobs[0].rows)
-        keys = [(*map(id, job.rows), job.seed) for job in jobs]
+        keys = [(*map(id, job.rows), job.seed, job.online) for job in jobs]
         unique = list(dict.fromkeys(keys))
         self._which = None
         if len(unique) < len(jobs):
             self._which = torch.tensor([unique.index(key) for key in keys], device=device)
         firsts = [jobs[keys.index(key)] for key in unique]
         batch, samples = settings.batch_size, getattr(settings, "samples", 0)
-        self._streams = [[Stream(r.task, j.seed, len(r), batch, dim, samples) for r in j.rows] for j in firsts]
+        self._streams = [
+            [Stream(r.task, j.seed, len(r), batch, dim, samples, online=j.online) for r in j.rows] for j in firsts
+        ]
         # Each task's features once on the device, however many streams take from them.
         features = {id(v): v for j in firsts for r in j.rows for v in (r.merged, r.expert)}
         there = {key: values.to(device) for key, values in features.items()}
@@ -285,6 +298,11 @@ def _train(jobs: Sequence[Job], device: torch.device, graph: bool, progress: Pro
     feed = Feed(jobs, device, ahead=device.type == "cuda")
     curves: list[list[tuple[int, float]]] = [[] for _ in jobs]
     failed: dict[int, ProbsurgeryError] = {}
+    earlier: list[dict[int, Fitted]] = [{} for _ in jobs]
+    stopping = defaultdict(list)
+    for k, job in enumerate(jobs):
+        for steps in job.stops:
+            stopping[steps * tasks].append((k, steps))
     total, done = settings.steps * tasks, 0
     while done < total and len(failed) < len(jobs):
         updates = min(BLOCK * tasks, total - done)
@@ -293,6 +311,9 @@ def _train(jobs: Sequence[Job], device: torch.device, graph: bool, progress: Pro
         noted = [update // tasks % NOTED == 0 for update in range(updates)]  # of a shared head, every task's
         for update in range(updates):
             advance(*feed.batch(update), noted[update])
+            for k, steps in stopping.get(done + update + 1, ()):
+                so_far = (time.perf_counter() - begun) / len(jobs)
+                earlier[k][steps] = Fitted(stack.params(k), list(curves[k]), seconds=so_far)
         done += updates
         means = (stack.loss_sums / sum(noted)).tolist()
         for k, mean in enumerate(means):
@@ -301,7 +322,7 @@ def _train(jobs: Sequence[Job], device: torch.device, graph: bool, progress: Pro
             curves[k].append((done, mean))
         progress(updates * len(jobs))
     seconds = (time.perf_counter() - begun) / len(jobs)
-    fitted = [Fitted(stack.params(k), curve, seconds=seconds) for k, curve in enumerate(curves)]
+    fitted = [Fitted(stack.params(k), curve, seconds=seconds, earlier=earlier[k]) for k, curve in enumerate(curves)]
     for k, one in enumerate(fitted):
         if k not in failed and not all(tensor.isfinite().all() for tensor in one.params.values()):
             failed[k] = ProbsurgeryError("weights are no numbers any more; lower --lr or --kl-weight")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -404,3 +405,51 @@ def test_a_dead_workers_heads_are_named_and_the_others_are_kept(small_cache, run
     code, out, _ = run(*command)
     assert code == 0
     assert "2 of 4 heads fitted" in out
+
+
+def test_a_sweep_over_steps_is_one_run_whose_heads_are_those_of_runs_of_their_own(small_cache, tmp_path, monkeypatch):
+    trained = []
+    real = fit_module.execute
+    monkeypatch.setattr(fit_module, "execute", lambda jobs, *rest: trained.extend(jobs) or real(jobs, *rest))
+    config = SweepConfig(
+        small_cache.path, ("surgery",), {"rank": (2, 3), "steps": (30, 90, 60)}, results=tmp_path / "one"
+    )
+    sweep(config)
+    assert [(job.settings.steps, job.stops) for job in trained] == [(90, (30, 60))] * 4
+    for number, steps in enumerate((30, 60, 90)):
+        sweep(replace(config, values={"rank": (2, 3), "steps": (steps,)}, results=tmp_path / str(number)))
+        own = {(row["request"], row["task"]): row for row in read_results(tmp_path / str(number))}
+        rows = [row for row in read_results(tmp_path / "one") if row["settings"]["steps"] == steps]
+        assert len(rows) == len(own) == 4
+        for row in rows:
+            assert (row["accuracy"], row["bias"]) == tuple(
+                own[row["request"], row["task"]][k] for k in ("accuracy", "bias")
+            )
+            assert row.get("from_run_of") == (90 if steps < 90 else None)
+    assert sweep(config).fitted == 0
+
+
+def test_a_long_run_that_fails_does_not_take_the_short_ones_with_it(small_cache):
+    values = {"steps": (1, 2_000), "lr": (10.0,), "kl_weight": (1e6,)}
+    result = sweep(SweepConfig(small_cache.path, values=values))
+    assert len(result.failures) == 2
+    assert all("the loss is" in reason for _, reason in result.failures)
+    assert {row["settings"]["steps"] for row in read_results(small_cache.path)} == {1}
+    assert result.fitted == 2
+
+
+def test_online_is_a_protocol_of_its_own_and_sees_every_row_once(small_cache, monkeypatch):
+    trained = []
+    real = fit_module.execute
+    monkeypatch.setattr(fit_module, "execute", lambda jobs, *rest: trained.extend(jobs) or real(jobs, *rest))
+    fitted = sweep(SweepConfig(small_cache.path, ("surgery",), fraction=(0.5, 1.0), online=True))
+    assert fitted.protocol == "transductive, online"
+    assert sorted((job.settings.steps, job.settings.batch_size, job.online) for job in trained) == [
+        (6, 1, True),
+        (11, 1, True),
+        (30, 1, True),
+        (60, 1, True),
+    ]
+    rows = read_results(small_cache.path)
+    assert {row["protocol"] for row in rows} == {"transductive, online", "transductive, online, fraction 0.5"}
+    assert {row["settings"]["steps"] for row in rows} == {1}

@@ -230,3 +230,40 @@ def test_a_head_sees_the_rows_that_it_may_see():
     some = fit_heads([Job((replace(data, seen=seen),), settings)])[0].params
     alone = fit_heads([Job((Rows("a", data.merged[seen], data.expert[seen]),), settings)])[0].params
     assert all(torch.equal(some[n], alone[n]) for n in some)
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_heads_on_the_way_are_those_of_shorter_runs_and_leave_the_run_as_it_is(tasks):
+    its_rows = tuple(rows(name, 50, seed) for seed, name in enumerate("abc"[:tasks]))
+    settings = ProbSettings(steps=150, hidden=8)
+    job = Job(its_rows, settings, stops=(10, 64, 100))
+    whole, (fitted,) = fit_heads([replace(job, stops=())])[0], fit_heads([job])
+    assert list(fitted.earlier) == [10, 64, 100]
+    for steps, there in (*fitted.earlier.items(), (150, fitted)):
+        alone = fit_heads([Job(its_rows, replace(settings, steps=steps))])[0]
+        assert all(torch.equal(there.params[n], alone.params[n]) for n in alone.params), steps
+        assert not any(torch.equal(there.params[n], whole.params[n]) for n in whole.params) or steps == 150
+    assert fitted.curve == whole.curve
+
+
+def test_online_takes_each_row_once_in_order_of_arrival():
+    stream = Stream("a", 0, rows=150, batch_size=1, dim=2, samples=1, online=True)
+    assert torch.cat([stream.batches().flatten() for _ in range(3)])[:150].tolist() == list(range(150))
+    data, settings = rows("a", 70), SurgerySettings(steps=70, batch_size=1)
+    online = fit_heads([Job((data,), settings, online=True)])[0].params
+    order = torch.randperm(70, generator=torch.Generator().manual_seed(1))
+    turned = Rows("a", data.merged[order], data.expert[order])
+    assert not torch.equal(fit_heads([Job((turned,), settings, online=True)])[0].params["up"], online["up"])
+    assert not torch.equal(fit_heads([Job((data,), settings)])[0].params["up"], online["up"])
+
+
+def test_without_noise_and_kl_a_probabilistic_head_is_surgery():
+    data = rows("a", 60)
+    prob, other = (
+        fit_heads([Job((data,), ProbSettings(steps=100, hidden=8, samples=n, kl_weight=0))])[0] for n in (0, 1)
+    )
+    surgery = fit_heads([Job((data,), SurgerySettings(steps=100, rank=8))])[0]
+    for ours, theirs in (("hidden", "down"), ("mu", "up")):
+        assert torch.allclose(prob.params[ours], surgery.params[theirs], atol=1e-5, rtol=0)
+        assert not torch.allclose(other.params[ours], surgery.params[theirs], atol=1e-5, rtol=0)
+    assert not prob.params["log_var"].any()
