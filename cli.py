@@ -31,12 +31,14 @@ from probsurgery.pipeline.config import (
     head_settings,
     number,
 )
-from probsurgery.pipeline.errors import InputError, ProbsurgeryError
+from probsurgery.pipeline.errors import InputError, ProbsurgeryError, unknown
 from probsurgery.pipeline.ranks import launched_rank
 
 if TYPE_CHECKING:
-    from probsurgery.pipeline.report import Line, Report
-    from probsurgery.pipeline.sweep import Spread, SweepResult
+    from probsurgery.pipeline.report import Report
+    from probsurgery.pipeline.results import Spread
+    from probsurgery.pipeline.sweep import SweepResult
+    from probsurgery.pipeline.tables import Table
     from probsurgery.pipeline.upkeep import Listed
 
 app = typer.Typer(
@@ -378,32 +380,45 @@ def sweep_command(
 
 @app.command("report")
 def report_command(
-    cache: Annotated[Path, _CACHE],
+    cache: Annotated[list[Path], typer.Option("--cache", help="Folder of a cache; may be repeated.")],
     results: Annotated[Path | None, typer.Option(help="Where heads and results were kept. [in the cache]")] = None,
     with_published: Annotated[
-        bool, typer.Option("--published", help="Print the figures published for this architecture below.")
+        bool, typer.Option("--published", help="Add the figures published for this architecture, with differences.")
     ] = False,
-    as_json: Annotated[bool, _JSON] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="A line for every setting of every sweep, too. [kept heads and defaults]")
+    ] = False,
+    form: Annotated[str, typer.Option("--format", help="text, markdown, latex, csv or json.")] = "text",
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
 ) -> None:
-    """Tables of every result kept with a cache."""
+    """Tables of the results kept with caches: accuracy, bias, what heads cost, and sweeps."""
     from probsurgery.pipeline.report import published, report
+    from probsurgery.pipeline.tables import FORMATS
 
-    reports = report(cache, results)
-    theirs = published(reports[0].arch) if with_published else []
-    if as_json:
-        ours = [asdict(one) for one in reports]
-        _print_json({"measured": ours, "published": theirs} if with_published else ours)
-        return
-    for one in reports:
-        _print_report(one)
-    if with_published and not theirs:
-        _note(f"no figures were published for {reports[0].arch}")
-    if theirs:
-        table = _table(list(theirs[0]))
-        for row in theirs:
-            table.add_row(*row.values())
-        print(f"Published figures for {reports[0].arch}, accuracy in %; none of them was measured here")
-        _console().print(table)
+    form = "json" if as_json else form
+    if form not in ("text", *FORMATS, "json"):
+        raise unknown("format", form, ("text", *FORMATS, "json"))
+    reports = report(cache, results, with_published=with_published, everything=everything)
+    for arch in dict.fromkeys(one.arch for one in reports):
+        if with_published and not published(arch):
+            _note(f"no figures were published for {arch}")
+    hidden = sum(one.others for one in reports)
+    if hidden and not everything:
+        _note(f"{hidden:,} more settings of sweeps are summed up against what varies; --all gives each a line")
+    tables = [table for one in reports for table in one.tables]
+    if form == "json":
+        _print_json([_report_as_json(one) for one in reports])
+    elif form == "text":
+        for table in tables:
+            _print_table(table)
+    else:
+        print(FORMATS[form](tables), end="")
+
+
+def _report_as_json(one: Report) -> dict:
+    about = {name: getattr(one, name) for name in ("caches", "arch", "merges", "protocol", "tasks")}
+    tables = {name: getattr(one, name).to_json() for name in ("accuracy", "bias", "costs")}
+    return about | tables | {"curves": [table.to_json() for table in one.tables[3:]]}
 
 
 @cache_app.command("ls")
@@ -715,34 +730,22 @@ def _value(value: object) -> str:
 
 
 def _spread(figure: Spread | None, form: str) -> str:
-    if figure is None:
-        return "-"
-    return format(figure.mean, form) + ("" if figure.sd is None else f"±{figure.sd:{form}}")
+    from probsurgery.pipeline.tables import spread_text
+
+    return "-" if figure is None else spread_text(figure, form)
 
 
-def _print_report(one: Report) -> None:
-    console = _console()
-    for title, lines, form in (
-        (f"Accuracy in % ({one.cache}: {one.arch}, {one.merge}, {one.protocol})", one.accuracy, ".1f"),
-        ("Bias: mean absolute difference to the expert's features", one.bias, ".3f"),
-    ):
-        table = _table(["", *one.tasks, "Avg"])
-        for line in lines:
-            table.add_row(*_cells(line, one.tasks, form))
-        print(title)
-        console.print(table)
-    table = _table(["", "won back", "parameters", "fit, s"])
-    for label, cost in one.costs.items():
-        won = one.won_back.get(label)
-        won = "-" if won is None else f"{100 * won:.0f} %"
-        table.add_row(label, won, f"{cost.parameters:,}", f"{cost.seconds:.1f}")
-    print("Heads: share of the average loss to the experts won back, parameters of each, seconds of training in all")
-    console.print(table)
+def _print_table(table: Table) -> None:
+    from rich.text import Text
 
-
-def _cells(line: Line, tasks: tuple[str, ...], form: str) -> list[str]:
-    figures = [line.values.get(task) for task in tasks] + [line.mean]
-    return [line.label, *("-" if value is None else format(value, form) for value in figures)]
+    shown = _table([table.first, *table.columns])
+    for line in table.lines:
+        cells = [Text(table.text(line, c), "bold" if table.is_best(line, c) else "") for c in table.columns]
+        shown.add_row(_plain(line.label), *cells)
+    print(table.title)
+    _console().print(shown)
+    for note in table.notes:
+        print(note)
 
 
 @contextmanager

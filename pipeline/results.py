@@ -5,12 +5,37 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 
 _NUMBER = (int, float)
 _ROW = {"task": str, "head": str, "kind": str, "settings": dict, "shared": bool, "seed": int, "protocol": str}
 _ROW |= {"cache": str, "parameters": int, "seconds": _NUMBER, "accuracy": dict, "bias": dict}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure over seeds."""
+
+    mean: float
+    sd: float | None
+    """Standard deviation with n - 1; None for a single seed."""
+    seeds: int = 1
+
+
+def spread(values: Iterable[float]) -> Spread | None:
+    """Mean and standard deviation of one value for each seed; None if there is none."""
+    values = list(values)
+    return Spread(fmean(values), stdev(values) if len(values) > 1 else None, len(values)) if values else None
+
+
+def without_fraction(protocol: str) -> tuple[str, float]:
+    """A protocol, and the share of the rows that it lets the fit see."""
+    found = re.fullmatch(r"(.*), fraction ([0-9.e-]+)", protocol)
+    return (found[1], float(found[2])) if found else (protocol, 1.0)
 
 
 def append_results(folder: Path, rows: Sequence[dict]) -> None:

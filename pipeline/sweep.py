@@ -6,25 +6,17 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean, stdev
+from statistics import fmean
 
 from probsurgery.pipeline.config import FitConfig, SweepConfig, head_kind
 from probsurgery.pipeline.device import available_memory, choose_device
 from probsurgery.pipeline.fit import FitResult, fit_all
+from probsurgery.pipeline.results import Spread, spread
 from probsurgery.pipeline.schedule import HEAD_BYTES, too_large
 from probsurgery.pipeline.store import Cache
 
 Progress = Callable[[int, int, str], None]
 """Told how many head-steps are done, how many there are in all, and which setting is best so far."""
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A figure over seeds."""
-
-    mean: float
-    sd: float | None
-    """Standard deviation with n - 1; None for a single seed."""
 
 
 @dataclass(frozen=True)
@@ -141,15 +133,11 @@ def _line(results: Sequence[FitResult], tasks: Sequence[str], varied: Sequence[s
     }
     by_task, average = {}, {}
     for name, figure in figures.items():
-        by_task[name] = {t: s for t in tasks if (s := _spread([figure(rows[t]) for rows in seeds if t in rows]))}
+        by_task[name] = {t: s for t in tasks if (s := spread([figure(rows[t]) for rows in seeds if t in rows]))}
         whole = [fmean(figure(row) for row in rows.values()) for rows in seeds if len(rows) == len(tasks)]
-        average[name] = _spread(whole)
+        average[name] = spread(whole)
     setting = _setting(results[0].config, varied)
     return SettingLine(setting, len(whole), by_task["accuracy"], by_task["bias"], average["accuracy"], average["bias"])
-
-
-def _spread(values: Sequence[float]) -> Spread | None:
-    return Spread(fmean(values), stdev(values) if len(values) > 1 else None) if values else None
 
 
 def _baseline(results: Sequence[FitResult], tasks: Sequence[str], kind: str) -> dict[str, float]:

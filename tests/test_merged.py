@@ -75,9 +75,10 @@ def test_every_merge_goes_through_both_stages_and_the_report(all_merges, method)
     assert {row["task"] for row in rows} == set(TASKS)
     assert all(row["bias"]["after"] < row["bias"]["before"] for row in rows)
     (found,) = report(path)
-    assert found.merge.startswith(method)
-    assert f"merged ({found.merge})" in [line.label for line in found.accuracy]
-    assert rows[0]["merge"] == found.merge
+    (name,) = found.merges
+    assert name.startswith(method)
+    assert f"merged ({name})" in [line.label for line in found.accuracy.lines]
+    assert rows[0]["merge"] == name
 
 
 def test_merges_differ_from_each_other(all_merges):
@@ -454,7 +455,7 @@ def test_a_merge_from_a_file_has_a_name_and_its_digest(tmp_path):
     assert held["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert held["bytes"] == file.stat().st_size
     rows = fit(FitConfig(path, SurgerySettings(rank=4, steps=20))).rows
-    assert rows[0]["merge"] == report(path)[0].merge == "my-merge"
+    assert rows[0]["merge"] == report(path)[0].merges[0] == "my-merge"
     unnamed, _ = run(tmp_path, str(file))
     assert unnamed.name == "mini_model_digits8+texture"
     with pytest.raises(InputError, match="exactly one path"):

@@ -35,6 +35,7 @@ FLOORS = {
     "objectives": 1,
     "metrics": 1,
     "results": 1,
+    "tables": 1,
     "mini": 1,
     "ridge": 2,
     "step": 2,
@@ -77,6 +78,7 @@ WITHIN_A_FLOOR = {
     ("reader", "encoders"),
     ("reader", "tasks"),
 }
+WITHIN_A_FLOOR |= {("tables", "results")}
 WITHIN_A_FLOOR |= {("train", "ridge"), ("train", "step"), ("workers", "train")}
 WITHIN_A_FLOOR |= {("schedule", "train"), ("schedule", "workers")}
 
