@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -66,7 +66,9 @@ _S = SweepConfig(cache=Path())
 _JSON = typer.Option("--json", help="Print a machine-readable result on standard output.")
 _CACHE = typer.Option("--cache", help="Folder of the cache, such as cache/mini_ta.")
 _CACHE_ARGUMENT = typer.Argument(metavar="CACHE", help="Folder of the cache.")
-# Options of both `fit` and `sweep`.
+_FORMAT = typer.Option("--format", help="text, markdown, latex, csv or json.")
+_SAME_AS_JSON = typer.Option("--json", help="The same as --format json.")
+# Options of `fit`, `sweep` and `study`.
 _SHARED = typer.Option("--shared", help="One head for all tasks.")
 _HOLDOUT = typer.Option(help="Share of the test rows kept from the fit to evaluate on.")
 _FIT_SPLIT = typer.Option(help="Fit on test (the papers' protocol) or train images.")
@@ -378,6 +380,57 @@ def sweep_command(
         raise ProbsurgeryError("; ".join(failure_lines(result.failures)))
 
 
+@app.command("study")
+def study_command(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Studies; none lists them.")] = None,
+    cache: Annotated[Path | None, _CACHE] = None,
+    seed: Annotated[str, typer.Option(help="Seeds; figures are means and standard deviations over them.")] = "0,1,2",
+    tasks: Annotated[str | None, _TASKS] = None,
+    device: Annotated[str, _DEVICE] = _S.device,
+    workers: Annotated[int | None, _WORKERS] = _S.workers,
+    tf32: Annotated[bool, _TF32] = _S.tf32,
+    results: Annotated[Path | None, _RESULTS] = _S.results,
+    form: Annotated[str, _FORMAT] = "text",
+    as_json: Annotated[bool, _SAME_AS_JSON] = False,
+) -> None:
+    """The papers' analyses, each a sweep of its own: what was fitted before is not fitted again."""
+    from probsurgery.pipeline.study import STUDIES, study
+
+    form = _checked_format("json" if as_json else form)
+    if not names:
+        if form == "json":
+            _print_json({name: {"title": row.title, "paper": row.paper} for name, row in STUDIES.items()})
+            return
+        for name, row in STUDIES.items():
+            print(f"{name:<10} {row.title}{f' ({row.paper})' if row.paper else ''}")
+        return
+    for name in names:
+        if name not in STUDIES:
+            raise unknown("study", name, STUDIES)
+    if cache is None:
+        raise InputError("a study needs a cache; give --cache, such as cache/mini_ta")
+    base = SweepConfig(
+        cache=cache,
+        seed=_numbers("--seed", seed, int),
+        tasks=_names(tasks),
+        device=device,
+        workers=workers,
+        tf32=tf32,
+        results=results,
+    )
+    from probsurgery.pipeline.fit import failure_lines
+
+    found = []
+    for name in dict.fromkeys(names):
+        with _progress("head-steps") as progress:
+            found.append(study(name, base, progress))
+        _note(f"{name}: {found[-1].fitted:,} heads fitted")
+    _print_tables([one.table for one in found], form)
+    failures = [failure for one in found for failure in one.failures]
+    if failures:
+        raise ProbsurgeryError("; ".join(failure_lines(failures)))
+
+
 @app.command("report")
 def report_command(
     cache: Annotated[list[Path], typer.Option("--cache", help="Folder of a cache; may be repeated.")],
@@ -388,16 +441,13 @@ def report_command(
     everything: Annotated[
         bool, typer.Option("--all", help="A line for every setting of every sweep, too. [kept heads and defaults]")
     ] = False,
-    form: Annotated[str, typer.Option("--format", help="text, markdown, latex, csv or json.")] = "text",
-    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
+    form: Annotated[str, _FORMAT] = "text",
+    as_json: Annotated[bool, _SAME_AS_JSON] = False,
 ) -> None:
     """Tables of the results kept with caches: accuracy, bias, what heads cost, and sweeps."""
     from probsurgery.pipeline.report import published, report
-    from probsurgery.pipeline.tables import FORMATS
 
-    form = "json" if as_json else form
-    if form not in ("text", *FORMATS, "json"):
-        raise unknown("format", form, ("text", *FORMATS, "json"))
+    form = _checked_format("json" if as_json else form)
     reports = report(cache, results, with_published=with_published, everything=everything)
     for arch in dict.fromkeys(one.arch for one in reports):
         if with_published and not published(arch):
@@ -405,14 +455,10 @@ def report_command(
     hidden = sum(one.others for one in reports)
     if hidden and not everything:
         _note(f"{hidden:,} more settings of sweeps are summed up against what varies; --all gives each a line")
-    tables = [table for one in reports for table in one.tables]
     if form == "json":
         _print_json([_report_as_json(one) for one in reports])
-    elif form == "text":
-        for table in tables:
-            _print_table(table)
     else:
-        print(FORMATS[form](tables), end="")
+        _print_tables([table for one in reports for table in one.tables], form)
 
 
 def _report_as_json(one: Report) -> dict:
@@ -733,6 +779,27 @@ def _spread(figure: Spread | None, form: str) -> str:
     from probsurgery.pipeline.tables import spread_text
 
     return "-" if figure is None else spread_text(figure, form)
+
+
+def _checked_format(form: str) -> str:
+    from probsurgery.pipeline.tables import FORMATS
+
+    known = ("text", *FORMATS, "json")
+    if form not in known:
+        raise unknown("format", form, known)
+    return form
+
+
+def _print_tables(tables: Sequence[Table], form: str) -> None:
+    from probsurgery.pipeline.tables import FORMATS
+
+    if form == "json":
+        _print_json([table.to_json() for table in tables])
+    elif form in FORMATS:
+        print(FORMATS[form](tables), end="")
+    else:
+        for table in tables:
+            _print_table(table)
 
 
 def _print_table(table: Table) -> None:

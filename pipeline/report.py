@@ -149,7 +149,7 @@ def _read(cache: Cache, results: str | Path | None) -> _Source:
     current = {task: cache.task_fingerprint(task) for task, splits in tasks.items() if "test" in splits}
     rows = [row for row in read_results(folder) if row["cache"] == current.get(row["task"])]
     # A head that was fitted anew has a later row.
-    rows = list({(_setting(row), row["seed"], row["protocol"], row["task"]): row for row in rows}.values())
+    rows = list({(setting_of(row), row["seed"], row["protocol"], row["task"]): row for row in rows}.values())
     if not rows:
         raise InputError(f"no results of this cache in {folder}; run `probsurgery fit --cache {cache.path}` first")
     return _Source(cache, folder, rows)
@@ -172,21 +172,20 @@ def _report(
     chosen = {id(s): _methods(s, everything) for s in sources}
     for source in sources:
         name = names[id(source)]
-        before = {"bias": lambda row: row["bias"]["before"], "accuracy": lambda row: 100 * row["accuracy"]["merged"]}
-        lines = {key: _of_encoder(source.rows, tasks, figure) for key, figure in before.items()}
-        accuracy.append(Line(f"merged ({name})", lines["accuracy"], method=source.merge))
-        bias.append(Line(f"merged ({name})", lines["bias"]))
+        accuracy.append(Line(f"merged ({name})", encoder_line(source.rows, tasks, "merged"), method=source.merge))
+        before = _of_encoder(source.rows, tasks, lambda row: row["bias"]["before"])
+        bias.append(Line(f"merged ({name})", before))
         prefix = f"{name} " if len(sources) > 1 else ""
         for method in chosen[id(source)]:
             label, rows = prefix + method.label, method.rows
-            known = {"method": _published_name(source.merge, rows[0])}
-            accuracy.append(Line(label, _values(rows, tasks, lambda row: 100 * row["accuracy"]["head"]), **known))
-            bias.append(Line(label, _values(rows, tasks, lambda row: row["bias"]["after"])))
+            accuracies, biases = head_values(rows, tasks)
+            accuracy.append(Line(label, accuracies, method=_published_name(source.merge, rows[0])))
+            bias.append(Line(label, biases))
             costs.append(Line(label, _cost_values(rows, tasks, arch)))
     lines = [*accuracy, *(_published_lines(arch, accuracy, tasks) if with_published else ())]
     where = f"{arch}, {protocol}"
     shown = sum(map(len, chosen.values()))
-    others = sum(len({_setting(row) + row["protocol"] for row in s.rows}) for s in sources) - shown
+    others = sum(len({setting_of(row) + row["protocol"] for row in s.rows}) for s in sources) - shown
     notes = ("Mean and standard deviation over seeds where there are several.",) if _has_seeds(lines) else ()
     columns = [*tasks, AVERAGE]
     return Report(
@@ -221,9 +220,7 @@ def _baselines(sources: Sequence[_Source], names: dict[int, str], tasks: Sequenc
     """The pre-trained encoder and the experts: once, where all caches agree on them."""
     lines = []
     for kind, label in (("pretrained", "pretrained"), ("individual", "individual experts")):
-        found = {
-            id(s): _of_encoder(s.rows, tasks, lambda row, k=kind: _percent(row["accuracy"].get(k))) for s in sources
-        }
+        found = {id(s): encoder_line(s.rows, tasks, kind) for s in sources}
         found = {key: values for key, values in found.items() if values}
         alike = all(_are_alike(values, next(iter(found.values()))) for values in found.values())
         for key, values in found.items():
@@ -245,7 +242,7 @@ def _methods(source: _Source, everything: bool) -> list[_Method]:
     """The settings that get a line, seeds and tasks together."""
     by_setting: dict[tuple[str, str], list[dict]] = defaultdict(list)
     for row in source.rows:
-        by_setting[_setting(row), row["protocol"]].append(row)
+        by_setting[setting_of(row), row["protocol"]].append(row)
     labels = {key: head_label(rows[0]) for key, rows in by_setting.items()}
     count = Counter(labels.values())
     methods = {
@@ -291,6 +288,18 @@ def _values(rows: Sequence[dict], tasks: Sequence[str], figure: Callable[[dict],
     return {column: spread(values) for column, values in found.items() if values}
 
 
+def head_values(rows: Sequence[dict], tasks: Sequence[str]) -> tuple[dict[str, Spread], dict[str, Spread]]:
+    """Accuracy in percent and bias of a head's setting: for each task over seeds, and the average over tasks."""
+    accuracy = _values(rows, tasks, lambda row: 100 * row["accuracy"]["head"])
+    return accuracy, _values(rows, tasks, lambda row: row["bias"]["after"])
+
+
+def encoder_line(rows: Sequence[dict], tasks: Sequence[str], kind: str) -> dict[str, Spread]:
+    """Accuracy in percent of an encoder (`pretrained`, `individual` or `merged`) on the rows that heads were evaluated
+    on; empty if it is not known."""
+    return _of_encoder(rows, tasks, lambda row: _percent(row["accuracy"].get(kind)))
+
+
 def _of_encoder(
     rows: Sequence[dict], tasks: Sequence[str], figure: Callable[[dict], float | None]
 ) -> dict[str, Spread]:
@@ -299,7 +308,7 @@ def _of_encoder(
     return {c: v if v.sd and v.sd > 1e-9 else Spread(v.mean, None) for c, v in values.items()}
 
 
-def _setting(row: dict) -> str:
+def setting_of(row: dict) -> str:
     """What makes the heads of several tasks and seeds one line, whatever they are called."""
     shared_by = row.get("tasks") if row["shared"] else None
     return fingerprint([row["kind"], row["settings"], shared_by, _is_tf32(row)])
@@ -417,13 +426,7 @@ def _on_axis(row: dict, axis: str) -> tuple[object, str]:
 def _curve(axis: str, by_value: dict[object, list[dict]], prefix: str) -> Curve:
     tasks = list(dict.fromkeys(row["task"] for rows in by_value.values() for row in rows))
     ordered = sorted(by_value, key=lambda value: (isinstance(value, str), value if not isinstance(value, str) else 0))
-    points = {
-        value: Point(
-            _values(by_value[value], tasks, lambda row: 100 * row["accuracy"]["head"]),
-            _values(by_value[value], tasks, lambda row: row["bias"]["after"]),
-        )
-        for value in ordered
-    }
+    points = {value: Point(*head_values(by_value[value], tasks)) for value in ordered}
     first = by_value[ordered[0]][0]
     label = prefix + head_label(first, leave_out=(axis,))
     return Curve(axis, label, without_fraction(first["protocol"])[0], points)

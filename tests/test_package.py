@@ -55,6 +55,7 @@ FLOORS = {
     "fit": 3,
     "sweep": 3,
     "report": 3,
+    "study": 3,
 }
 WITHIN_A_FLOOR = {
     ("config", "errors"),
@@ -71,6 +72,8 @@ WITHIN_A_FLOOR = {
     ("extract", "merged"),
     ("extract", "samples"),
     ("sweep", "fit"),
+    ("study", "fit"),
+    ("study", "report"),
     ("fit", "protocol"),
     ("checkpoints", "pickles"),
     ("weights", "encoders"),
@@ -191,7 +194,7 @@ def test_the_wheel_works_where_there_is_no_checkout(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-COMMANDS = ["extract", "fit", "sweep", "report"]
+COMMANDS = ["extract", "fit", "sweep", "study", "report"]
 COMMANDS += [f"cache {name}" for name in ("ls", "info", "verify", "convert", "rm")]
 
 
