@@ -441,6 +441,11 @@ def report_command(
     everything: Annotated[
         bool, typer.Option("--all", help="A line for every setting of every sweep, too. [kept heads and defaults]")
     ] = False,
+    uncertain: Annotated[
+        bool, typer.Option("--uncertainty", help="Add what kept ProbSurgery heads say of their own certainty.")
+    ] = False,
+    plots: Annotated[Path | None, typer.Option(help="Write figures here, as PNG and SVG.")] = None,
+    tsne: Annotated[bool, typer.Option("--tsne", help="Project features by t-SNE. [PCA]")] = False,
     form: Annotated[str, _FORMAT] = "text",
     as_json: Annotated[bool, _SAME_AS_JSON] = False,
 ) -> None:
@@ -452,13 +457,30 @@ def report_command(
     for arch in dict.fromkeys(one.arch for one in reports):
         if with_published and not published(arch):
             _note(f"no figures were published for {arch}")
+    if plots is not None:
+        from probsurgery.pipeline.figures import draw, prepare
+
+        prepare(plots)
     hidden = sum(one.others for one in reports)
     if hidden and not everything:
         _note(f"{hidden:,} more settings of sweeps are summed up against what varies; --all gives each a line")
+    from probsurgery.pipeline.looks import projection, uncertainties, uncertainty_table
+    from probsurgery.pipeline.store import Cache
+
+    opened = [Cache(path) for path in cache] if uncertain or plots else []
+    found = [one for its in opened for one in uncertainties(its, results)]
+    if uncertain and not found:
+        _note("no ProbSurgery head is kept with these caches; `probsurgery fit` keeps one")
+    certainty = [uncertainty_table(one) for one in found] if uncertain else []
+    if plots is not None:
+        projections = [made for its in opened if (made := projection(its, results, "t-SNE" if tsne else "PCA"))]
+        for path in draw(reports, plots, found, projections):
+            _note(f"{path} and .svg")
     if form == "json":
-        _print_json([_report_as_json(one) for one in reports])
+        ours = [_report_as_json(one) for one in reports]
+        _print_json(ours + [{"uncertainty": table.to_json()} for table in certainty])
     else:
-        _print_tables([table for one in reports for table in one.tables], form)
+        _print_tables([table for one in reports for table in one.tables] + certainty, form)
 
 
 def _report_as_json(one: Report) -> dict:

@@ -6,7 +6,7 @@ import csv
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
+from itertools import groupby, product
 from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
@@ -21,6 +21,7 @@ from probsurgery.pipeline.tasks import SUITES
 
 AXES = ("rank", "hidden", "kl_weight", "steps", "samples", "fraction", "loss", "batch_size", "lr", "penalty")
 """Settings whose sweeps have a table and a figure of their own."""
+GRID = ("hidden", "kl_weight")
 AVERAGE = "Avg"
 
 
@@ -56,6 +57,19 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Grid:
+    """How good heads are against two settings, all others being equal."""
+
+    axes: tuple[str, str]
+    values: tuple[list, list]
+    """Of either setting, in order."""
+    label: str
+    protocol: str
+    points: dict[tuple, Point]
+    """By both settings' values."""
+
+
+@dataclass(frozen=True)
 class Report:
     """What the results of one protocol say, of caches that share architecture and tasks."""
 
@@ -71,6 +85,8 @@ class Report:
     costs: Table
     """What each head wins back, and what it takes."""
     curves: tuple[Curve, ...] = ()
+    grids: tuple[Grid, ...] = ()
+    """Where hidden width and KL weight were swept together."""
     others: int = 0
     """Settings of sweeps that are not among the lines."""
 
@@ -208,6 +224,7 @@ def _report(
             tuple(costs),
         ),
         tuple(curve for source in sources for curve in _curves(source, f"{names[id(source)]} " * (len(sources) > 1))),
+        tuple(grid for source in sources for grid in _grids(source, f"{names[id(source)]} " * (len(sources) > 1))),
         others,
     )
 
@@ -406,6 +423,33 @@ def _curves(source: _Source, prefix: str = "") -> list[Curve]:
                 key = -len(by_value), _departs(first, axis), _rank(fixed), len(found[axis, first["kind"]])
                 found[axis, first["kind"]].append((key, by_value))
     return [_curve(axis, min(curves, key=itemgetter(0))[1], prefix) for (axis, _), curves in found.items()]
+
+
+def _grids(source: _Source, prefix: str) -> list[Grid]:
+    """The largest grid of widths and KL weights, defaults first; none if either has but one value."""
+    groups: dict[str, dict[tuple, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    for row in source.rows:
+        width, weight = (row["settings"].get(axis) for axis in GRID)
+        if isinstance(width, int) and isinstance(weight, float):
+            _, fixed = _on_axis(row | {"settings": row["settings"] | {"hidden": 0}}, "kl_weight")
+            groups[fixed][width, weight].append(row)
+    found = []
+    for by_values in groups.values():
+        weights = defaultdict(set)
+        for width, weight in by_values:
+            weights[width].add(weight)
+        most = max(weights.values(), key=len)  # a width that was tried at fewer weights would leave holes
+        values = sorted(width for width, its in weights.items() if its >= most), sorted(most)
+        if min(map(len, values)) > 1:
+            by_values = {key: by_values[key] for key in product(*values)}
+            first = next(iter(by_values.values()))[0]
+            found.append(((-len(by_values), _departs(first, "hidden"), len(found)), first, values, by_values))
+    if not found:
+        return []
+    _, first, values, by_values = min(found, key=itemgetter(0))
+    tasks = list(dict.fromkeys(row["task"] for rows in by_values.values() for row in rows))
+    points = {key: Point(*head_values(rows, tasks)) for key, rows in by_values.items()}
+    return [Grid(GRID, values, prefix + head_label(first, leave_out=GRID), first["protocol"], points)]
 
 
 def _departs(row: dict, axis: str) -> int:

@@ -56,6 +56,9 @@ FLOORS = {
     "sweep": 3,
     "report": 3,
     "study": 3,
+    "uncertainty": 2,
+    "looks": 3,
+    "figures": 3,
 }
 WITHIN_A_FLOOR = {
     ("config", "errors"),
@@ -74,6 +77,9 @@ WITHIN_A_FLOOR = {
     ("sweep", "fit"),
     ("study", "fit"),
     ("study", "report"),
+    ("looks", "report"),
+    ("figures", "looks"),
+    ("figures", "report"),
     ("fit", "protocol"),
     ("checkpoints", "pickles"),
     ("weights", "encoders"),
