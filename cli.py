@@ -445,6 +445,7 @@ def report_command(
         bool, typer.Option("--uncertainty", help="Add what kept ProbSurgery heads say of their own certainty.")
     ] = False,
     plots: Annotated[Path | None, typer.Option(help="Write figures here, as PNG and SVG.")] = None,
+    page: Annotated[Path | None, typer.Option("--html", help="Write one page with all of it here.")] = None,
     tsne: Annotated[bool, typer.Option("--tsne", help="Project features by t-SNE. [PCA]")] = False,
     form: Annotated[str, _FORMAT] = "text",
     as_json: Annotated[bool, _SAME_AS_JSON] = False,
@@ -461,21 +462,30 @@ def report_command(
         from probsurgery.pipeline.figures import draw, prepare
 
         prepare(plots)
+    if page is not None:
+        from probsurgery.pipeline.page import check_page, write_page
+
+        check_page(page)
     hidden = sum(one.others for one in reports)
     if hidden and not everything:
         _note(f"{hidden:,} more settings of sweeps are summed up against what varies; --all gives each a line")
     from probsurgery.pipeline.looks import projection, uncertainties, uncertainty_table
     from probsurgery.pipeline.store import Cache
 
-    opened = [Cache(path) for path in cache] if uncertain or plots else []
+    opened = [Cache(path) for path in cache] if uncertain or plots or page else []
     found = [one for its in opened for one in uncertainties(its, results)]
     if uncertain and not found:
         _note("no ProbSurgery head is kept with these caches; `probsurgery fit` keeps one")
     certainty = [uncertainty_table(one) for one in found] if uncertain else []
+    figures = plots is not None or page is not None
+    method = "t-SNE" if tsne else "PCA"
+    projections = [made for its in opened if figures and (made := projection(its, results, method))]
     if plots is not None:
-        projections = [made for its in opened if (made := projection(its, results, "t-SNE" if tsne else "PCA"))]
-        for path in draw(reports, plots, found, projections):
-            _note(f"{path} and .svg")
+        for one in draw(reports, plots, found, projections):
+            _note(f"{one.path} and .svg")
+    if page is not None:
+        write_page(page, reports, found, projections)
+        _note(f"{page}: written")
     if form == "json":
         ours = [_report_as_json(one) for one in reports]
         _print_json(ours + [{"uncertainty": table.to_json()} for table in certainty])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,13 +42,22 @@ _KINDS = {"expert": ("#E69F00", "o", 9), "merged": ("#0072B2", "s", 9), "correct
 """Of features: colour, marker and size. Experts first, so that what ought to lie on them is seen."""
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A figure on disk."""
+
+    path: Path
+    """The PNG; the SVG is beside it."""
+    title: str
+
+
 def draw(
     reports: Sequence[Report],
     folder: str | Path,
     uncertainties: Sequence[HeadUncertainty] = (),
     projections: Sequence[Projection] = (),
-) -> list[Path]:
-    """Write every figure that the results allow, as PNG and SVG; gives the PNG files.
+) -> list[Drawn]:
+    """Write every figure that the results allow, as PNG and SVG.
 
     Raises `InputError` as `prepare` does.
     """
@@ -59,13 +69,15 @@ def draw(
             for suffix in ("png", "svg"):
                 metadata = {"Date": None} if suffix == "svg" else None
                 figure.savefig(folder / f"{name}.{suffix}", dpi=160, metadata=metadata)
-            written.append(folder / f"{name}.png")
+            written.append(Drawn(folder / f"{name}.png", figure.get_suptitle() or figure.axes[0].get_title()))
         return written
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path | None) -> None:
     """Raise `InputError` without matplotlib (the extra `plots`), or if the folder cannot be made."""
     with _matplotlib():
+        if folder is None:
+            return
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -79,7 +91,7 @@ def _matplotlib() -> Iterator[Callable[..., Figure]]:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError("--plots needs matplotlib; pip install 'probsurgery[plots]'") from None
+        raise InputError("figures need matplotlib; pip install 'probsurgery[plots]'") from None
     with matplotlib.rc_context(_STYLE):
         yield lambda width, height: Figure(figsize=(width, height))
 
@@ -250,7 +262,7 @@ def _heat_map(grid: Grid, new: Callable[..., Figure]) -> Figure:
         axes.set_ylabel(down.replace("_", " "))
         axes.grid(visible=False)
         axes.set_title("average accuracy, %" if what == "accuracy" else "average bias")
-    figure.suptitle(f"{grid.label.removeprefix('+ ')} ({grid.protocol})")
+    figure.suptitle(f"{grid.label.removeprefix('+ ')}: width and KL weight ({grid.protocol})")
     return figure
 
 
@@ -269,7 +281,7 @@ def _calibration(found: HeadUncertainty, new: Callable[..., Figure]) -> Figure:
     axes.set_ylim(0, max(most, highest))
     axes.set_xlabel("predicted sigma (root mean square)")
     axes.set_ylabel("true residual (root mean square)")
-    figure.suptitle(f"{found.label} ({found.protocol})")
+    figure.suptitle(f"Is sigma calibrated? {found.label} ({found.protocol})")
     figure.legend(
         *axes.get_legend_handles_labels(), loc="outside right center", title="task (rank correlation)", title_fontsize=7
     )
@@ -297,7 +309,7 @@ def _coverage(found: HeadUncertainty, new: Callable[..., Figure]) -> Figure:
         axes.axis("off")
     panels[-1, 0].set_xlabel("images kept, %")
     panels[-1, 0].set_ylabel("accuracy, %")
-    figure.suptitle(f"{found.label} ({found.protocol})")
+    figure.suptitle(f"Accuracy when the least certain are left out: {found.label} ({found.protocol})")
     figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 

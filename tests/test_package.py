@@ -59,6 +59,7 @@ FLOORS = {
     "uncertainty": 2,
     "looks": 3,
     "figures": 3,
+    "page": 3,
 }
 WITHIN_A_FLOOR = {
     ("config", "errors"),
@@ -80,6 +81,9 @@ WITHIN_A_FLOOR = {
     ("looks", "report"),
     ("figures", "looks"),
     ("figures", "report"),
+    ("page", "figures"),
+    ("page", "looks"),
+    ("page", "report"),
     ("fit", "protocol"),
     ("checkpoints", "pickles"),
     ("weights", "encoders"),
