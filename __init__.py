@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from probsurgery.pipeline.heads import Head, load_head
     from probsurgery.pipeline.merging import merge
     from probsurgery.pipeline.metrics import accuracy, representation_bias
+    from probsurgery.pipeline.model import load_model
     from probsurgery.pipeline.report import report
     from probsurgery.pipeline.store import Cache as open_cache
     from probsurgery.pipeline.sweep import sweep
@@ -40,6 +41,7 @@ _HOMES = {
     "fit": ("fit", "fit"),
     "head_settings": ("config", "head_settings"),
     "load_head": ("heads", "load_head"),
+    "load_model": ("model", "load_model"),
     "merge": ("merging", "merge"),
     "open_cache": ("store", "Cache"),
     "report": ("report", "report"),
@@ -58,6 +60,7 @@ __all__ = [
     "fit",
     "head_settings",
     "load_head",
+    "load_model",
     "merge",
     "open_cache",
     "report",

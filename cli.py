@@ -499,6 +499,62 @@ def _report_as_json(one: Report) -> dict:
     return about | tables | {"curves": [table.to_json() for table in one.tables[3:]]}
 
 
+_HEAD = typer.Option("--head", help="Name of a head that is kept with the cache, or its folder.")
+_CHECKPOINTS = typer.Option(help="Folder of checkpoints, as for extract. [the published ones]")
+_MERGED = typer.Option(help="The merged checkpoint that the cache is of, if it was made elsewhere.")
+
+
+@app.command("predict")
+def predict_command(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    cache: Annotated[Path, _CACHE],
+    head: Annotated[str, _HEAD],
+    task: Annotated[str, typer.Option(help="Task whose classes to choose from.")],
+    checkpoints: Annotated[str | None, _CHECKPOINTS] = None,
+    merged: Annotated[Path | None, _MERGED] = None,
+    results: Annotated[Path | None, typer.Option(help="Where heads were kept. [in the cache]")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Classes to name.")] = 3,
+    device: Annotated[str, _DEVICE] = _F.device,
+    as_json: Annotated[bool, _JSON] = False,
+) -> None:
+    """Classify images with the merged encoder and a head of the cache."""
+    from probsurgery.pipeline.device import choose_device
+    from probsurgery.pipeline.model import assemble, predict
+
+    where = choose_device(device)
+    model = assemble(cache, head, checkpoints, merged, results)
+    found = predict(model, task, images, where, top)
+    if as_json:
+        _print_json([asdict(one) for one in found])
+        return
+    for one in found:
+        sigma = "" if one.sigma is None else f"; sigma {one.sigma:.3f}"
+        print(_plain(f"{one.image}: {', '.join(f'{name} {100 * p:.1f} %' for name, p in one.classes)}{sigma}"))
+
+
+@app.command("export")
+def export_command(
+    cache: Annotated[Path, _CACHE],
+    head: Annotated[str, _HEAD],
+    out: Annotated[Path, typer.Option(help="The new folder.")],
+    checkpoints: Annotated[str | None, _CHECKPOINTS] = None,
+    merged: Annotated[Path | None, _MERGED] = None,
+    results: Annotated[Path | None, typer.Option(help="Where heads were kept. [in the cache]")] = None,
+    as_json: Annotated[bool, _JSON] = False,
+) -> None:
+    """Write merged weights, heads, classifiers and preprocessing to a folder that `probsurgery.load_model` reads."""
+    from probsurgery.pipeline.model import FILES, assemble
+
+    if out.exists():  # before the merging
+        raise InputError(f"{out} exists; choose another --out, or delete it")
+    model = assemble(cache, head, checkpoints, merged, results)
+    model.save(out)
+    if as_json:
+        _print_json({"path": str(out), "tasks": list(model.tasks), "files": ["model.json", *FILES]})
+        return
+    print(f"{out}: written, {len(model.tasks)} tasks; probsurgery.load_model({str(out)!r}) reads it")
+
+
 @cache_app.command("ls")
 def cache_ls(
     root: Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of caches, or one cache.")] = _E.root,

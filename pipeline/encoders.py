@@ -97,9 +97,13 @@ def preprocessing(arch: str) -> dict:
 
 def image_transform(arch: str) -> Callable:
     """PIL image -> tensor (3, size, size): open_clip's resize, centre crop, RGB and normalisation."""
+    return transform_of(preprocessing(arch))
+
+
+def transform_of(p: dict) -> Callable:
+    """The same from what `preprocessing` gives."""
     import open_clip
 
-    p = preprocessing(arch)
     return open_clip.image_transform(
         p["image_size"],
         is_train=False,

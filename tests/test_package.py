@@ -60,6 +60,7 @@ FLOORS = {
     "looks": 3,
     "figures": 3,
     "page": 3,
+    "model": 3,
 }
 WITHIN_A_FLOOR = {
     ("config", "errors"),
@@ -82,6 +83,7 @@ WITHIN_A_FLOOR = {
     ("figures", "looks"),
     ("figures", "report"),
     ("page", "figures"),
+    ("model", "merged"),
     ("page", "looks"),
     ("page", "report"),
     ("fit", "protocol"),
@@ -142,7 +144,7 @@ def test_no_module_imports_the_top_level_by_its_bare_name():
 
 
 def test_the_public_names_exist_and_are_documented():
-    assert len(probsurgery.__all__) <= 16
+    assert len(probsurgery.__all__) <= 17
     assert set(probsurgery._HOMES) == set(probsurgery.__all__)
     for name in probsurgery.__all__:
         assert getattr(probsurgery, name).__doc__, name
@@ -204,7 +206,7 @@ def test_the_wheel_works_where_there_is_no_checkout(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-COMMANDS = ["extract", "fit", "sweep", "study", "report"]
+COMMANDS = ["extract", "fit", "sweep", "study", "report", "predict", "export"]
 COMMANDS += [f"cache {name}" for name in ("ls", "info", "verify", "convert", "rm")]
 
 
