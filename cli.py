@@ -540,17 +540,23 @@ def export_command(
     checkpoints: Annotated[str | None, _CHECKPOINTS] = None,
     merged: Annotated[Path | None, _MERGED] = None,
     results: Annotated[Path | None, typer.Option(help="Where heads were kept. [in the cache]")] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write TASK.onnx for each task too, and check it.")] = False,
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
     """Write merged weights, heads, classifiers and preprocessing to a folder that `probsurgery.load_model` reads."""
     from probsurgery.pipeline.model import FILES, assemble
+    from probsurgery.pipeline.onnx_files import require_onnx, write_onnx
 
     if out.exists():  # before the merging
         raise InputError(f"{out} exists; choose another --out, or delete it")
+    if onnx:
+        require_onnx()
     model = assemble(cache, head, checkpoints, merged, results)
-    model.save(out)
+    with _progress("tasks") as progress:
+        model.save(out, lambda folder: write_onnx(model, folder, progress) if onnx else None)
     if as_json:
-        _print_json({"path": str(out), "tasks": list(model.tasks), "files": ["model.json", *FILES]})
+        files = ["model.json", *FILES] + [f"{task}.onnx" for task in model.tasks if onnx]
+        _print_json({"path": str(out), "tasks": list(model.tasks), "files": files})
         return
     print(f"{out}: written, {len(model.tasks)} tasks; probsurgery.load_model({str(out)!r}) reads it")
 

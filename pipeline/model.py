@@ -98,8 +98,11 @@ class SurgeryModel(nn.Module):
         names = HEADS[head_kind(self.settings)].shapes(self.settings, self.about["dim"])
         return {name: getattr(self, f"head_{name}")[index : index + 1] for name in names}
 
-    def save(self, folder: str | Path) -> None:
-        """Write the model to a new folder: model.json and three safetensors files. Raises `InputError` if it exists."""
+    def save(self, folder: str | Path, also: Callable[[Path], object] = lambda folder: None) -> None:
+        """Write the model to a new folder: model.json, three safetensors files, and what `also` writes there.
+
+        The folder appears whole or not at all. Raises `InputError` if it exists.
+        """
         folder = Path(folder)
         if folder.exists():
             raise InputError(f"{folder} exists; choose another --out, or delete it")
@@ -109,6 +112,7 @@ class SurgeryModel(nn.Module):
                 written = Path(partial) / folder.name
                 written.mkdir()
                 self._write(written)
+                also(written)
                 written.rename(folder)
         except (OSError, SafetensorError) as error:
             raise InputError(f"cannot write {folder}: {first_line(error)}; choose another --out") from None

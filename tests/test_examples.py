@@ -12,9 +12,8 @@ def test_the_demo_from_python(tmp_path):
     """On a copy that asks for less, as the whole takes a minute."""
     text = EXAMPLE.read_text()
     less = text.replace('ExtractConfig("mini", ', 'ExtractConfig("mini", tasks=("mnist", "fruit"), limit=40, ')
-    less = less.replace('head_settings("prob")', 'head_settings("prob", steps=50)').replace(
-        '("rank", "steps")', '("rank",)'
-    )
+    less = less.replace('head_settings("prob")', 'head_settings("prob", steps=50)')
+    less = less.replace('("rank", "steps")', '("rank",)')
     assert less.count("limit=40") == less.count("steps=50") == less.count('("rank",)') == 1
     (tmp_path / "example.py").write_text(less)
     done = subprocess.run([sys.executable, "example.py", "out"], cwd=tmp_path, capture_output=True, text=True)

@@ -243,3 +243,45 @@ def test_weights_of_another_shape_are_refused(model):
         load_model(model)
     with pytest.raises(InputError, match="no model at"):
         load_model(model / "none")
+
+
+@pytest.mark.parametrize("name", ["prob", "ridge"])
+def test_onnx_files_give_what_torch_gives(cache, images, run, tmp_path, name):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    import onnxruntime
+
+    out = tmp_path / "out"
+    status, text, _ = run("export", "--cache", cache, "--head", name, "--out", out, "--onnx", "--json")
+    assert status == 0
+    assert set(json.loads(text)["files"]) == {path.name for path in out.iterdir()}
+    model = load_model(out)
+    for task in TASKS:
+        session = onnxruntime.InferenceSession(out / f"{task}.onnx", providers=["CPUExecutionProvider"])
+        rows = batch(model, images, task)[:7]
+        outputs = session.run(None, {"images": rows.numpy()})
+        with torch.inference_mode():
+            expected = [model(rows, task)]
+            expected += [model.sigma(model.encoder(rows), task)] if name == "prob" else []
+        for ours, theirs in zip(expected, outputs, strict=True):
+            assert torch.allclose(torch.from_numpy(theirs), ours, atol=1e-4, rtol=1e-4)
+
+
+def test_onnx_that_differs_is_an_error_and_no_folder(cache, run, tmp_path, monkeypatch):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    monkeypatch.setattr("probsurgery.pipeline.onnx_files.TOLERANCE", 0.0)
+    status, _, err = run("export", "--cache", cache, "--head", "prob", "--out", tmp_path / "out", "--onnx")
+    assert status == 1
+    assert "differs from torch's" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_onnx_it_says_what_to_install(cache, run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    out = tmp_path / "out"
+    refused(
+        run("export", "--cache", cache, "--head", "prob", "--out", out, "--onnx"), "pip install 'probsurgery[onnx]'"
+    )
+    assert not out.exists()

@@ -61,6 +61,7 @@ FLOORS = {
     "figures": 3,
     "page": 3,
     "model": 3,
+    "onnx_files": 3,
 }
 WITHIN_A_FLOOR = {
     ("config", "errors"),
@@ -84,6 +85,7 @@ WITHIN_A_FLOOR = {
     ("figures", "report"),
     ("page", "figures"),
     ("model", "merged"),
+    ("onnx_files", "model"),
     ("page", "looks"),
     ("page", "report"),
     ("fit", "protocol"),
