@@ -158,6 +158,10 @@ def extract_command(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out images that cannot be decoded, and record which.")
     ] = _E.skip_bad,
+    corrupt: Annotated[
+        str | None,
+        typer.Option(metavar="KIND[:1-5]", help="Corrupt every image first: noise, blur, contrast or jpeg. [none]"),
+    ] = _E.corrupt,
     any_rows: Annotated[
         bool, typer.Option("--any-rows", help="Take data sets of another size than the papers'.")
     ] = _E.any_rows,
@@ -187,6 +191,7 @@ def extract_command(
         pretrained=pretrained,
         fresh=fresh,
         skip_bad=skip_bad,
+        corrupt=corrupt,
         any_rows=any_rows,
     )
     from probsurgery.pipeline.extract import extract
@@ -632,6 +637,7 @@ def cache_info(cache: Annotated[Path, _CACHE_ARGUMENT], as_json: Annotated[bool,
     settings = "".join(f" {name}={value}" for name, value in merge["settings"].items())
     lines = [
         f"{cache}: {identity['arch']}, merged by {merge.get('name') or merge['method']}{settings}, d={opened.dim}",
+        *([f"images corrupted by {identity['corruption']}"] if "corruption" in identity else []),
         f"kept in {manifest['store']}, {identity['dtype']}, {_size(size_of(cache))}; encoded in "
         f"{identity.get('precision')}",
         f"identity {opened.fingerprint[:16]}, content {opened.content[:16]}",

@@ -219,6 +219,8 @@ class ExtractConfig:
     """Replace a cache that was written with other settings."""
     skip_bad: bool = False
     """Go on past images that cannot be decoded, and keep a record of them."""
+    corrupt: str | None = None
+    """Corrupt every image so before it is encoded, as `noise:3` (see `corruption.CORRUPTIONS`)."""
     any_rows: bool = False
     """Take data sets that have another number of images than the papers'."""
 

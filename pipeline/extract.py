@@ -22,6 +22,7 @@ from probsurgery.pipeline import encoders, merged
 from probsurgery.pipeline.backends import part_range
 from probsurgery.pipeline.checkpoints import StateDict, digest
 from probsurgery.pipeline.config import ExtractConfig
+from probsurgery.pipeline.corruption import checked, corrupt_images
 from probsurgery.pipeline.device import choose_device
 from probsurgery.pipeline.encode import Tally, Target, fill, parts_of
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
@@ -62,6 +63,8 @@ def extract(config: ExtractConfig, progress: Progress = lambda done, total, what
     and the result are of use on rank 0 alone. Raises `InputError` before anything is written if the request cannot be
     met, or if a cache of other settings is where this one would go.
     """
+    if config.corrupt is not None:
+        config = replace(config, corrupt=checked(config.corrupt))
     with joined() as ranks:
         result = Extraction()
         with result.timed("prepare"):
@@ -115,11 +118,7 @@ def _prepare(config: ExtractConfig, ranks: Ranks) -> _Plan:
     classifiers = weights.classifiers(tasks if any(request.learns for request in requests) else now, device)
     digests = {"pretrained": digest(pretrained)}
     digests |= {name: digest(expert) for name, expert in weights.experts(tasks).items()}
-    images = {
-        (split, task.name): open_images(task, split, config.data, config.limit, any_rows=config.any_rows)
-        for split in config.splits
-        for task in now
-    }
+    images = {(split, task.name): _images(config, task, split) for split in config.splits for task in now}
     plan = _Plan(
         tasks, now, device, weights, pretrained, classifiers, images, requests, _identity(config, tasks, digests)
     )
@@ -203,7 +202,12 @@ def _open_task(config: ExtractConfig, plan: _Plan, name: str, split: str) -> Ima
     """Images of a merged task, which may be one that is not extracted now."""
     task = next(task for task in plan.tasks if task.name == name)
     known = plan.images.get((split, name))
-    return known or open_images(task, split, config.data, config.limit, any_rows=config.any_rows)
+    return known or _images(config, task, split)
+
+
+def _images(config: ExtractConfig, task: Task, split: str) -> Images:
+    opened = open_images(task, split, config.data, config.limit, any_rows=config.any_rows)
+    return corrupt_images(opened, config.corrupt) if config.corrupt else opened
 
 
 def _arrays(config: ExtractConfig, plan: _Plan) -> dict[str, dict]:
@@ -305,7 +309,8 @@ def _rows_by_others(work: list[_Work], share: list[_Work], plan: _Plan) -> int:
 
 
 def _identity(config: ExtractConfig, tasks: Sequence[Task], digests: dict[str, str]) -> dict:
-    return {
+    # What was not corrupted has the identity that it had before there was a word for it.
+    return ({"corruption": config.corrupt} if config.corrupt else {}) | {
         "arch": config.arch,
         "suite": tasks[0].suite,
         "dim": encoders.model_config(config.arch)["embed_dim"],

@@ -106,6 +106,7 @@ def _request(name: str, config: ExtractConfig, tasks: Sequence[Task], whole_suit
         label = config.name or Path(name).stem
         about = {"method": "file", "settings": {}} | ({"name": config.name} if config.name else {})
     subset = "" if whole_suite else "_" + "+".join(task.name for task in tasks)
+    subset += "" if config.corrupt is None else "-" + config.corrupt.replace(":", "")
     return Request(name, Path(config.out or Path(config.root) / f"{config.arch}_{label}{subset}"), about, coefficients)
 
 

@@ -199,7 +199,9 @@ def _report(
             bias.append(Line(label, biases))
             costs.append(Line(label, _cost_values(rows, tasks, arch)))
     lines = [*accuracy, *(_published_lines(arch, accuracy, tasks) if with_published else ())]
-    where = f"{arch}, {protocol}"
+    corruptions = {source.cache.identity.get("corruption") for source in sources}
+    kinds = [f"images corrupted by {kind}" for kind in corruptions if len(corruptions) == 1 and kind]
+    where = ", ".join([arch, *kinds, protocol])
     shown = sum(map(len, chosen.values()))
     others = sum(len({setting_of(row) + row["protocol"] for row in s.rows}) for s in sources) - shown
     notes = ("Mean and standard deviation over seeds where there are several.",) if _has_seeds(lines) else ()

@@ -60,6 +60,7 @@ FLOORS = {
     "looks": 3,
     "figures": 3,
     "page": 3,
+    "corruption": 1,
     "model": 3,
     "onnx_files": 3,
 }
