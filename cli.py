@@ -504,6 +504,23 @@ def _report_as_json(one: Report) -> dict:
     return about | tables | {"curves": [table.to_json() for table in one.tables[3:]]}
 
 
+@app.command("transfer")
+def transfer_command(
+    cache: Annotated[Path, _CACHE],
+    on: Annotated[
+        list[Path] | None, typer.Option("--on", help="Another cache, of corrupted images say; may be repeated.")
+    ] = None,
+    results: Annotated[Path | None, typer.Option(help="Where heads were kept. [in the cache]")] = None,
+    form: Annotated[str, _FORMAT] = "text",
+    as_json: Annotated[bool, _SAME_AS_JSON] = False,
+) -> None:
+    """How kept heads do on tasks, and on caches, that they were not fitted on."""
+    from probsurgery.pipeline.transfer import transfer
+
+    form = _checked_format("json" if as_json else form)
+    _print_tables(transfer(cache, on or (), results), form)
+
+
 _HEAD = typer.Option("--head", help="Name of a head that is kept with the cache, or its folder.")
 _CHECKPOINTS = typer.Option(help="Folder of checkpoints, as for extract. [the published ones]")
 _MERGED = typer.Option(help="The merged checkpoint that the cache is of, if it was made elsewhere.")

@@ -61,6 +61,7 @@ FLOORS = {
     "figures": 3,
     "page": 3,
     "corruption": 1,
+    "transfer": 3,
     "model": 3,
     "onnx_files": 3,
 }
@@ -86,6 +87,8 @@ WITHIN_A_FLOOR = {
     ("figures", "report"),
     ("page", "figures"),
     ("model", "merged"),
+    ("transfer", "looks"),
+    ("transfer", "report"),
     ("onnx_files", "model"),
     ("page", "looks"),
     ("page", "report"),
@@ -209,7 +212,7 @@ def test_the_wheel_works_where_there_is_no_checkout(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-COMMANDS = ["extract", "fit", "sweep", "study", "report", "predict", "export"]
+COMMANDS = ["extract", "fit", "sweep", "study", "report", "transfer", "predict", "export"]
 COMMANDS += [f"cache {name}" for name in ("ls", "info", "verify", "convert", "rm")]
 
 
