@@ -14,7 +14,7 @@ from probsurgery.pipeline.config import LOSSES, ProbSettings, RidgeSettings, Sur
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
 from probsurgery.pipeline.heads import HEADS
 from probsurgery.pipeline.schedule import fit_heads
-from probsurgery.pipeline.train import BLOCK, Job, Rows, Stream, generator
+from probsurgery.pipeline.train import BLOCK, Job, Rows, Stream, generator, train_stack
 
 DIM = 24
 
@@ -267,3 +267,14 @@ def test_without_noise_and_kl_a_probabilistic_head_is_surgery():
         assert torch.allclose(prob.params[ours], surgery.params[theirs], atol=1e-5, rtol=0)
         assert not torch.allclose(other.params[ours], surgery.params[theirs], atol=1e-5, rtol=0)
     assert not prob.params["log_var"].any()
+
+
+@pytest.mark.gpu
+def test_heads_on_the_way_of_a_graph_are_those_of_shorter_runs():
+    job = Job((rows("a", 50),), ProbSettings(steps=150, hidden=8), stops=(2, 64, 100))
+    (fitted,) = train_stack([job], "cuda", graph=True)
+    for steps, there in fitted.earlier.items():
+        (alone,) = train_stack(
+            [replace(job, settings=replace(job.settings, steps=steps), stops=())], "cuda", graph=True
+        )
+        assert all(torch.equal(there.params[n], alone.params[n]) for n in alone.params), steps
