@@ -466,6 +466,7 @@ def _on_axis(row: dict, axis: str) -> tuple[object, str]:
     how, fraction = without_fraction(row["protocol"])
     settings = dict(row["settings"]) | {"fraction": fraction}
     value = settings.pop(axis, None)
+    value = value if isinstance(value, int | float | str) else None
     return value, fingerprint([row["kind"], settings, row["shared"], row.get("tasks") if row["shared"] else 0, how])
 
 

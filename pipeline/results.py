@@ -34,7 +34,7 @@ def spread(values: Iterable[float]) -> Spread | None:
 
 def without_fraction(protocol: str) -> tuple[str, float]:
     """A protocol, and the share of the rows that it lets the fit see."""
-    found = re.fullmatch(r"(.*), fraction ([0-9.e-]+)", protocol)
+    found = re.fullmatch(r"(.*), fraction (\d+(?:\.\d+)?(?:e-\d+)?)", protocol)
     return (found[1], float(found[2])) if found else (protocol, 1.0)
 
 
@@ -74,5 +74,6 @@ def is_result(row: object) -> bool:
     if not isinstance(row.get("request"), str | None):
         return False
     figures = [row["accuracy"].get(kind) for kind in ("individual", "merged", "head")]
+    figures += [row["accuracy"].get("pretrained", 0.0)]
     figures += [row["bias"].get(when) for when in ("before", "after")]
     return all(isinstance(figure, _NUMBER) for figure in figures)

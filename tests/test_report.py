@@ -280,6 +280,23 @@ def test_a_share_of_the_data_and_an_online_fit_have_their_published_names():
     assert {"lw-adamerging+surgery(r=16;online 10%)", "lw-adamerging+surgery(r=16;5% data)"} <= known
 
 
+def test_rows_of_something_else_do_not_stop_a_report(small_cache):
+    rows = fit(FitConfig(small_cache.path, SURGERY)).rows
+    odd = [
+        {"settings": rows[0]["settings"] | {"rank": [4], "loss": {"a": 1}}, "head": "odd"},
+        {"settings": rows[0]["settings"] | {"rank": "four"}, "head": "odder"},
+        {"protocol": "transductive, fraction e-.", "head": "oddest"},
+        {"accuracy": rows[0]["accuracy"] | {"pretrained": "much"}, "head": "last"},
+    ]
+    with (small_cache.path / "results.jsonl").open("a") as file:
+        for number, change in enumerate(odd):
+            file.write(json.dumps(rows[0] | {"request": str(number)} | change) + "\n")
+    first, *others = report(small_cache.path, everything=True)
+    assert "+ Surgery (r=4, 60 steps)" in labels(first.accuracy)
+    assert [one.protocol for one in others] == ["transductive, fraction e-."]
+    assert first.tables
+
+
 def test_no_published_figures_is_said(run, small_cache):
     fit(FitConfig(small_cache.path, PROB))
     status, out, err = run("report", "--cache", small_cache.path, "--published")
