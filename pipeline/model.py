@@ -94,7 +94,8 @@ class SurgeryModel(nn.Module):
         return self.tasks.index(task)
 
     def _params(self, task: str) -> dict[str, Tensor]:
-        index = 0 if self.shared else self._index(task)
+        index = self._index(task)  # of a shared head too: it has no classifier for other tasks
+        index = 0 if self.shared else index
         names = HEADS[head_kind(self.settings)].shapes(self.settings, self.about["dim"])
         return {name: getattr(self, f"head_{name}")[index : index + 1] for name in names}
 
@@ -165,6 +166,8 @@ def load_model(folder: str | Path) -> SurgeryModel:
         found = {name: tuple(values.shape) for name, values in (params | classifiers).items()}
         if found != expected:
             raise InputError(f"{folder} does not hold the heads and classifiers of model.json; export it again")
+        if not all(values.isfinite().all() for values in (encoder | params | classifiers).values()):
+            raise InputError(f"{folder} holds NaN or infinite weights; export the model again")
         tower = encoders.build_visual(about["arch"], encoder)
         return SurgeryModel(tower, head, classifiers, about["class_names"], kept_about).eval()
     except OSError as error:
@@ -261,22 +264,25 @@ def predict(
     model: SurgeryModel, task: str, images: Sequence[Path], device: torch.device | str = "cpu", top: int = 3
 ) -> list[Prediction]:
     """Classify image files. Raises `InputError` naming the first that is none."""
-    names = model.class_names.get(task) or ()
-    opened = []
-    for path in images:
-        try:
-            with Image.open(path) as image:
-                opened.append(model.transform(image))
-        except Exception as error:  # damaged image files raise anything in their decoders
-            raise InputError(f"{path} is not an image that can be read: {first_line(error)}") from None
-    model, predictions = model.to(device), []
-    for start in range(0, len(opened), 64):
-        merged = model.encoder(torch.stack(opened[start : start + 64]).to(device))
+    if task not in model.tasks:
+        raise unknown("task", task, model.tasks)
+    names, model, predictions = model.class_names[task], model.to(device), []
+    for start in range(0, len(images), 64):
+        paths = images[start : start + 64]
+        merged = model.encoder(torch.stack([_opened(model, path) for path in paths]).to(device))
         chances = model.classify(model.correct(merged, task), task).softmax(-1).cpu()
         probabilistic = isinstance(model.settings, ProbSettings) and model.settings.samples
         sigmas = model.sigma(merged, task).tolist() if probabilistic else [None] * len(merged)
-        for path, chance, sigma in zip(images[start : start + 64], chances, sigmas, strict=True):
+        for path, chance, sigma in zip(paths, chances, sigmas, strict=True):
             best = chance.topk(min(top, len(chance)))
             classes = [names[i] if i < len(names) else str(i) for i in best.indices.tolist()]
             predictions.append(Prediction(str(path), tuple(zip(classes, best.values.tolist(), strict=True)), sigma))
     return predictions
+
+
+def _opened(model: SurgeryModel, path: Path) -> Tensor:
+    try:
+        with Image.open(path) as image:
+            return model.transform(image)
+    except Exception as error:  # damaged image files raise anything in their decoders
+        raise InputError(f"{path} is not an image that can be read: {first_line(error)}") from None

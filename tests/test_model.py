@@ -10,7 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import probsurgery
-from probsurgery.pipeline.config import ExtractConfig, FitConfig, ProbSettings, RidgeSettings, SurgerySettings
+from probsurgery.pipeline.config import (
+    ExtractConfig,
+    FitConfig,
+    ProbSettings,
+    RidgeSettings,
+    SurgerySettings,
+    file_digest,
+)
 from probsurgery.pipeline.encoders import MINI
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.extract import extract
@@ -79,6 +86,26 @@ def test_from_images_it_gives_what_the_cache_gives(cache, images, tmp_path, name
             right = (logits.argmax(-1) == opened.labels(task)).double().mean().item()
             assert right == probsurgery.accuracy(expected, opened.classifier(task), opened.labels(task))
             assert not torch.allclose(features, opened.features(task), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["prob", "shared"])
+def test_a_task_that_the_model_has_not_is_refused_by_every_way_in(cache, images, name):
+    model = assemble(cache, name)
+    inputs, merged = batch(model, images, "fruit")[:2], Cache(cache).features("fruit")[:2]
+    for call, values in ((model, inputs), (model.features, inputs), (model.correct, merged), (model.sigma, merged)):
+        with pytest.raises(InputError, match="unknown task 'cars'"):
+            call(values, "cars")
+
+
+def test_weights_that_are_no_numbers_are_refused(model):
+    state = load_file(model / "heads.safetensors")
+    state["mu"][0, 0, 0] = float("nan")
+    save_file(state, model / "heads.safetensors")
+    about = json.loads((model / "model.json").read_text())
+    about["files"]["heads.safetensors"] = file_digest(model / "heads.safetensors")
+    (model / "model.json").write_text(json.dumps(about))
+    with pytest.raises(InputError, match="NaN or infinite weights"):
+        load_model(model)
 
 
 def test_sigma_is_the_heads(cache):
@@ -232,8 +259,6 @@ def test_weights_of_another_shape_are_refused(model):
     state["proj"] = state["proj"][:-1].contiguous()
     save_file(state, model / "merged.safetensors")
     about = json.loads((model / "model.json").read_text())
-    from probsurgery.pipeline.config import file_digest
-
     about["files"]["merged.safetensors"] = file_digest(model / "merged.safetensors")
     (model / "model.json").write_text(json.dumps(about))
     with pytest.raises(InputError, match="lacks or garbles"):
