@@ -15,17 +15,17 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from probsurgery.pipeline.analysis.report import report
     from probsurgery.pipeline.config import ExtractConfig, FitConfig, SweepConfig, head_settings
+    from probsurgery.pipeline.deploy.model import load_model
     from probsurgery.pipeline.errors import ProbsurgeryError
-    from probsurgery.pipeline.extract import extract
-    from probsurgery.pipeline.fit import fit
-    from probsurgery.pipeline.heads import Head, load_head
-    from probsurgery.pipeline.merging import merge
-    from probsurgery.pipeline.metrics import accuracy, representation_bias
-    from probsurgery.pipeline.model import load_model
-    from probsurgery.pipeline.report import report
-    from probsurgery.pipeline.store import Cache as open_cache
-    from probsurgery.pipeline.sweep import sweep
+    from probsurgery.pipeline.extraction.extract import extract
+    from probsurgery.pipeline.fitting.fit import fit
+    from probsurgery.pipeline.fitting.sweep import sweep
+    from probsurgery.pipeline.heads.head import Head, load_head
+    from probsurgery.pipeline.heads.metrics import accuracy, representation_bias
+    from probsurgery.pipeline.merging.registry import merge
+    from probsurgery.pipeline.store.cache import Cache as open_cache
 
 __version__ = "0.1.0"
 
@@ -33,20 +33,20 @@ __version__ = "0.1.0"
 _HOMES = {
     "ExtractConfig": ("config", "ExtractConfig"),
     "FitConfig": ("config", "FitConfig"),
-    "Head": ("heads", "Head"),
+    "Head": ("heads.head", "Head"),
     "ProbsurgeryError": ("errors", "ProbsurgeryError"),
     "SweepConfig": ("config", "SweepConfig"),
-    "accuracy": ("metrics", "accuracy"),
-    "extract": ("extract", "extract"),
-    "fit": ("fit", "fit"),
+    "accuracy": ("heads.metrics", "accuracy"),
+    "extract": ("extraction.extract", "extract"),
+    "fit": ("fitting.fit", "fit"),
     "head_settings": ("config", "head_settings"),
-    "load_head": ("heads", "load_head"),
-    "load_model": ("model", "load_model"),
-    "merge": ("merging", "merge"),
-    "open_cache": ("store", "Cache"),
-    "report": ("report", "report"),
-    "representation_bias": ("metrics", "representation_bias"),
-    "sweep": ("sweep", "sweep"),
+    "load_head": ("heads.head", "load_head"),
+    "load_model": ("deploy.model", "load_model"),
+    "merge": ("merging.registry", "merge"),
+    "open_cache": ("store.cache", "Cache"),
+    "report": ("analysis.report", "report"),
+    "representation_bias": ("heads.metrics", "representation_bias"),
+    "sweep": ("fitting.sweep", "sweep"),
 }
 
 __all__ = [

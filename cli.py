@@ -32,14 +32,14 @@ from probsurgery.pipeline.config import (
     number,
 )
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError, unknown
-from probsurgery.pipeline.ranks import launched_rank
+from probsurgery.pipeline.extraction.distributed import launched_rank
 
 if TYPE_CHECKING:
-    from probsurgery.pipeline.report import Report
-    from probsurgery.pipeline.results import Spread
-    from probsurgery.pipeline.sweep import SweepResult
-    from probsurgery.pipeline.tables import Table
-    from probsurgery.pipeline.upkeep import Listed
+    from probsurgery.pipeline.analysis.report import Report
+    from probsurgery.pipeline.analysis.tables import Table
+    from probsurgery.pipeline.fitting.sweep import SweepResult
+    from probsurgery.pipeline.store.maintenance import Listed
+    from probsurgery.pipeline.store.results import Spread
 
 app = typer.Typer(
     help="Representation surgery for merged CLIP encoders: extract features once, fit heads in seconds.",
@@ -194,7 +194,7 @@ def extract_command(
         corrupt=corrupt,
         any_rows=any_rows,
     )
-    from probsurgery.pipeline.extract import extract
+    from probsurgery.pipeline.extraction.extract import extract
 
     with _progress("images") as progress:
         result = extract(config, progress)
@@ -220,7 +220,7 @@ def extract_command(
 @app.command("merges")
 def merges_command(as_json: Annotated[bool, _JSON] = False) -> None:
     """The merging methods: what each is, where it was published, its settings and their defaults."""
-    from probsurgery.pipeline.merging import METHODS
+    from probsurgery.pipeline.merging.registry import METHODS
 
     if as_json:
         rows = {
@@ -302,7 +302,7 @@ def fit_command(
         name=name,
         results=results,
     )
-    from probsurgery.pipeline.fit import fit
+    from probsurgery.pipeline.fitting.fit import fit
 
     with _progress("head-steps") as progress:
         result = fit(config, progress)
@@ -372,8 +372,8 @@ def sweep_command(
         results=results,
         keep_heads=keep_heads,
     )
-    from probsurgery.pipeline.fit import failure_lines
-    from probsurgery.pipeline.sweep import sweep
+    from probsurgery.pipeline.fitting.fit import failure_lines
+    from probsurgery.pipeline.fitting.sweep import sweep
 
     with _progress("head-steps") as progress:
         result = sweep(config, progress)
@@ -399,7 +399,7 @@ def study_command(
     as_json: Annotated[bool, _SAME_AS_JSON] = False,
 ) -> None:
     """The papers' analyses, each a sweep of its own: what was fitted before is not fitted again."""
-    from probsurgery.pipeline.study import STUDIES, study
+    from probsurgery.pipeline.analysis.study import STUDIES, study
 
     form = _checked_format("json" if as_json else form)
     if not names:
@@ -423,7 +423,7 @@ def study_command(
         tf32=tf32,
         results=results,
     )
-    from probsurgery.pipeline.fit import failure_lines
+    from probsurgery.pipeline.fitting.fit import failure_lines
 
     found = []
     for name in dict.fromkeys(names):
@@ -456,7 +456,7 @@ def report_command(
     as_json: Annotated[bool, _SAME_AS_JSON] = False,
 ) -> None:
     """Tables of the results kept with caches: accuracy, bias, what heads cost, and sweeps."""
-    from probsurgery.pipeline.report import published, report
+    from probsurgery.pipeline.analysis.report import published, report
 
     form = _checked_format("json" if as_json else form)
     reports = report(cache, results, with_published=with_published, everything=everything)
@@ -464,18 +464,18 @@ def report_command(
         if with_published and not published(arch):
             _note(f"no figures were published for {arch}")
     if plots is not None:
-        from probsurgery.pipeline.figures import draw, prepare
+        from probsurgery.pipeline.analysis.figures import draw, prepare
 
         prepare(plots)
     if page is not None:
-        from probsurgery.pipeline.page import check_page, write_page
+        from probsurgery.pipeline.analysis.page import check_page, write_page
 
         check_page(page)
     hidden = sum(one.others for one in reports)
     if hidden and not everything:
         _note(f"{hidden:,} more settings of sweeps are summed up against what varies; --all gives each a line")
-    from probsurgery.pipeline.looks import projection, uncertainties, uncertainty_table
-    from probsurgery.pipeline.store import Cache
+    from probsurgery.pipeline.analysis.kept_heads import projection, uncertainties, uncertainty_table
+    from probsurgery.pipeline.store.cache import Cache
 
     opened = [Cache(path) for path in cache] if uncertain or plots or page else []
     found = [one for its in opened for one in uncertainties(its, results)]
@@ -515,7 +515,7 @@ def transfer_command(
     as_json: Annotated[bool, _SAME_AS_JSON] = False,
 ) -> None:
     """How kept heads do on tasks, and on caches, that they were not fitted on."""
-    from probsurgery.pipeline.transfer import transfer
+    from probsurgery.pipeline.analysis.transfer import transfer
 
     form = _checked_format("json" if as_json else form)
     _print_tables(transfer(cache, on or (), results), form)
@@ -540,8 +540,8 @@ def predict_command(
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
     """Classify images with the merged encoder and a head of the cache."""
+    from probsurgery.pipeline.deploy.model import assemble, predict
     from probsurgery.pipeline.device import choose_device
-    from probsurgery.pipeline.model import assemble, predict
 
     where = choose_device(device)
     model = assemble(cache, head, checkpoints, merged, results)
@@ -566,8 +566,8 @@ def export_command(
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
     """Write merged weights, heads, classifiers and preprocessing to a folder that `probsurgery.load_model` reads."""
-    from probsurgery.pipeline.model import FILES, assemble
-    from probsurgery.pipeline.onnx_files import require_onnx, write_onnx
+    from probsurgery.pipeline.deploy.model import FILES, assemble
+    from probsurgery.pipeline.deploy.onnx_export import require_onnx, write_onnx
 
     if out.exists():  # before the merging
         raise InputError(f"{out} exists; choose another --out, or delete it")
@@ -589,7 +589,7 @@ def cache_ls(
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
     """The caches in a folder."""
-    from probsurgery.pipeline.upkeep import list_caches, size_of
+    from probsurgery.pipeline.store.maintenance import list_caches, size_of
 
     found = list_caches(root)
     if as_json:
@@ -617,7 +617,7 @@ def _listed(one: Listed) -> dict:
         return about | {"problem": one.problem}
     manifest, identity = one.cache.manifest, one.cache.identity
     rows = sum(data["rows"] for task in manifest["tasks"].values() for data in task["splits"].values())
-    from probsurgery.pipeline.merging import label
+    from probsurgery.pipeline.merging.registry import label
 
     about |= {"arch": identity["arch"], "merge": label(identity["merge"]), "tasks": identity["tasks"], "rows": rows}
     about |= {"store": manifest["store"], "dtype": identity["dtype"], "missing": one.missing, "heads": one.heads}
@@ -627,9 +627,9 @@ def _listed(one: Listed) -> dict:
 @cache_app.command("info")
 def cache_info(cache: Annotated[Path, _CACHE_ARGUMENT], as_json: Annotated[bool, _JSON] = False) -> None:
     """What a cache holds, what it was made from, and what is complete."""
-    from probsurgery.pipeline.manifest import array_digest
-    from probsurgery.pipeline.store import Cache
-    from probsurgery.pipeline.upkeep import size_of
+    from probsurgery.pipeline.store.cache import Cache
+    from probsurgery.pipeline.store.maintenance import size_of
+    from probsurgery.pipeline.store.manifest import array_digest
 
     opened = Cache(cache)
     manifest, identity = opened.manifest, opened.identity
@@ -700,13 +700,13 @@ def cache_verify(
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
     """Read everything and compare it with the manifest; exit status 1 if anything is damaged, repaired or not."""
-    from probsurgery.pipeline import upkeep
-    from probsurgery.pipeline.store import Cache
+    from probsurgery.pipeline.store import maintenance
+    from probsurgery.pipeline.store.cache import Cache
 
     opened = Cache(cache)
     damaged = shards = 0
     checks = []
-    for one in upkeep.repair(cache) if repair else upkeep.check(opened):
+    for one in maintenance.repair(cache) if repair else maintenance.check(opened):
         checks.append(one)
         shards += one.shards - one.missing
         damaged += len(one.problems)
@@ -739,8 +739,8 @@ def cache_convert(
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
     """Write a cache anew in another store or type; the old one, its heads and its results stay."""
-    from probsurgery.pipeline.store import Cache
-    from probsurgery.pipeline.upkeep import convert
+    from probsurgery.pipeline.store.cache import Cache
+    from probsurgery.pipeline.store.maintenance import convert
 
     with _progress("shards") as progress:
         path = convert(cache, store, dtype, out, progress)
@@ -758,7 +758,7 @@ def cache_rm(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Delete caches, with their heads and results; other caches that share files with one keep theirs."""
-    from probsurgery.pipeline.upkeep import Listed, removable, remove, size_of
+    from probsurgery.pipeline.store.maintenance import Listed, removable, remove, size_of
 
     caches = list(dict.fromkeys(caches))
     for path in caches:
@@ -820,7 +820,7 @@ def _table(columns: list[str]):
 def _print_fit(path: Path, rows: list[dict]) -> None:
     from statistics import fmean
 
-    from probsurgery.pipeline.report import cost
+    from probsurgery.pipeline.analysis.report import cost
 
     one = rows[0]
     table = _table(["task", "merged", "with head", "expert", "bias before", "after"])
@@ -893,13 +893,13 @@ def _value(value: object) -> str:
 
 
 def _spread(figure: Spread | None, form: str) -> str:
-    from probsurgery.pipeline.tables import spread_text
+    from probsurgery.pipeline.analysis.tables import spread_text
 
     return "-" if figure is None else spread_text(figure, form)
 
 
 def _checked_format(form: str) -> str:
-    from probsurgery.pipeline.tables import FORMATS
+    from probsurgery.pipeline.analysis.tables import FORMATS
 
     known = ("text", *FORMATS, "json")
     if form not in known:
@@ -908,7 +908,7 @@ def _checked_format(form: str) -> str:
 
 
 def _print_tables(tables: Sequence[Table], form: str) -> None:
-    from probsurgery.pipeline.tables import FORMATS
+    from probsurgery.pipeline.analysis.tables import FORMATS
 
     if form == "json":
         _print_json([table.to_json() for table in tables])

@@ -28,7 +28,7 @@ def write_checkpoints(folder: Path, count: int) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from probsurgery.pipeline.encoders import expected_shapes
+    from probsurgery.pipeline.models.architectures import expected_shapes
 
     generator = torch.Generator().manual_seed(0)
     base = {n: 0.02 * torch.randn(s, generator=generator) for n, s in expected_shapes("vitb32").items()}
@@ -42,10 +42,10 @@ def measure(folder: Path, method: str, count: int) -> float:
     """The peak of one merge, in this process."""
     import torch
 
-    from probsurgery.pipeline.checkpoints import VisualState, read_tensors
-    from probsurgery.pipeline.encoders import functional
-    from probsurgery.pipeline.merging import METHODS, Samples, merge
-    from probsurgery.pipeline.weights import OnRequest
+    from probsurgery.pipeline.merging.registry import METHODS, Samples, merge
+    from probsurgery.pipeline.models.architectures import functional
+    from probsurgery.pipeline.models.checkpoints import VisualState, read_tensors
+    from probsurgery.pipeline.models.sources import OnRequest
 
     def opened(index: int) -> VisualState:
         return VisualState(read_tensors(folder / f"{index}.safetensors"))
@@ -67,7 +67,7 @@ def measure(folder: Path, method: str, count: int) -> float:
 
 
 def main() -> None:
-    from probsurgery.pipeline.merging import METHODS
+    from probsurgery.pipeline.merging.registry import METHODS
 
     merges = [name for name, row in METHODS.items() if row.function is not None]
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])

@@ -27,17 +27,17 @@ def measure(merge: str, seed: int, root: str) -> dict:
     import torch
 
     import probsurgery
-    from probsurgery.pipeline import merged
-    from probsurgery.pipeline.merging import METHODS
+    from probsurgery.pipeline.extraction import merges
+    from probsurgery.pipeline.merging.registry import METHODS
 
-    found, make = {}, merged.make
+    found, make = {}, merges.make
 
     def watched(request, weights, pretrained, *rest):
         model, peak = peak_of(lambda: make(request, weights, pretrained, *rest))
         found["memory"] = peak / 2**20
         return model
 
-    merged.make = watched
+    merges.make = watched
     drawn = {"seed": seed} if "seed" in METHODS[merge].settings else {}
     config = probsurgery.ExtractConfig("mini", (merge,), drawn, root=Path(root))
     run = probsurgery.extract(config)
@@ -53,7 +53,7 @@ def measure(merge: str, seed: int, root: str) -> dict:
 
 
 def main() -> None:
-    from probsurgery.pipeline.merging import METHODS
+    from probsurgery.pipeline.merging.registry import METHODS
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--merge", nargs="+", default=list(METHODS))

@@ -26,12 +26,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
 
-from probsurgery.pipeline import encoders, extract
 from probsurgery.pipeline.config import ExtractConfig
+from probsurgery.pipeline.datasets.tasks import Task, select_tasks
 from probsurgery.pipeline.device import choose_device
-from probsurgery.pipeline.encode import encode
-from probsurgery.pipeline.tasks import Task, select_tasks
-from probsurgery.pipeline.weights import Weights
+from probsurgery.pipeline.extraction import extract
+from probsurgery.pipeline.extraction.encode import encode
+from probsurgery.pipeline.models import architectures
+from probsurgery.pipeline.models.sources import Weights
 
 ROUNDS = 3
 
@@ -52,9 +53,9 @@ def write_images(folder: Path, count: int, classes: tuple[str, ...]) -> None:
 def write_checkpoints(folder: Path, arch: str, tasks: Sequence[Task]) -> None:
     """A pre-trained model, and an expert and a classifier for each task, all random."""
     for name in ("pretrained", *(task.name for task in tasks)):
-        state = open_clip.CLIP(**encoders.model_config(arch)).visual.state_dict()
+        state = open_clip.CLIP(**architectures.model_config(arch)).visual.state_dict()
         save_file({n: t.contiguous() for n, t in state.items()}, folder / f"{name}.safetensors")
-    dim = encoders.model_config(arch)["embed_dim"]
+    dim = architectures.model_config(arch)["embed_dim"]
     classifiers = {task.name: torch.randn(len(task.class_names), dim) for task in tasks}
     save_file(classifiers, folder / "classifiers.safetensors")
 
@@ -62,8 +63,8 @@ def write_checkpoints(folder: Path, arch: str, tasks: Sequence[Task]) -> None:
 def bare(args: argparse.Namespace, device: torch.device, checkpoints: Path) -> float:
     """Images per second of three encoders on tensors that are on the device already."""
     state = Weights(args.arch, checkpoints).pretrained()
-    towers = [encoders.build_visual(args.arch, state).to(device) for _ in range(3)]
-    size = encoders.preprocessing(args.arch)["image_size"]
+    towers = [architectures.build_visual(args.arch, state).to(device) for _ in range(3)]
+    size = architectures.preprocessing(args.arch)["image_size"]
     batch = torch.randn(args.batch_size, 3, size, size, device=device)
     batches = max(1, args.images // args.batch_size)
     for tower in towers:

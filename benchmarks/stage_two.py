@@ -25,9 +25,9 @@ from torch import nn
 
 from probsurgery.pipeline.config import HeadSettings, ProbSettings, SurgerySettings
 from probsurgery.pipeline.device import choose_device
-from probsurgery.pipeline.heads import parameter_count
-from probsurgery.pipeline.schedule import Wanted, fit_heads, make_plan
-from probsurgery.pipeline.train import Job, Rows
+from probsurgery.pipeline.heads.head import parameter_count
+from probsurgery.pipeline.training.loop import Job, Rows
+from probsurgery.pipeline.training.plan import Wanted, fit_heads, make_plan
 
 ROWS = {"sun397": 19_850, "cars": 8_041, "resisc45": 6_300, "eurosat": 2_700}
 ROWS |= {"svhn": 26_032, "gtsrb": 12_630, "mnist": 10_000, "dtd": 1_880}

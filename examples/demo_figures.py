@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import probsurgery
-from probsurgery.pipeline.figures import draw
-from probsurgery.pipeline.looks import projection, uncertainties
-from probsurgery.pipeline.page import write_page
-from probsurgery.pipeline.study import study
-from probsurgery.pipeline.tables import to_markdown
+from probsurgery.pipeline.analysis.figures import draw
+from probsurgery.pipeline.analysis.kept_heads import projection, uncertainties
+from probsurgery.pipeline.analysis.page import write_page
+from probsurgery.pipeline.analysis.study import study
+from probsurgery.pipeline.analysis.tables import to_markdown
 
 
 def main(folder: Path) -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from jaxtyping import install_import_hook
 
-CHECKED = ("heads", "objectives", "metrics", "ridge", "step", "train")
+CHECKED = ("heads.head", "heads.objectives", "heads.metrics", "heads.ridge", "training.adam_step", "training.loop")
 install_import_hook([f"probsurgery.pipeline.{module}" for module in CHECKED], "beartype.beartype")
 
 import numpy as np
-import processes
 import pytest
 import torch
 
+import processes
 from probsurgery import cli
-from probsurgery.pipeline import backends, encoders
-from probsurgery.pipeline.store import Cache
+from probsurgery.pipeline.models import architectures
+from probsurgery.pipeline.store import formats
+from probsurgery.pipeline.store.cache import Cache
 from support import TINY, write_cache
 
 # The tests' tensors are tiny: a second thread gains nothing and waits for its core on a busy machine.
@@ -43,7 +44,7 @@ def _own_user_cache(tmp_path_factory, monkeypatch):
 @pytest.fixture
 def tiny(monkeypatch):
     """An architecture of the papers' suite that is small enough to make checkpoints of here."""
-    monkeypatch.setitem(encoders.ARCHS, "tiny", TINY)
+    monkeypatch.setitem(architectures.ARCHS, "tiny", TINY)
 
 
 @pytest.fixture(params=["zarr", "hdf5"])
@@ -55,8 +56,8 @@ def store(request):
 def shards_of_processes():
     """Cut arrays here as the extractions of `processes` do."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "SHARD_ROWS", processes.SHARD)
-        patch.setattr(backends, "CHUNK_ROWS", processes.CHUNK)
+        patch.setattr(formats, "SHARD_ROWS", processes.SHARD)
+        patch.setattr(formats, "CHUNK_ROWS", processes.CHUNK)
         yield
 
 

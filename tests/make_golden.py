@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from probsurgery.pipeline.writer import CacheWriter, locked
+from probsurgery.pipeline.store.writer import CacheWriter, locked
 from support import identity
 
 HERE = Path(__file__).parent / "golden"

@@ -6,20 +6,20 @@ import multiprocessing
 import os
 import signal
 
-from probsurgery.pipeline import backends
 from probsurgery.pipeline.config import ExtractConfig
 from probsurgery.pipeline.errors import ProbsurgeryError
+from probsurgery.pipeline.store import formats
 
 SHARD, CHUNK = 64, 32
 """Rows, so that the mini suite has many shards."""
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["processes", "probsurgery.pipeline.extract", "open_clip"])
+_CONTEXT.set_forkserver_preload(["processes", "probsurgery.pipeline.extraction.extract", "open_clip"])
 
 
 def small_shards():
     """Cut arrays into small shards from here on."""
-    backends.SHARD_ROWS, backends.CHUNK_ROWS = SHARD, CHUNK
+    formats.SHARD_ROWS, formats.CHUNK_ROWS = SHARD, CHUNK
 
 
 def start(config: ExtractConfig, environment: dict[str, str] | None = None, largest_file: int | None = None):
@@ -44,7 +44,7 @@ def finish(process, outcome) -> dict:
 def _extract(config, environment, largest_file, outcome):
     import torch
 
-    from probsurgery.pipeline.extract import extract
+    from probsurgery.pipeline.extraction.extract import extract
 
     torch.set_num_threads(1)
     small_shards()

@@ -14,10 +14,10 @@ import torch
 import transformers
 from PIL import Image
 
-from probsurgery.pipeline import backends
-from probsurgery.pipeline.encoders import Arch, model_config
-from probsurgery.pipeline.upkeep import check
-from probsurgery.pipeline.writer import CacheWriter, locked
+from probsurgery.pipeline.models.architectures import Arch, model_config
+from probsurgery.pipeline.store import formats
+from probsurgery.pipeline.store.maintenance import check
+from probsurgery.pipeline.store.writer import CacheWriter, locked
 
 DIM = 16
 TINY = Arch(
@@ -92,8 +92,8 @@ def write_cache(
                 writer.declare({n: {"shape": list(a.shape), "dtype": str(a.dtype)} for n, a in named.items()})
                 writer.declare({f"classifiers/{task}": {"shape": list(classifier.shape), "dtype": "float32"}})
                 writer.write(0, {f"classifiers/{task}": classifier})
-                for part in range(backends.shard_count(rows)):
-                    window = backends.part_range(part, rows)
+                for part in range(formats.shard_count(rows)):
+                    window = formats.part_range(part, rows)
                     writer.write(part, {n: a[window.start : window.stop] for n, a in named.items()})
                 about = {"classes": 3, "class_names": [], "classifier": "0", "splits": {}}
                 about = writer.manifest["tasks"].setdefault(task, about)

@@ -13,10 +13,10 @@ import pytest
 from safetensors.torch import save_file
 
 from probsurgery import cli
-from probsurgery.pipeline import writer
 from probsurgery.pipeline.files import write_atomically
-from probsurgery.pipeline.manifest import write_manifest
-from probsurgery.pipeline.store import Cache
+from probsurgery.pipeline.store import writer
+from probsurgery.pipeline.store.cache import Cache
+from probsurgery.pipeline.store.manifest import write_manifest
 from support import refused, write_cache
 
 FEW = ("--hidden", 8, "--steps", 20)

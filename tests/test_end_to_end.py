@@ -11,7 +11,7 @@ from statistics import fmean
 import pytest
 
 from probsurgery import cli
-from probsurgery.pipeline.encoders import MINI
+from probsurgery.pipeline.models.architectures import MINI
 
 RUNS = {
     "prob": [],

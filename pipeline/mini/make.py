@@ -25,9 +25,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from probsurgery.pipeline import encoders, metrics
-from probsurgery.pipeline.merging import merge
+from probsurgery.pipeline.heads import metrics
+from probsurgery.pipeline.merging.registry import merge
 from probsurgery.pipeline.mini import MINI_TASKS, load
+from probsurgery.pipeline.models import architectures
 
 HERE = Path(__file__).parent
 State = dict[str, Tensor]
@@ -79,12 +80,12 @@ class Recipe:
 
 def build_tower() -> nn.Module:
     """The visual tower that `mini.json` describes, freshly initialised."""
-    return open_clip.CLIP(**encoders.model_config("mini")).visual
+    return open_clip.CLIP(**architectures.model_config("mini")).visual
 
 
 def read_split(split: str) -> dict[str, tuple[Tensor, Tensor]]:
     """Per task the preprocessed images (N, 3, S, S) and the labels (N,)."""
-    transform, data = encoders.image_transform("mini"), {}
+    transform, data = architectures.image_transform("mini"), {}
     for task in MINI_TASKS:
         images, labels = load(task, split)
         data[task] = torch.stack([transform(image) for image in images]), torch.from_numpy(labels)

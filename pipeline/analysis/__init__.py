@@ -1,0 +1,1 @@
+"""Results to studies, tables, figures and the page."""

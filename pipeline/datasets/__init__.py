@@ -1,0 +1,1 @@
+"""Tasks and suites, layouts of data sets on disk, corruptions."""

@@ -1,0 +1,1 @@
+"""A merged encoder with its heads, to predict with and to export."""

@@ -1,0 +1,80 @@
+"""Images -> batches on the device: decoded in worker processes, copied while the batch before is encoded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from probsurgery.pipeline.datasets.tasks import Images
+from probsurgery.pipeline.errors import ProbsurgeryError, first_line
+from probsurgery.pipeline.models.architectures import image_transform, preprocessing
+
+Batch = tuple[Tensor, dict[int, str]]
+"""Images (B, 3, size, size), and the rows among them that could not be decoded, each with the reason."""
+
+
+def read_batches(
+    images: Images, arch: str, rows: Sequence[Sequence[int]], workers: int, device: torch.device
+) -> Iterator[Batch]:
+    """Batches of these rows on the device, in order, preprocessed as the architecture wants it."""
+    batches = DataLoader(
+        _Decoded(images, image_transform(arch), preprocessing(arch)["image_size"]),
+        batch_sampler=rows,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=device.type == "cuda",
+    )
+    return _copied(batches, device) if device.type == "cuda" else iter(batches)
+
+
+def refuse(bad: dict[int, str], where: str) -> None:
+    """Raise `ProbsurgeryError` naming the first image that could not be decoded, if there is one."""
+    for row, problem in bad.items():
+        raise ProbsurgeryError(
+            f"image {row} of {where} cannot be decoded: {problem}; mend it, or leave such images out with --skip-bad"
+        )
+
+
+def default_workers() -> int:
+    """One process for each core that this one may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _copied(batches: DataLoader, device: torch.device) -> Iterator[Batch]:
+    """Copies each batch on a stream of its own while the one before it is encoded."""
+    copying = torch.cuda.Stream(device)
+    waiting = None
+    for batch, bad in batches:
+        with torch.cuda.stream(copying):
+            copied = batch.to(device, non_blocking=True)
+        if waiting is not None:
+            yield waiting
+        torch.cuda.current_stream(device).wait_stream(copying)
+        copied.record_stream(torch.cuda.current_stream(device))
+        waiting = copied, bad
+    if waiting is not None:
+        yield waiting
+
+
+class _Decoded(Dataset):
+    """Images as the encoder takes them. An image that cannot be decoded becomes zeros, with the text of the error."""
+
+    def __init__(self, images: Images, transform: Callable, size: int) -> None:
+        self.images, self.transform, self.size = images, transform, size
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, tuple[int, str] | None]:
+        try:
+            return self.transform(self.images.get(row)), None
+        except Exception as error:  # damaged image files raise anything in their decoders
+            return torch.zeros(3, self.size, self.size), (row, first_line(error))
+
+
+def _collate(items: list[tuple[Tensor, tuple[int, str] | None]]) -> Batch:
+    return default_collate([image for image, _ in items]), dict(problem for _, problem in items if problem)

@@ -1,0 +1,67 @@
+"""Ridge regression from merged to expert features: a baseline in closed form, with nothing to tune."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from probsurgery.pipeline.errors import ProbsurgeryError
+from probsurgery.pipeline.heads.head import Params
+
+PENALTIES = tuple(10.0 ** (exponent / 2) for exponent in range(-12, 5))
+"""Ridge penalties to choose from, relative to the mean eigenvalue of the features' covariance."""
+AT_ONCE = 4096
+"""Rows in memory in float64."""
+
+
+def solve_ridge(
+    merged: Float[Tensor, "N d"],
+    expert: Float[Tensor, "N d"],
+    penalty: float | None = None,
+    device: torch.device | str = "cpu",
+    seen: Int[Tensor, M] | None = None,
+) -> tuple[Params, float]:
+    """Ridge regression ``W z + b`` in float64 and closed form: the parameters, a stack of one, and the penalty used.
+
+    Minimises ``sum |W z + b - z_expert|^2 + N * penalty * s * |W|^2``, the bias not penalised, where s is the mean
+    eigenvalue of the merged features' covariance, over the rows that are `seen` (None: all). Without a given penalty,
+    the one of `PENALTIES` with the least leave-one-out squared error is taken: exact, from the hat matrix, and without
+    labels. The rows are gone through in blocks, so they may be mapped and more than memory holds.
+    """
+    rows = torch.arange(len(merged)) if seen is None else seen
+
+    def blocks() -> Iterator[tuple[Tensor, Tensor]]:
+        for part in rows.split(AT_ONCE):
+            yield merged[part].to(device, torch.float64), expert[part].to(device, torch.float64)
+
+    x_mean, y_mean = sum(torch.stack([x.sum(0), y.sum(0)]) for x, y in blocks()) / len(rows)
+    gram = sum((x - x_mean).T @ (x - x_mean) for x, _ in blocks())
+    eigenvalues, vectors = torch.linalg.eigh(gram)
+    eigenvalues = eigenvalues.clamp(min=0)
+    unit = max(eigenvalues.mean().item(), torch.finfo(torch.float64).tiny)
+    target = vectors.T @ sum((x - x_mean).T @ (y - y_mean) for x, y in blocks())
+
+    def leave_one_out() -> list[float]:
+        """Squared error of each penalty."""
+        errors = [0.0] * len(PENALTIES)
+        for x, y in blocks():
+            projected, y = (x - x_mean) @ vectors, y - y_mean
+            for i, each in enumerate(PENALTIES):
+                shrink = 1 / (eigenvalues + each * unit)
+                residual = y - projected @ (shrink[:, None] * target)
+                leverage = (projected.square() * shrink).sum(1) + 1 / len(rows)
+                errors[i] += (residual / (1 - leverage)[:, None]).square().sum().item()
+        return [error if math.isfinite(error) else math.inf for error in errors]
+
+    if penalty is None:
+        errors = leave_one_out()
+        penalty = PENALTIES[errors.index(min(errors))]
+    weight = (vectors @ (target / (eigenvalues + penalty * unit)[:, None])).T
+    bias = y_mean - weight @ x_mean
+    if not (weight.isfinite().all() and bias.isfinite().all()):
+        raise ProbsurgeryError("ridge regression has no finite solution; raise --penalty")
+    return {"weight": weight.float().cpu()[None], "bias": bias.float().cpu()[None]}, penalty

