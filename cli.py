@@ -29,7 +29,7 @@ from probsurgery.pipeline.config import (
     SurgerySettings,
     SweepConfig,
     head_settings,
-    number,
+    number_text,
 )
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError, unknown
 from probsurgery.pipeline.extraction.distributed import launched_rank
@@ -889,7 +889,7 @@ def _option(name: str) -> str:
 
 
 def _value(value: object) -> str:
-    return number(value) if isinstance(value, float) else str(value)
+    return number_text(value) if isinstance(value, float) else str(value)
 
 
 def _spread(figure: Spread | None, form: str) -> str:

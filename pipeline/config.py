@@ -1,17 +1,17 @@
-"""What a run is asked to do: frozen dataclasses that hold every default, and their fingerprints."""
+"""What a run is asked to do: frozen dataclasses that hold every default."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
+from typing import ClassVar
 
 from probsurgery.pipeline.errors import InputError, unknown
+from probsurgery.pipeline.fingerprints import shortened
 
 LOSSES = ("l1", "mse", "smooth-l1", "cosine")
 DTYPES = ("float32", "float16")
@@ -20,36 +20,8 @@ STORES = ("zarr", "hdf5")
 SPLITS = ("test", "train")
 
 
-def fingerprint(value: object) -> str:
-    """SHA-256 of a JSON-able value, the same on every machine."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
-    """Each leaf in which two nested dictionaries differ, as ``path: a's value / b's value``."""
-    found = []
-    for key in sorted(a.keys() | b.keys()):
-        x, y = a.get(key), b.get(key)
-        if isinstance(x, dict) and isinstance(y, dict):
-            found += differences(x, y, f"{prefix}{key}.")
-        elif x != y:
-            found.append(f"{prefix}{key}: {_brief(x)} / {_brief(y)}")
-    return found
-
-
-def _brief(value: object) -> str:
-    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def number(value: float) -> str:
-    """A number as short as it can be without being another's text: names and protocols tell settings apart."""
+def number_text(value: float) -> str:
+    """The shortest text of a number that reads back as the same number."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
 
@@ -76,7 +48,28 @@ def _plain_name(name: str) -> None:
 
 
 @dataclass(frozen=True)
-class _GradientSettings:
+class _HeadSettings:
+    """What every kind of head says of itself, so that nobody asks which kind it is."""
+
+    kind: ClassVar[str]
+    """The name under which this kind of head is asked for."""
+    title: ClassVar[str]
+    """Its name in tables."""
+    width_name: ClassVar[str | None] = None
+    """Name of the setting that gives its inner width."""
+    is_trained: ClassVar[bool] = True
+    """Whether it is trained step by step, and not solved in closed form."""
+    draws: ClassVar[int] = 0
+    """Noise samples in a training step."""
+
+    @property
+    def predicts_sigma(self) -> bool:
+        """Whether the head gives a standard deviation of its correction that was trained."""
+        return self.draws > 0
+
+
+@dataclass(frozen=True)
+class _TrainedSettings(_HeadSettings):
     """Settings of every head that is trained step by step. A step is one update of one head."""
 
     steps: int = 1_000
@@ -97,8 +90,12 @@ class _GradientSettings:
 
 
 @dataclass(frozen=True)
-class SurgerySettings(_GradientSettings):
+class SurgerySettings(_TrainedSettings):
     """Surgery (Yang et al., ICML 2024): a low-rank correction."""
+
+    kind = "surgery"
+    title = "Surgery"
+    width_name = "rank"
 
     rank: int = 16
     """Rank r of the correction."""
@@ -109,8 +106,12 @@ class SurgerySettings(_GradientSettings):
 
 
 @dataclass(frozen=True)
-class ProbSettings(_GradientSettings):
+class ProbSettings(_TrainedSettings):
     """ProbSurgery (Wei et al., ICML 2025): a Gaussian over the correction."""
+
+    kind = "prob"
+    title = "ProbSurgery"
+    width_name = "hidden"
 
     steps: int = 5_000
     hidden: int = 128
@@ -121,6 +122,11 @@ class ProbSettings(_GradientSettings):
     """Draws of the correction in a step. The paper names 5, its public code draws 1. 0: no noise, the mean alone is
     trained; with a KL weight of 0 that is Surgery of this width."""
 
+    @property
+    def draws(self) -> int:  # type: ignore[override]
+        """Noise samples in a training step."""
+        return self.samples
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _integer("--hidden", self.hidden, 1, 16_384)
@@ -130,8 +136,12 @@ class ProbSettings(_GradientSettings):
 
 
 @dataclass(frozen=True)
-class RidgeSettings:
+class RidgeSettings(_HeadSettings):
     """Ridge regression from merged to expert features, in closed form."""
+
+    kind = "ridge"
+    title = "ridge"
+    is_trained = False
 
     penalty: float | None = None
     """Penalty relative to the mean eigenvalue of the features' covariance; None: chosen by leave-one-out."""
@@ -142,13 +152,10 @@ class RidgeSettings:
 
 
 HeadSettings = SurgerySettings | ProbSettings | RidgeSettings
-HEAD_SETTINGS: dict[str, type] = {"prob": ProbSettings, "surgery": SurgerySettings, "ridge": RidgeSettings}
+HEAD_SETTINGS: dict[str, type[HeadSettings]] = {
+    settings.kind: settings for settings in (ProbSettings, SurgerySettings, RidgeSettings)
+}
 _ABBREVIATIONS = {"hidden": "h", "rank": "r", "kl_weight": "kl", "batch_size": "batch"}
-
-
-def head_kind(settings: HeadSettings) -> str:
-    """The name under which a kind of head is asked for."""
-    return next(name for name, cls in HEAD_SETTINGS.items() if type(settings) is cls)
 
 
 def head_settings(head: str, **given: object) -> HeadSettings:
@@ -290,7 +297,7 @@ class FitConfig:
             raise InputError(f"--holdout is {self.holdout}; it must be from 0 to below 1")
         if self.holdout and self.fit_split == "train":
             raise InputError("--holdout splits the test rows; with --fit-split train no test row is fitted anyway")
-        if self.shared and isinstance(self.head, RidgeSettings):
+        if self.shared and not self.head.is_trained:
             raise InputError("--shared is for heads trained step by step: prob, surgery")
         if self.online:
             object.__setattr__(self, "head", self._one_step_a_row())
@@ -298,7 +305,7 @@ class FitConfig:
             _plain_name(self.name)
 
     def _one_step_a_row(self) -> HeadSettings:
-        if self.shared or isinstance(self.head, RidgeSettings):
+        if self.shared or not self.head.is_trained:
             raise InputError("--online is for heads of one task that are trained step by step: prob, surgery")
         defaults = type(self.head)()
         for name in ("steps", "batch_size"):
@@ -312,19 +319,19 @@ class FitConfig:
         if self.fit_split == "train":
             how = "train"
         else:
-            how = f"holdout {number(self.holdout)}" if self.holdout else "transductive"
+            how = f"holdout {number_text(self.holdout)}" if self.holdout else "transductive"
         how += ", online" if self.online else ""
-        return how if self.fraction == 1 else f"{how}, fraction {number(self.fraction)}"
+        return how if self.fraction == 1 else f"{how}, fraction {number_text(self.fraction)}"
 
     def default_name(self) -> str:
         """The head, its width, and whatever departs from the defaults."""
-        kind, defaults = head_kind(self.head), HEAD_SETTINGS[head_kind(self.head)]()
+        kind, defaults = self.head.kind, type(self.head)()
         parts = [kind]
         for name, value in sorted(asdict(self.head).items(), key=lambda item: item[0] not in ("hidden", "rank")):
             if self.online and name in ("steps", "batch_size"):
                 continue
             if name in ("hidden", "rank") or value != getattr(defaults, name):
-                value = number(value) if isinstance(value, float) else str(value)
+                value = number_text(value) if isinstance(value, float) else str(value)
                 parts.append(_ABBREVIATIONS.get(name, name) + value)
         if self.shared:
             parts.append("shared")
@@ -369,7 +376,7 @@ class SweepConfig:
                 raise InputError(f"{option} is empty; give one value or more, separated by commas")
             value, times = Counter(values).most_common(1)[0]
             if times > 1:
-                raise InputError(f"{option} names {_brief(value)} {times} times; give each value once")
+                raise InputError(f"{option} names {shortened(value)} {times} times; give each value once")
         for name in self.head:
             if name not in HEAD_SETTINGS:
                 raise unknown("head", name, HEAD_SETTINGS)

@@ -1,39 +1,122 @@
-"""Files of a cache: replaced whole or not at all, sealed, and never behind a link."""
+"""Files that are replaced whole or not at all, sealed with a digest, read as JSON once, and never behind a link."""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
-from probsurgery.pipeline.config import file_digest
-from probsurgery.pipeline.errors import InputError
+import msgspec
 
+from probsurgery.pipeline.errors import InputError, first_line
+from probsurgery.pipeline.fingerprints import file_digest
 
-def write_atomically(path: Path, content: bytes | str) -> None:
-    """Replace a file so that a reader sees the old or the new content, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)  # a kill may have left one, and a stranger a link to somewhere else
-    try:
-        with partial.open("xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+T = TypeVar("T")
+Digest = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+"""A SHA-256 in hexadecimal."""
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 
-def seal(path: Path) -> dict:
+class Record(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A frozen record of a JSON file. Its form is checked when it is read; a field at its default is not written."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON's own types."""
+        return msgspec.to_builtins(self)
+
+
+class Seal(Record):
     """Size and digest of a file."""
-    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+
+    bytes: Count
+    sha256: Digest
 
 
-def broken_seal(path: Path, sealed: dict) -> str | None:
+class SourceFile(Record):
+    """A file that something was made from."""
+
+    source: str = ""
+    """Where it came from: a repository of the Hub, or a path in the user's folder."""
+    bytes: int | None = None
+    sha256: str = ""
+    hub_digest: str | None = None
+    """`agrees` with the Hub's own digest, or `unknown`."""
+
+
+def seal(path: Path) -> Seal:
+    """The seal of a file as it is now."""
+    return Seal(bytes=path.stat().st_size, sha256=file_digest(path))
+
+
+def broken_seal(path: Path, sealed: Seal) -> str | None:
     """What is wrong with a sealed file, if anything."""
     if not path.is_file():
         return "is missing"
-    if path.stat().st_size != sealed["bytes"]:
-        return f"has {path.stat().st_size} bytes instead of {sealed['bytes']}"
-    return None if file_digest(path) == sealed["sha256"] else "was changed since it was written (its digest differs)"
+    if path.stat().st_size != sealed.bytes:
+        return f"has {path.stat().st_size} bytes instead of {sealed.bytes}"
+    return None if file_digest(path) == sealed.sha256 else "was changed since it was written (its digest differs)"
+
+
+@contextmanager
+def replaced(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Replace a file or an empty place for a folder: yields a path beside it, which takes its name at the end.
+
+    A reader sees the old or the new content, never a part; after an error nothing is left. With `shared`, several
+    processes may do this at once. A folder that exists is not replaced: renaming onto it raises an OSError.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial" if shared else f"{path.name}.partial")
+    _remove(partial)  # a kill may have left one, and a stranger a link to somewhere else
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Replace a file's content as `replaced` does."""
+    with replaced(path) as partial, partial.open("xb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Replace a JSON file."""
+    write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path, most_bytes: int) -> Any:
+    """A JSON file's value. Raises OSError if it cannot be read, `MalformedError` if it is too large or not JSON."""
+    if path.stat().st_size > most_bytes:
+        raise MalformedError(f"it has more than {most_bytes:,} bytes")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise MalformedError(f"it is not valid JSON: {first_line(error)}") from None
+
+
+def decode(kind: type[T], value: object) -> T:
+    """A value of JSON's types as a record. Raises `MalformedError` that names the field that is missing or wrong."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise MalformedError(first_line(error)[:200]) from None
+    except (OverflowError, RecursionError) as error:
+        raise MalformedError(f"a number or a nesting in it is too large ({first_line(error)[:80]})") from None
+
+
+class MalformedError(ValueError):
+    """A file does not have the form that it should have; the message is a clause for the reader's own error."""
 
 
 def refuse_links(path: Path) -> None:

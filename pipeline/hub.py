@@ -7,8 +7,8 @@ import hashlib
 import re
 from pathlib import Path
 
-from probsurgery.pipeline.config import file_digest
 from probsurgery.pipeline.errors import InputError, first_line
+from probsurgery.pipeline.fingerprints import file_digest
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 """Names under which a repository keeps a model's weights; the first that is there counts."""

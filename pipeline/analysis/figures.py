@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from probsurgery.pipeline.analysis.kept_heads import HeadUncertainty, Projection
 from probsurgery.pipeline.analysis.report import AVERAGE, Curve, Grid, Report
 from probsurgery.pipeline.analysis.tables import BASELINE
-from probsurgery.pipeline.config import number
+from probsurgery.pipeline.config import number_text
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.heads.uncertainty import COVERAGES
 
@@ -213,7 +213,7 @@ def _scale(axes: Axes, axis: str, values: Sequence[object]) -> None:
 
 
 def _tick(value: float) -> str:
-    return number(value) if isinstance(value, float) else f"{value:,}"
+    return number_text(value) if isinstance(value, float) else f"{value:,}"
 
 
 def _reference_lines(axes: Axes, report: Report) -> None:

@@ -13,7 +13,7 @@ from probsurgery.pipeline.analysis.figures import draw, prepare
 from probsurgery.pipeline.analysis.kept_heads import HeadUncertainty, Projection, uncertainty_table
 from probsurgery.pipeline.analysis.report import Report
 from probsurgery.pipeline.analysis.tables import Table
-from probsurgery.pipeline.config import number
+from probsurgery.pipeline.config import number_text
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.files import write_atomically
 from probsurgery.pipeline.store.cache import Cache
@@ -68,7 +68,7 @@ def _provenance(cache: Cache) -> list[tuple[str, str]]:
     """What a cache was made from, as its manifest says."""
     manifest, identity = cache.manifest, cache.identity
     merge = identity["merge"]
-    settings = ", ".join(f"{k}={number(v) if isinstance(v, float) else v}" for k, v in merge["settings"].items())
+    settings = ", ".join(f"{k}={number_text(v) if isinstance(v, float) else v}" for k, v in merge["settings"].items())
     rows = [
         ("cache", str(cache.path)),
         ("architecture", f"{identity['arch']}, d={cache.dim}, features in {identity['dtype']}"),

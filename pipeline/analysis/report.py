@@ -12,9 +12,10 @@ from pathlib import Path
 from statistics import fmean
 
 from probsurgery.pipeline.analysis.tables import BASELINE, DIFFERENCE, PUBLISHED, Line, Table
-from probsurgery.pipeline.config import HEAD_SETTINGS, fingerprint, number
+from probsurgery.pipeline.config import HEAD_SETTINGS, number_text
 from probsurgery.pipeline.datasets.tasks import SUITES
 from probsurgery.pipeline.errors import InputError
+from probsurgery.pipeline.fingerprints import fingerprint
 from probsurgery.pipeline.merging import registry
 from probsurgery.pipeline.models import architectures
 from probsurgery.pipeline.store.cache import Cache
@@ -492,7 +493,7 @@ def curve_table(curve: Curve, tasks: Sequence[str]) -> Table:
 
 
 def _shown(value: object) -> str:
-    return number(value) if isinstance(value, float) else str(value)
+    return number_text(value) if isinstance(value, float) else str(value)
 
 
 _MAIN = {"surgery": ("rank", "steps"), "prob": ("hidden", "steps")}

@@ -16,11 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from probsurgery.pipeline.config import ProbSettings, file_digest, head_kind, head_settings
+from probsurgery.pipeline.config import ProbSettings, head_settings
 from probsurgery.pipeline.datasets.tasks import select_tasks
 from probsurgery.pipeline.errors import InputError, first_line, unknown
 from probsurgery.pipeline.extraction.merges import Request, kept, make
 from probsurgery.pipeline.files import refuse_links
+from probsurgery.pipeline.fingerprints import file_digest
 from probsurgery.pipeline.heads.head import HEADS, Head, load_head, prob_distribution
 from probsurgery.pipeline.merging.coefficients import read_coefficients
 from probsurgery.pipeline.merging.registry import Samples
@@ -72,7 +73,7 @@ class SurgeryModel(nn.Module):
     def correct(self, merged: Float[Tensor, "B d"], task: str) -> Float[Tensor, "B d"]:
         """Merged features with the task's estimated bias subtracted."""
         z = merged.float().unsqueeze(0)
-        return (z - HEADS[head_kind(self.settings)].correction(self._params(task), z))[0]
+        return (z - HEADS[self.settings.kind].correction(self._params(task), z))[0]
 
     def classify(self, corrected: Float[Tensor, "B d"], task: str) -> Float[Tensor, "B C"]:
         """Logits from corrected features."""
@@ -84,7 +85,7 @@ class SurgeryModel(nn.Module):
         Raises `InputError` for heads that predict none.
         """
         if not isinstance(self.settings, ProbSettings):
-            raise InputError(f"{head_kind(self.settings)} heads have no sigma; ProbSurgery's have")
+            raise InputError(f"{self.settings.kind} heads have no sigma; ProbSurgery's have")
         _, log_var = prob_distribution(self._params(task), merged.float().unsqueeze(0))
         return log_var[0].exp().mean(-1).sqrt()
 
@@ -96,7 +97,7 @@ class SurgeryModel(nn.Module):
     def _params(self, task: str) -> dict[str, Tensor]:
         index = self._index(task)  # of a shared head too: it has no classifier for other tasks
         index = 0 if self.shared else index
-        names = HEADS[head_kind(self.settings)].shapes(self.settings, self.about["dim"])
+        names = HEADS[self.settings.kind].shapes(self.settings, self.about["dim"])
         return {name: getattr(self, f"head_{name}")[index : index + 1] for name in names}
 
     def save(self, folder: str | Path, also: Callable[[Path], object] = lambda folder: None) -> None:
@@ -119,7 +120,7 @@ class SurgeryModel(nn.Module):
             raise InputError(f"cannot write {folder}: {first_line(error)}; choose another --out") from None
 
     def _write(self, folder: Path) -> None:
-        names = HEADS[head_kind(self.settings)].shapes(self.settings, self.about["dim"])
+        names = HEADS[self.settings.kind].shapes(self.settings, self.about["dim"])
         tensors = {
             "merged.safetensors": dict(self.encoder.state_dict()),
             "heads.safetensors": {name: getattr(self, f"head_{name}") for name in names},
@@ -127,7 +128,7 @@ class SurgeryModel(nn.Module):
         }
         for name, its in tensors.items():
             save_file({key: value.detach().cpu().contiguous() for key, value in its.items()}, folder / name)
-        about = {"schema": SCHEMA, "head": head_kind(self.settings), "settings": asdict(self.settings)}
+        about = {"schema": SCHEMA, "head": self.settings.kind, "settings": asdict(self.settings)}
         about |= {"tasks": list(self.tasks), "shared": self.shared, "class_names": self.class_names} | self.about
         about["files"] = {name: file_digest(folder / name) for name in FILES}
         (folder / "model.json").write_text(json.dumps(about, indent=1) + "\n")

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from probsurgery.pipeline.config import FitConfig, HeadSettings, RidgeSettings, differences, fingerprint, head_kind
+from probsurgery.pipeline.config import FitConfig, HeadSettings, RidgeSettings
 from probsurgery.pipeline.datasets.tasks import check_names
 from probsurgery.pipeline.device import available_memory, choose_device
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
+from probsurgery.pipeline.fingerprints import differences, fingerprint
 from probsurgery.pipeline.fitting.splits import LoadedTasks, seen_count
 from probsurgery.pipeline.heads.head import Head, load_head, parameter_count, stack_params
 from probsurgery.pipeline.merging import registry
@@ -235,7 +236,7 @@ def _tasks(cache: Cache, config: FitConfig) -> tuple[str, ...]:
 def _request(config: FitConfig, cache: Cache, tasks: Sequence[str]) -> dict:
     """What determines a head: two requests that are equal here give the same head."""
     request = {
-        "head": head_kind(config.head),
+        "head": config.head.kind,
         "settings": asdict(config.head),
         "tasks": list(tasks),
         "shared": config.shared,
@@ -377,7 +378,7 @@ def _about(wish: _Wish, task: str) -> dict:
     return {
         "task": task,
         "head": wish.setting.name,
-        "kind": head_kind(config.head),
+        "kind": config.head.kind,
         "settings": asdict(config.head),
         "shared": config.shared,
         "tasks": list(wish.tasks),

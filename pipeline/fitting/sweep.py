@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from probsurgery.pipeline.config import FitConfig, SweepConfig, head_kind
+from probsurgery.pipeline.config import FitConfig, SweepConfig
 from probsurgery.pipeline.device import available_memory, choose_device
 from probsurgery.pipeline.fitting.fit import FitResult, fit_all
 from probsurgery.pipeline.store.cache import Cache
@@ -121,7 +121,7 @@ class _Best:
 
 
 def _setting(config: FitConfig, varied: Sequence[str]) -> dict[str, object]:
-    settings = {"head": head_kind(config.head), **vars(config.head), "fraction": config.fraction}
+    settings = {"head": config.head.kind, **vars(config.head), "fraction": config.fraction}
     return {name: settings[name] for name in varied if name in settings}
 
 

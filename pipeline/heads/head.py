@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from probsurgery.pipeline.config import HEAD_SETTINGS, HeadSettings, head_kind, head_settings
+from probsurgery.pipeline.config import HEAD_SETTINGS, HeadSettings, head_settings
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError, first_line
 from probsurgery.pipeline.files import refuse_links
 
@@ -112,7 +112,7 @@ HEADS: dict[str, HeadKind] = {
 
 def parameter_count(settings: HeadSettings, d: int) -> int:
     """Trained numbers in one head."""
-    return sum(math.prod(shape) for shape in HEADS[head_kind(settings)].shapes(settings, d).values())
+    return sum(math.prod(shape) for shape in HEADS[settings.kind].shapes(settings, d).values())
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Head:
             raise InputError(f"features have shape {tuple(features.shape)}; this head takes (N, {self.dim})")
         params = {name: tensor.to(features.device) for name, tensor in self.params_of(task).items()}
         z = features.float().unsqueeze(0)
-        return (z - HEADS[head_kind(self.settings)].correction(params, z))[0]
+        return (z - HEADS[self.settings.kind].correction(params, z))[0]
 
     def save(self, folder: Path) -> None:
         """Write head.safetensors and head.json into an existing folder."""
@@ -159,7 +159,7 @@ class Head:
             save_file({name: t.contiguous().cpu() for name, t in self.params.items()}, folder / "head.safetensors")
         except SafetensorError as error:
             raise ProbsurgeryError(f"cannot write {folder / 'head.safetensors'}: {first_line(error)}") from None
-        about = {"schema": SCHEMA, "head": head_kind(self.settings), "settings": asdict(self.settings)}
+        about = {"schema": SCHEMA, "head": self.settings.kind, "settings": asdict(self.settings)}
         about |= {"tasks": list(self.tasks), "shared": self.shared, "dim": self.dim} | self.record
         (folder / "head.json").write_text(json.dumps(about, indent=1) + "\n")
 
@@ -199,7 +199,7 @@ def load_head(path: str | Path) -> Head:
 
 def _load_tensors(folder: Path, settings: HeadSettings, dim: int, stack: int) -> Params:
     """The parameters, read only if the file is as large as they are."""
-    expected = {n: (stack, *shape) for n, shape in HEADS[head_kind(settings)].shapes(settings, dim).items()}
+    expected = {n: (stack, *shape) for n, shape in HEADS[settings.kind].shapes(settings, dim).items()}
     file = folder / "head.safetensors"
     try:
         size, needed = file.stat().st_size, 4 * sum(map(math.prod, expected.values()))

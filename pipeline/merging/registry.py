@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from probsurgery.pipeline.config import SPLITS, number
+from probsurgery.pipeline.config import SPLITS, number_text
 from probsurgery.pipeline.errors import InputError, unknown
 from probsurgery.pipeline.merging.adamerging import adamerging
 from probsurgery.pipeline.merging.arithmetic import task_arithmetic, weight_averaging
@@ -48,8 +48,8 @@ class Setting:
                 value = kind(value)
         except (ValueError, KeyError):
             pass
-        span = "" if math.isinf(self.low) else f" from {number(self.low)}"
-        span += "" if math.isinf(self.high) else f" to {number(self.high)}"
+        span = "" if math.isinf(self.low) else f" from {number_text(self.low)}"
+        span += "" if math.isinf(self.high) else f" to {number_text(self.high)}"
         allowed = {bool: "true or false", int: f"a whole number{span}", float: f"a number{span}"}
         if (
             type(value) is not kind
@@ -90,7 +90,7 @@ def changed(method: str, settings: Mapping[str, object]) -> dict[str, str]:
     """The settings that differ from a method's defaults, as they are written in names and tables."""
     own = METHODS[method].settings if method in METHODS else {}
     return {
-        key.replace("_", "-"): number(value) if isinstance(value, float) else str(value)
+        key.replace("_", "-"): number_text(value) if isinstance(value, float) else str(value)
         for key, value in settings.items()
         if key not in own or value != own[key].default
     }

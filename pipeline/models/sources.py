@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from probsurgery.pipeline import hub
-from probsurgery.pipeline.config import fingerprint
 from probsurgery.pipeline.datasets.tasks import Task
 from probsurgery.pipeline.errors import InputError
+from probsurgery.pipeline.fingerprints import fingerprint
 from probsurgery.pipeline.models import architectures
 from probsurgery.pipeline.models.checkpoints import (
     StateDict,

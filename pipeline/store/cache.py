@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probsurgery.pipeline.config import fingerprint
 from probsurgery.pipeline.errors import DamagedCacheError, InputError, first_line
 from probsurgery.pipeline.files import broken_seal
+from probsurgery.pipeline.fingerprints import fingerprint
 from probsurgery.pipeline.store.formats import BACKENDS, Backend, part_range
 from probsurgery.pipeline.store.manifest import KINDS, content_digest, read_manifest, values_digest
 from probsurgery.pipeline.store.memmap import spill

@@ -31,14 +31,14 @@ def shard_count(rows: int) -> int:
     return math.ceil(rows / SHARD_ROWS)
 
 
-def part_range(part: int, rows: int) -> range:
-    """Rows of one shard of an array."""
-    return range(part * SHARD_ROWS, min(rows, (part + 1) * SHARD_ROWS))
+def shard_rows(number: int, rows: int) -> range:
+    """Rows of one shard of an array of so many rows."""
+    return range(number * SHARD_ROWS, min(rows, (number + 1) * SHARD_ROWS))
 
 
-def part_shape(spec: dict, part: int) -> tuple[int, ...]:
-    """Shape of one shard's values; `spec` is an array's `{"shape", "dtype"}`."""
-    return len(part_range(part, spec["shape"][0])), *spec["shape"][1:]
+def shard_shape(shape: Sequence[int], number: int) -> tuple[int, ...]:
+    """Shape of one shard's values, from the array's."""
+    return len(shard_rows(number, shape[0])), *shape[1:]
 
 
 def _fill(dtype: str) -> float | int:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from probsurgery.pipeline.config import DTYPES, STORES, fingerprint
+from probsurgery.pipeline.config import DTYPES, STORES
 from probsurgery.pipeline.errors import DamagedCacheError, InputError, ProbsurgeryError, unknown
 from probsurgery.pipeline.files import broken_seal
+from probsurgery.pipeline.fingerprints import fingerprint
 from probsurgery.pipeline.store.cache import Cache
 from probsurgery.pipeline.store.formats import part_range
 from probsurgery.pipeline.store.manifest import array_digest, is_features, learned_files, read_manifest

@@ -1,243 +1,306 @@
 """The manifest of a cache: what the cache holds, how it was made, and a seal for each of its files.
 
 docs/cache-format.md describes it. A shard counts only when the manifest, replaced atomically after it, has its seal.
-The manifest carries a digest of its own; that finds damage, and not forgery, so its form is checked before anything in
+The manifest carries a digest of itself; that finds damage, and not forgery, so its form is checked before anything in
 it is used: no name leads out of the cache's folder, and no size is larger than the files bear out.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import hashlib
-import json
 import math
 import os
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from msgspec import UNSET, Meta, UnsetType
 
-from probsurgery.pipeline.config import DTYPES, SPLITS, fingerprint
+from probsurgery.pipeline.config import SPLITS
 from probsurgery.pipeline.errors import DamagedCacheError, InputError
-from probsurgery.pipeline.files import refuse_links, write_atomically
-from probsurgery.pipeline.store.formats import BACKENDS, part_shape, shard_count
+from probsurgery.pipeline.files import (
+    Count,
+    MalformedError,
+    Record,
+    Seal,
+    SourceFile,
+    decode,
+    read_json,
+    refuse_links,
+    write_json,
+)
+from probsurgery.pipeline.fingerprints import fingerprint
+from probsurgery.pipeline.store.arrays import KINDS, ArraySpec, Rows, shard_count, shard_shape
 
 SCHEMA = 1
+FILE = "manifest.json"
 MERGED, COEFFICIENTS = "merged.safetensors", "coefficients.json"
 """Files that keep what a merge has learned."""
-KINDS = ("merged", "expert", "pretrained")
 MOST_BYTES = 2**28
 """Of a manifest; a cache of the papers' eight tasks has some 100 KB."""
-_MOST_DIM, _MOST_ROWS = 2**16, 2**40
 _TASK = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}"
 _ARRAY = re.compile(rf"(?:({'|'.join(SPLITS)})/({_TASK})/({'|'.join(KINDS)}|labels)|classifiers/({_TASK}))")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-_METADATA = re.compile(rf"features\.h5|features\.zarr/(?:{_TASK}/){{0,3}}zarr\.json")
+_REQUEST = re.compile(rf"({'|'.join(SPLITS)})/({_TASK})")
+
+TaskName = Annotated[str, Meta(pattern=rf"\A{_TASK}\Z")]
+Split = Literal["test", "train"]
+Dim = Annotated[int, Meta(ge=1, le=2**16)]
+RowNumber = Annotated[str, Meta(pattern=r"\A[0-9]{1,13}\Z")]
+MetadataFile = Annotated[str, Meta(pattern=rf"\A(?:features\.h5|features\.zarr/(?:{_TASK}/){{0,3}}zarr\.json)\Z")]
 
 
-def new_manifest(identity: dict, store: str) -> dict:
+class SplitRecord(Record):
+    """The images of one split of a task."""
+
+    rows: Rows
+    fingerprint: str | None = None
+    skipped: Mapping[RowNumber, str] = {}
+    """Images that could not be decoded: row -> why. Their features are NaN, their labels -1."""
+
+
+class Origin(Record):
+    """Where the images of a split are from."""
+
+    source: str = ""
+    class_order: str = ""
+    """Whether the source's list of class names was found to agree with the task's."""
+
+
+class TaskRecord(Record, kw_only=True, omit_defaults=False):
+    """One task of a cache."""
+
+    classes: Count
+    class_names: tuple[str, ...] = ()
+    classifier: str
+    """Digest of the zero-shot classifier."""
+    splits: Mapping[Split, SplitRecord]
+    origins: Mapping[Split, Origin] = {}
+
+
+class MergeIdentity(Record):
+    """A merge, as its result is determined."""
+
+    method: str
+    settings: Mapping[str, Any]
+    name: str | None = None
+    """What a merged checkpoint is called, if it was given a name."""
+    digest: str | None = None
+    """Of the merged weights; None as long as they are not known."""
+
+
+class Identity(Record, kw_only=True):
+    """What determines the numbers in a cache; never the device, the batch size or the worker count."""
+
+    corruption: str | None = None
+    arch: str
+    suite: str | UnsetType = UNSET
+    dim: Dim
+    """d, the features' width."""
+    dtype: Literal["float32", "float16"]
+    precision: str | UnsetType = UNSET
+    limit: int | UnsetType | None = UNSET
+    tasks: tuple[TaskName, ...]
+    """Tasks that are merged, in order."""
+    checkpoints: Mapping[str, str]
+    """Digests of the encoders' weights: `pretrained`, and each expert by its task."""
+    preprocessing: Mapping[str, Any] | UnsetType = UNSET
+    merge: MergeIdentity
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the identity."""
+        return fingerprint(self.to_json())
+
+
+class Run(Record, kw_only=True, omit_defaults=False):
+    """One run of `extract` that added to the cache."""
+
+    images: Count
+    passes: Count = 0
+    """Forward passes of a single image through a single encoder."""
+    taken: Mapping[str, Count] = {}
+    """Passes saved: rows of features taken from other caches, by the cache's name."""
+    ranks: int = 1
+    seconds: Mapping[str, float] = {}
+    device: str = ""
+
+
+class MergeRecord(Record):
+    """What a merge has learned, and how."""
+
+    seconds: float | None = None
+    entropy: Mapping[str, float] = {}
+    """Mean entropy of the predictions, over the first and the last steps."""
+    images: Mapping[str, str] = {}
+    """Fingerprints of the images that it learned from, by task."""
+    files: Mapping[Literal["merged.safetensors", "coefficients.json"], Seal] = {}
+    coefficients: Mapping[str, float | tuple[float, ...]] | None = None
+
+
+class Conversion(Record):
+    """The cache that this one was converted from."""
+
+    store: str
+    dtype: str
+    content: str
+    tasks: str
+    """Digest of its description of the tasks."""
+
+
+class Manifest(Record, kw_only=True):
+    """Everything that is known of a cache. Changed with `msgspec.structs.replace`, and by `CacheWriter` alone."""
+
+    schema: int
+    created: str = ""
+    software: Mapping[str, str] = {}
+    store: Literal["zarr", "hdf5"]
+    identity: Identity
+    requested: tuple[str, ...]
+    """`<split>/<task>` of everything that was asked for."""
+    tasks: Mapping[TaskName, TaskRecord]
+    arrays: Mapping[str, ArraySpec]
+    metadata: Mapping[MetadataFile, Seal] = {}
+    """Seals of the files that describe arrays to plain readers of the format, by path."""
+    files: Mapping[str, SourceFile] = {}
+    merge: MergeRecord = MergeRecord()
+    runs: tuple[Run, ...] = ()
+    precision: Mapping[str, float] = {}
+    """Largest relative difference of each array's first features from fp32's."""
+    converted_from: Conversion | None = None
+
+    @property
+    def content(self) -> str:
+        """Digest of everything that the cache holds, the same in every store."""
+        return fingerprint({name: spec.digest for name, spec in self.arrays.items()})
+
+
+def new_manifest(identity: Identity, store: str) -> Manifest:
     """The manifest of a cache that holds nothing yet."""
-    return {
-        "schema": SCHEMA,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "software": software(),
-        "store": store,
-        "identity": identity,
-        "requested": [],
-        "tasks": {},
-        "arrays": {},
-        "metadata": {},
-    }
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return Manifest(
+        schema=SCHEMA,
+        created=created,
+        software=software(),
+        store=store,
+        identity=identity,
+        requested=(),
+        tasks={},
+        arrays={},
+    )
 
 
 def software() -> dict[str, str]:
     """Versions of what a cache's numbers depend on."""
-    found = {}
+    versions = {}
     for name in ("probsurgery", "torch", "open_clip_torch", "zarr", "h5py", "numpy", "pillow"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
-def values_digest(values: np.ndarray) -> str:
-    """SHA-256 of an array's values.
-
-    It has its own because what describes an array, its byte order say, lies outside the shard; and it is the same in
-    every store.
-    """
-    return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
-
-
-def learned_files(manifest: dict) -> dict[str, dict]:
-    """Seals of the files that keep what the merge has learned, if it has."""
-    return manifest.get("merge", {}).get("files", {})
-
-
-def is_features(name: str) -> bool:
-    """Whether an array is of features, which have the cache's type, and not of labels or a classifier."""
-    return name.count("/") == 2 and name.endswith(KINDS)
-
-
-def array_digest(spec: dict) -> str | None:
-    """Digest of an array's shape, type and values, whatever store it is in; None if a shard is missing."""
-    if None in spec["shards"]:
-        return None
-    return fingerprint([spec["shape"], spec["dtype"], [shard["values"] for shard in spec["shards"]]])
-
-
-def content_digest(manifest: dict) -> str:
-    """Digest of everything that a cache holds, whatever store it is in."""
-    return fingerprint({name: array_digest(spec) for name, spec in manifest["arrays"].items()})
-
-
-def write_manifest(path: Path, manifest: dict) -> None:
+def write_manifest(path: Path, manifest: Manifest) -> None:
     """Replace a cache's manifest, with a digest of itself."""
-    sealed = manifest | {"digest": fingerprint(manifest)}
-    write_atomically(path / "manifest.json", json.dumps(sealed, indent=1) + "\n")
+    plain = manifest.to_json()
+    write_json(path / FILE, plain | {"digest": fingerprint(plain)})
 
 
-def read_manifest(path: Path) -> dict:
+def read_manifest(path: Path) -> Manifest:
     """The manifest of the cache at `path`, its form checked.
 
     Raises `InputError` if there is no cache, one of a newer schema or one that holds links, and `DamagedCacheError` if
     the manifest is not as it was written.
     """
-    file = path / "manifest.json"
+    file = path / FILE
     if os.path.lexists(file):  # else it is any folder, and may be a large one
         refuse_links(path)
     try:
-        if file.stat().st_size > MOST_BYTES:
-            raise DamagedCacheError(f"{file} has more than {MOST_BYTES:,} bytes; it is not a cache's manifest")
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        plain = read_json(file, MOST_BYTES)
     except FileNotFoundError:
         what = "is not a cache (it has no manifest.json)" if path.exists() else "does not exist"
         raise InputError(f"{path} {what}; `probsurgery extract` writes one") from None
     except NotADirectoryError:
         raise InputError(f"{path} is not a cache; `probsurgery extract` writes one") from None
-    except (ValueError, RecursionError) as error:
-        raise DamagedCacheError(f"{file} is not valid JSON ({error}); delete the folder and extract again") from None
-    schema = manifest.get("schema") if isinstance(manifest, dict) else None
-    if type(schema) is not int:
+    except MalformedError as error:
+        raise DamagedCacheError(f"{file} is damaged ({error}); delete the folder and extract again") from None
+    schema = plain.get("schema") if isinstance(plain, dict) else None
+    if type(schema) is not int or "identity" not in plain:
         raise InputError(f"{file} is not a cache's manifest")
     if schema > SCHEMA:
         raise InputError(
             f"{path} was written by a newer version (schema {schema}, this one reads up to {SCHEMA}); "
             "update probsurgery"
         )
-    if "identity" not in manifest:
-        raise InputError(f"{file} is not a cache's manifest")
-    if manifest.pop("digest", None) != fingerprint(manifest):
+    if plain.pop("digest", None) != fingerprint(plain):
         raise DamagedCacheError(f"{file} was changed since it was written (its digest differs); extract with --fresh")
-    manifest.setdefault("metadata", {})  # which the first caches did not have
+    try:
+        manifest = decode(Manifest, plain)
+    except MalformedError as error:
+        raise _malformed(file, error) from None
     check_form(manifest, file)
     return manifest
 
 
-def check_form(manifest: dict, file: Path) -> None:
-    """Raise `DamagedCacheError` unless a manifest has the form that docs/cache-format.md describes."""
-    try:
-        _check(manifest)
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        what = f"{type(error).__name__}: {error}" if not isinstance(error, _FormError) else str(error)
-        raise DamagedCacheError(
-            f"{file} does not have a manifest's form ({what[:200]}); do not use this cache, and extract it anew"
-        ) from None
+def check_form(manifest: Manifest, file: Path) -> None:
+    """Raise `DamagedCacheError` unless the parts of a manifest agree with each other."""
+    problem = next(_disagreements(manifest), None)
+    if problem:
+        raise _malformed(file, problem)
 
 
-class _FormError(ValueError):
-    pass
-
-
-def _need(holds: bool, what: str) -> None:
-    if not holds:
-        raise _FormError(what)
-
-
-def _whole(value: object, most: float = math.inf) -> bool:
-    return type(value) is int and 0 <= value <= most
-
-
-def _check(manifest: dict) -> None:
-    identity, store = manifest["identity"], manifest["store"]
-    _need(store in BACKENDS, "its store is unknown")
-    _need(_whole(identity["dim"], _MOST_DIM) and identity["dim"] > 0, "its dim is no width")
-    _need(identity["dtype"] in DTYPES, "its dtype is unknown")
-    names = identity["tasks"]
-    _need(
-        isinstance(names, list) and all(isinstance(n, str) and re.fullmatch(_TASK, n) for n in names),
-        "its tasks are no plain names",
+def _malformed(file: Path, problem: object) -> DamagedCacheError:
+    return DamagedCacheError(
+        f"{file} does not have a manifest's form ({problem}); do not use this cache, and extract it again"
     )
-    _need(len(set(names)) == len(names), "it names a task twice")
-    merge = identity["merge"]
-    _need(isinstance(merge["method"], str) and isinstance(merge["settings"], dict), "its merge is not described")
-    _need(isinstance(merge.get("name", ""), str), "its merge is not described")
-    _need(isinstance(identity["checkpoints"], dict) and isinstance(identity["arch"], str), "its models are not named")
-    for requested in manifest["requested"]:
-        split, _, task = requested.partition("/")
-        _need(split in SPLITS and task in names, "it asks for a task that it does not merge")
-    for task, about in manifest["tasks"].items():
-        _need(task in names, "it describes a task that it does not merge")
-        _need(_whole(about["classes"]) and isinstance(about["classifier"], str), f"it garbles the classes of {task}")
-        origins = about.get("origins", {}).values()
-        _need(all(isinstance(origin, dict) for origin in origins), f"it garbles where {task} is from")
-        for split, data in about["splits"].items():
-            skipped = data.get("skipped", {})
-            _need(split in SPLITS and _whole(data["rows"], _MOST_ROWS), f"it garbles the rows of {task}")
-            _need(isinstance(skipped, dict), f"it garbles what {task} leaves out")
-            _need(all(r.isdecimal() and int(r) < data["rows"] for r in skipped), f"it garbles what {task} leaves out")
-    for name, spec in manifest["arrays"].items():
-        _check_array(name, spec, manifest)
-    for name, sealed in manifest["metadata"].items():
-        _need(re.fullmatch(_METADATA, name) is not None, "it seals a file that is none of its own")
-        _check_seal(name, sealed, 0)
-    _check_provenance(manifest)
 
 
-def _check_provenance(manifest: dict) -> None:
-    """What is only shown, and may be missing."""
-    files, runs = manifest.get("files", {}), manifest.get("runs", [])
-    _need(all(isinstance(file, dict) for file in files.values()), "it garbles the files that it is made from")
-    _need(isinstance(manifest.get("software", {}), dict), "it garbles the versions that it was made by")
-    _need(isinstance(manifest.get("converted_from", {}), dict), "it garbles what it was converted from")
-    kept = manifest.get("merge", {})
-    _need(learned_files(manifest).keys() <= {MERGED, COEFFICIENTS}, "it garbles what was learned")
-    for name, sealed in learned_files(manifest).items():
-        _check_seal(name, sealed, 0)
-    rows = [row if isinstance(row, list) else [row] for row in kept.get("coefficients", {}).values()]
-    _need(len(set(map(len, rows))) <= 1, "it garbles the coefficients of its merge")
-    _need(all(isinstance(number, int | float) for row in rows for number in row), "it garbles what was learned")
-    numbers = manifest.get("precision", {}).values()
-    _need(all(isinstance(number, int | float) for number in numbers), "it garbles the precision")
-    _need(isinstance(runs, list), "it garbles its runs")
-    for run in runs:
-        counts = (run["images"], run.get("passes", 0), *run.get("taken", {}).values())
-        _need(all(map(_whole, counts)), "it garbles its runs")
+def _disagreements(manifest: Manifest) -> Iterator[str]:
+    """What no single field shows to be wrong."""
+    merged = manifest.identity.tasks
+    if len(set(merged)) < len(merged):
+        yield "a task is merged twice"
+    for requested in manifest.requested:
+        match = _REQUEST.fullmatch(requested)
+        if not match or match[2] not in merged:
+            yield f"the requested {requested[:80]!r} is not a split and a merged task"
+    for name, task in manifest.tasks.items():
+        if name not in merged:
+            yield f"the task {name} is described and not merged"
+        for split, data in task.splits.items():
+            if any(int(row) >= data.rows for row in data.skipped):
+                yield f"{name} ({split}) skips a row beyond the last"
+    for name, spec in manifest.arrays.items():
+        yield from _array_disagreements(name, spec, manifest)
+    coefficients = (manifest.merge.coefficients or {}).values()
+    if len({len(row) if isinstance(row, tuple) else 1 for row in coefficients}) > 1:
+        yield "the tasks have different numbers of merging coefficients"
 
 
-def _check_array(name: str, spec: dict, manifest: dict) -> None:
-    found = _ARRAY.fullmatch(name)
-    _need(found is not None, "it names an array that no cache has")
-    split, task, kind, classifier = found.groups()
-    identity, shape = manifest["identity"], spec["shape"]
-    _need((task or classifier) in identity["tasks"], "it holds a task that it does not merge")
-    _need(all(_whole(n, _MOST_ROWS) for n in shape) and bool(shape) and shape[0] > 0, f"the shape of {name} is none")
-    if kind == "labels":
-        dtype, rest = "int64", []
-    else:
-        dtype, rest = ("float32" if classifier else identity["dtype"]), [identity["dim"]]
-    _need(spec["dtype"] == dtype and shape[1:] == rest, f"{name} has another type or width than its kind")
-    about = manifest["tasks"].get(task, {}).get("splits", {}).get(split)
-    _need(about is None or shape[0] == about["rows"], f"{name} has another number of rows than its task")
-    shards = spec["shards"]
-    _need(isinstance(shards, list) and len(shards) == shard_count(shape[0]), f"{name} has another number of shards")
-    for part, sealed in enumerate(shards):
-        if sealed is not None:
-            _check_seal(name, sealed, np.dtype(dtype).itemsize * math.prod(part_shape(spec, part)))
-            _need(_DIGEST.fullmatch(sealed["values"]) is not None, f"a seal of {name} has no digest of its values")
-
-
-def _check_seal(name: str, sealed: dict, least: int) -> None:
-    _need(_whole(sealed["bytes"]) and sealed["bytes"] >= least, f"a file of {name} is smaller than what it should hold")
-    _need(_DIGEST.fullmatch(sealed["sha256"]) is not None, f"a seal of {name} has no digest")
+def _array_disagreements(name: str, spec: ArraySpec, manifest: Manifest) -> Iterator[str]:
+    match = _ARRAY.fullmatch(name)
+    if match is None:
+        yield f"no cache has an array called {name[:80]!r}"
+        return
+    split, task, kind, classifier = match.groups()
+    identity = manifest.identity
+    if (task or classifier) not in identity.tasks:
+        yield f"the array {name} is of a task that is not merged"
+    dtype = "int64" if kind == "labels" else "float32" if classifier else identity.dtype
+    columns = () if kind == "labels" else (identity.dim,)
+    if spec.dtype != dtype or not spec.shape or spec.shape[0] == 0 or spec.shape[1:] != columns:
+        yield f"{name} is {spec.dtype} of shape {spec.shape}, which is not its kind's type and width"
+        return
+    if task in manifest.tasks and split in manifest.tasks[task].splits:
+        rows = manifest.tasks[task].splits[split].rows
+        if spec.shape[0] != rows:
+            yield f"{name} has {spec.shape[0]} rows, but its task {rows}"
+    if len(spec.shards) != shard_count(spec.shape[0]):
+        yield f"{name} has {len(spec.shards)} shards for {spec.shape[0]} rows"
+        return
+    for number, sealed in enumerate(spec.shards):
+        least = np.dtype(spec.dtype).itemsize * math.prod(shard_shape(spec.shape, number))
+        if sealed is not None and sealed.bytes < least:
+            yield f"a shard of {name} has {sealed.bytes} bytes, fewer than its values"

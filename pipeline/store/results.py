@@ -2,18 +2,81 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
-_NUMBER = (int, float)
-_ROW = {"task": str, "head": str, "kind": str, "settings": dict, "shared": bool, "seed": int, "protocol": str}
-_ROW |= {"cache": str, "parameters": int, "seconds": _NUMBER, "accuracy": dict, "bias": dict}
+from probsurgery.pipeline.files import Count, MalformedError, Record, decode
+
+FILE = "results.jsonl"
+
+
+class Accuracy(Record, kw_only=True):
+    """Share in [0, 1] of the evaluated rows that the frozen classifier gets right, by the features it is given."""
+
+    pretrained: float | None = None
+    individual: float
+    merged: float
+    head: float
+
+
+class Bias(Record):
+    """Mean absolute difference of merged features to the expert's, before and after the head."""
+
+    before: float
+    after: float
+
+
+class TrainingPlan(Record, omit_defaults=False):
+    """How a head was trained: nothing that changes its result beyond float noise, but for TF32."""
+
+    stack: int = 1
+    """Heads trained together."""
+    workers: int = 0
+    graph: bool = False
+    """Whether a step was replayed as a CUDA graph."""
+    precision: str = "fp32"
+    """`fp32`, `tf32`, or `fp64` for ridge."""
+
+
+class ResultRow(Record, kw_only=True):
+    """One fitted head on one task."""
+
+    fit_rows: int | None = None
+    """Rows that the fit saw."""
+    eval_rows: int | None = None
+    """Rows that the figures are of."""
+    accuracy: Accuracy
+    bias: Bias
+    task: str
+    head: str
+    """Name of the setting, and of the head's folder if it was kept."""
+    kind: str
+    """Kind of head; one that a newer version knows may be unknown here."""
+    settings: Mapping[str, Any]
+    shared: bool
+    tasks: tuple[str, ...] = ()
+    """Tasks of the head: this one, or all that share it."""
+    seed: int
+    protocol: str
+    request: str | None = None
+    """Digest of what determines the head."""
+    cache: str
+    """Digest of what determines the task's features."""
+    arch: str = ""
+    merge: str = ""
+    parameters: Count
+    seconds: float
+    device: str = ""
+    plan: TrainingPlan | None = None
+    from_run_of: int | None = None
+    """Steps of the longer run on whose way this head was taken."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +101,11 @@ def without_fraction(protocol: str) -> tuple[str, float]:
     return (found[1], float(found[2])) if found else (protocol, 1.0)
 
 
-def append_results(folder: Path, rows: Sequence[dict]) -> None:
+def append_results(folder: Path, rows: Sequence[ResultRow]) -> None:
     """Add rows to results.jsonl in one write; a torn last line, left by a kill, is closed first."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    with (folder / "results.jsonl").open("a+b") as out:
+    text = "".join(json.dumps(row.to_json()) + "\n" for row in rows)
+    with (folder / FILE).open("a+b") as out:
         if out.tell():
             out.seek(-1, os.SEEK_END)
             if out.read(1) != b"\n":
@@ -50,30 +113,18 @@ def append_results(folder: Path, rows: Sequence[dict]) -> None:
         out.write(text.encode())
 
 
-def read_results(folder: Path) -> list[dict]:
+def read_results(folder: Path) -> list[ResultRow]:
     """Rows of results.jsonl; lines that a kill left torn, or that hold something else, are passed over.
 
     Of several rows for one request, task and head, which two fits at once may leave, the last counts.
     """
     try:
-        lines = (folder / "results.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = (folder / FILE).read_text(encoding="utf-8", errors="replace").splitlines()
     except (FileNotFoundError, NotADirectoryError):
         return []
-    rows = []
-    for line in lines:
-        with contextlib.suppress(ValueError, RecursionError):
-            rows.append(json.loads(line))
-    rows = [row for row in rows if is_result(row)]
-    return list({(row.get("request", line), row["task"], row["head"]): row for line, row in enumerate(rows)}.values())
-
-
-def is_result(row: object) -> bool:
-    """Whether a row has what a report reads of it."""
-    if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in _ROW.items()):
-        return False
-    if not isinstance(row.get("request"), str | None):
-        return False
-    figures = [row["accuracy"].get(kind) for kind in ("individual", "merged", "head")]
-    figures += [row["accuracy"].get("pretrained", 0.0)]
-    figures += [row["bias"].get(when) for when in ("before", "after")]
-    return all(isinstance(figure, _NUMBER) for figure in figures)
+    rows: dict[tuple, ResultRow] = {}
+    for number, line in enumerate(lines):
+        with suppress(ValueError, RecursionError, MalformedError):
+            row = decode(ResultRow, json.loads(line))
+            rows[row.request or number, row.task, row.head] = row
+    return list(rows.values())

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
-from probsurgery.pipeline.config import differences
 from probsurgery.pipeline.errors import DamagedCacheError, InputError, ProbsurgeryError
 from probsurgery.pipeline.files import broken_seal, refuse_links, seal, write_atomically
+from probsurgery.pipeline.fingerprints import differences
 from probsurgery.pipeline.store.formats import BACKENDS, Backend, shard_count
 from probsurgery.pipeline.store.manifest import (
     COEFFICIENTS,

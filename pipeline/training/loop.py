@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from probsurgery.pipeline.config import HeadSettings, RidgeSettings, head_kind
+from probsurgery.pipeline.config import HeadSettings, RidgeSettings
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError, first_line
 from probsurgery.pipeline.heads.head import HEADS, Params
 from probsurgery.pipeline.heads.ridge import solve_ridge
@@ -291,7 +291,7 @@ def train_stack(
 def _train(jobs: Sequence[Job], device: torch.device, graph: bool, progress: Progress) -> list[Outcome]:
     begun = time.perf_counter()
     settings, dim, tasks = jobs[0].settings, jobs[0].rows[0].merged.shape[1], len(jobs[0].rows)
-    init = HEADS[head_kind(settings)].init
+    init = HEADS[settings.kind].init
     starts = [init(job.settings, dim, generator(job.stream, job.seed, "init")) for job in jobs]
     stack = Stack([job.settings for job in jobs], starts, device)
     advance = _Graphed(stack).step if graph else stack.step

@@ -10,18 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import probsurgery
-from probsurgery.pipeline.config import (
-    ExtractConfig,
-    FitConfig,
-    ProbSettings,
-    RidgeSettings,
-    SurgerySettings,
-    file_digest,
-)
+from probsurgery.pipeline.config import ExtractConfig, FitConfig, ProbSettings, RidgeSettings, SurgerySettings
 from probsurgery.pipeline.datasets.tasks import open_images, select_tasks
 from probsurgery.pipeline.deploy.model import FILES, assemble, load_model
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.extraction.extract import extract
+from probsurgery.pipeline.fingerprints import file_digest
 from probsurgery.pipeline.fitting.fit import fit
 from probsurgery.pipeline.heads.head import load_head, prob_distribution
 from probsurgery.pipeline.models.architectures import MINI

@@ -24,7 +24,7 @@ SCRIPT = textwrap.dedent(
     import json, os, sys
     import psutil, resource, torch
     from probsurgery.pipeline.fitting import fit
-    from probsurgery.pipeline.config import FitConfig, head_settings
+    from probsurgery.pipeline.config import (FitConfig, head_settings)
     from probsurgery.pipeline.errors import ProbsurgeryError
 
     cache, room, believed, requests = sys.argv[1], int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])

@@ -262,7 +262,7 @@ def test_a_worker_that_cannot_start_is_an_error(tmp_path, monkeypatch):
 
 ORPHANS = """
 import torch
-from probsurgery.pipeline.config import ProbSettings
+from probsurgery.pipeline.config import (ProbSettings)
 from probsurgery.pipeline.training.plan import fit_heads
 from probsurgery.pipeline.training.loop import Job, Rows
 z = torch.randn(50, 24)

@@ -1,0 +1,37 @@
+"""Digests of values and files, and the difference between two records."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def fingerprint(value: object) -> str:
+    """SHA-256 of a JSON-able value, the same on every machine."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def differences(a: Mapping, b: Mapping, prefix: str = "") -> list[str]:
+    """Each leaf in which two nested mappings differ, as ``path: a's value / b's value``."""
+    found = []
+    for key in sorted(a.keys() | b.keys()):
+        x, y = a.get(key), b.get(key)
+        if isinstance(x, Mapping) and isinstance(y, Mapping):
+            found += differences(x, y, f"{prefix}{key}.")
+        elif x != y:
+            found.append(f"{prefix}{key}: {shortened(x)} / {shortened(y)}")
+    return found
+
+
+def shortened(value: object) -> str:
+    """A value as text of at most 60 characters."""
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,100 @@
+"""Arrays cut along their rows into shards, and the seals that tell whether a shard is as it was written."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
+
+import numpy as np
+from msgspec import Meta
+from msgspec.structs import replace
+
+from probsurgery.pipeline.files import Digest, Record, Seal
+from probsurgery.pipeline.fingerprints import fingerprint
+
+SHARD_ROWS = 2048
+CHUNK_ROWS = 256
+KINDS = ("merged", "expert", "pretrained")
+"""Encoders of which a cache has features."""
+Rows = Annotated[int, Meta(ge=0, le=2**40)]
+
+
+def shard_count(rows: int) -> int:
+    """Shards that an array of so many rows is cut into."""
+    return math.ceil(rows / SHARD_ROWS)
+
+
+def shard_rows(number: int, rows: int) -> range:
+    """Rows of one shard of an array of so many rows."""
+    return range(number * SHARD_ROWS, min(rows, (number + 1) * SHARD_ROWS))
+
+
+def shard_shape(shape: Sequence[int], number: int) -> tuple[int, ...]:
+    """Shape of one shard's values, from the array's."""
+    return len(shard_rows(number, shape[0])), *shape[1:]
+
+
+def values_digest(values: np.ndarray) -> str:
+    """SHA-256 of an array's values."""
+    return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
+
+
+def is_features(name: str) -> bool:
+    """Whether an array is of features, which have the cache's type, and not of labels or a classifier."""
+    return name.count("/") == 2 and name.endswith(KINDS)
+
+
+class ShardSeal(Seal):
+    """The seal of a shard's file, with a digest of its values.
+
+    The values have their own because what describes an array, its byte order say, lies outside the shard; and it is the
+    same in every store.
+    """
+
+    values: Digest
+
+
+class ArraySpec(Record, omit_defaults=False):
+    """One array: its shape, type, and a seal for each shard; None for a shard that is not written."""
+
+    shape: tuple[Rows, ...]
+    dtype: Literal["float32", "float16", "int64"]
+    shards: tuple[ShardSeal | None, ...] = ()
+
+    @property
+    def missing(self) -> set[int]:
+        """Numbers of the shards that are not written."""
+        return {number for number, sealed in enumerate(self.shards) if sealed is None}
+
+    @property
+    def size(self) -> int:
+        """Bytes of the shards that are written."""
+        return sum(sealed.bytes for sealed in self.shards if sealed)
+
+    @property
+    def digest(self) -> str | None:
+        """Digest of shape, type and values, the same in every store; None if a shard is missing."""
+        if self.missing:
+            return None
+        return fingerprint([self.shape, self.dtype, [sealed.values for sealed in self.shards if sealed]])
+
+    def unwritten(self) -> ArraySpec:
+        """The same array before any shard of it is written."""
+        return replace(self, shards=(None,) * shard_count(self.shape[0]))
+
+
+Seals = Mapping[str, Mapping[int, ShardSeal | None]]
+"""Array -> shard number -> its seal, or None for a shard that is gone."""
+
+
+def with_seals(arrays: Mapping[str, ArraySpec], seals: Seals) -> dict[str, ArraySpec]:
+    """The arrays with other seals of some shards."""
+    changed = dict(arrays)
+    for name, numbered in seals.items():
+        shards = list(changed[name].shards)
+        for number, sealed in numbered.items():
+            shards[number] = sealed
+        changed[name] = replace(changed[name], shards=tuple(shards))
+    return changed
