@@ -169,8 +169,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, store, undisturbed)
         subprocess.run(["umount", disk], check=True)
     path = tmp_path / "later" / "cache"
     with pytest.MonkeyPatch.context() as patch:  # the command's own shards
-        patch.setattr(formats, "SHARD_ROWS", 2048)
-        patch.setattr(formats, "CHUNK_ROWS", 256)
+        patch.setattr(arrays, "SHARD_ROWS", 2048)
+        patch.setattr(arrays, "CHUNK_ROWS", 256)
         if (path / "manifest.json").exists():
             assert damage(Cache(path)) == []
         extract(config(path, store))
