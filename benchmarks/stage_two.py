@@ -25,7 +25,7 @@ from torch import nn
 
 from probsurgery.pipeline.config import HeadSettings, ProbSettings, SurgerySettings
 from probsurgery.pipeline.device import choose_device
-from probsurgery.pipeline.heads.head import parameter_count
+from probsurgery.pipeline.heads.kinds import parameter_count
 from probsurgery.pipeline.training.loop import Job, Rows
 from probsurgery.pipeline.training.plan import Wanted, fit_heads, make_plan
 

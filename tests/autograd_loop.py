@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from probsurgery.pipeline.config import ProbSettings, SurgerySettings
-from probsurgery.pipeline.heads.head import HEADS
+from probsurgery.pipeline.heads.kinds import HEADS
 from probsurgery.pipeline.training.loop import BLOCK, Rows, Stream, generator
 
 DIM = 24

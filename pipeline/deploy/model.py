@@ -22,7 +22,8 @@ from probsurgery.pipeline.errors import InputError, first_line, unknown
 from probsurgery.pipeline.extraction.merges import Request, kept, make
 from probsurgery.pipeline.files import refuse_links
 from probsurgery.pipeline.fingerprints import file_digest
-from probsurgery.pipeline.heads.head import HEADS, Head, load_head, prob_distribution
+from probsurgery.pipeline.heads.head import Head, load_head
+from probsurgery.pipeline.heads.kinds import HEADS, prob_distribution
 from probsurgery.pipeline.merging.coefficients import read_coefficients
 from probsurgery.pipeline.merging.registry import Samples
 from probsurgery.pipeline.models import architectures

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probsurgery.pipeline.config import HeadSettings, ProbSettings
-from probsurgery.pipeline.heads.head import Params, stack_params
+from probsurgery.pipeline.heads.kinds import Params, stack_params
 from probsurgery.pipeline.heads.objectives import distance, distance_gradient, kl_divergence
 
 BETAS = (0.9, 0.999)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from probsurgery.pipeline.config import HeadSettings, RidgeSettings
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError, first_line
-from probsurgery.pipeline.heads.head import HEADS, Params
+from probsurgery.pipeline.heads.kinds import HEADS, Params
 from probsurgery.pipeline.heads.ridge import solve_ridge
 from probsurgery.pipeline.store.memmap import mapped, spill
 from probsurgery.pipeline.training.adam_step import Stack

@@ -22,7 +22,7 @@ import torch
 from probsurgery.pipeline.config import HeadSettings, ProbSettings, RidgeSettings
 from probsurgery.pipeline.device import available_memory
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
-from probsurgery.pipeline.heads.head import parameter_count
+from probsurgery.pipeline.heads.kinds import parameter_count
 from probsurgery.pipeline.training.loop import BLOCK, Fitted, Job, Outcome, Progress, train_stack
 from probsurgery.pipeline.training.workers import SUPPORTED, Pool
 

@@ -17,7 +17,8 @@ from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.extraction.extract import extract
 from probsurgery.pipeline.fingerprints import file_digest
 from probsurgery.pipeline.fitting.fit import fit
-from probsurgery.pipeline.heads.head import load_head, prob_distribution
+from probsurgery.pipeline.heads.head import load_head
+from probsurgery.pipeline.heads.kinds import prob_distribution
 from probsurgery.pipeline.models.architectures import MINI
 from probsurgery.pipeline.store.cache import Cache
 from support import refused
