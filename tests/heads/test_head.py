@@ -11,7 +11,7 @@ from probsurgery.pipeline.config import ProbSettings, RidgeSettings, SurgerySett
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.heads.head import FitRecord, Head, load_head
 from probsurgery.pipeline.heads.kinds import HEADS, parameter_count
-from probsurgery.pipeline.training.loop import generator
+from probsurgery.pipeline.training.batches import generator
 
 DIM = 12
 FITS = {"tasks": ["a"], "penalty": None, "loss_curve": [[64, 0.5]]}
