@@ -15,6 +15,8 @@ import transformers
 from msgspec.structs import replace
 from PIL import Image
 
+from probsurgery.pipeline.files import write_json
+from probsurgery.pipeline.fingerprints import fingerprint
 from probsurgery.pipeline.models.architectures import Arch, model_config
 from probsurgery.pipeline.store import arrays as arrays_module
 from probsurgery.pipeline.store.arrays import ArraySpec
@@ -34,6 +36,19 @@ def opened(path, identity, store, *, fresh=False):
     """A cache opened for writing, as stage one does it."""
     with locked(path):
         yield CacheWriter.begin(path, identity, store, fresh=fresh)
+
+
+def edit_manifest(path, change):
+    """Change a manifest's JSON, and give it the digest that is right: whoever makes a cache can do that."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["digest"]
+    change(manifest)
+    write_json(path / "manifest.json", manifest | {"digest": fingerprint(manifest)})
+
+
+def drop_seal(path, array, number):
+    """Make a manifest forget a shard."""
+    edit_manifest(path, lambda m: m["arrays"][array]["shards"].__setitem__(number, None))
 
 
 def damage(cache):
