@@ -36,6 +36,8 @@ class Fitted:
     """Its share of the time that its stack took."""
     earlier: dict[int, Fitted] = field(default_factory=dict)
     """The head after each of `Job.stops`. Its curve ends with the last whole block."""
+    from_run_of: int | None = None
+    """Steps of the longer run from which this head was copied."""
 
 
 Outcome = Fitted | ProbsurgeryError
@@ -122,7 +124,8 @@ def _run_steps(
             step(*feed.batch(update), noted[update])
             for k, steps in stops.get(done + update + 1, ()):
                 seconds = (time.perf_counter() - begun) / len(jobs)
-                earlier[k][steps] = Fitted(stack.params(k), list(curves[k]), seconds=seconds)
+                params, curve = stack.params(k), list(curves[k])
+                earlier[k][steps] = Fitted(params, curve, seconds=seconds, from_run_of=settings.steps)
         done += updates
         means = (stack.loss_sums / sum(noted)).tolist()
         for k, mean in enumerate(means):
