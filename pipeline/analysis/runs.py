@@ -1,9 +1,8 @@
-"""Tables of what `fit` and `sweep` have just done."""
+"""Tables of single runs of `fit` and `sweep`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -47,7 +46,7 @@ def sweep_tables(result: SweepResult) -> list[Table]:
     if len(result.varied) == 2 and all(len(line.setting) == 2 for line in result.lines):
         tables += [_grid("Average accuracy", result, "average_accuracy", ".1f")]
         tables += [_grid("Bias", result, "average_bias", ".4f")]
-    return [*tables[:-1], replace(tables[-1], notes=(_counts(result),))]
+    return tables
 
 
 def _setting_label(line: SettingLine) -> str:
@@ -71,12 +70,3 @@ def _grid(title: str, result: SweepResult, figure: str, spec: str) -> Table:
         tuple(lines),
         first=f"{_option(down)} \\ {_option(across)}",
     )
-
-
-def _counts(result: SweepResult) -> str:
-    """How many heads were fitted, were there already, and failed."""
-    counts = [f"{result.fitted:,} of {result.heads:,} heads fitted in {result.seconds:.1f} s"]
-    already_there = result.heads - result.fitted - len(result.failures)
-    counts += [f"{already_there:,} were there already"] if already_there else []
-    counts += [f"{len(result.failures):,} failed"] if result.failures else []
-    return ", ".join(counts)
