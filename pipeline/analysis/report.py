@@ -14,9 +14,8 @@ from probsurgery.pipeline.analysis.labels import by_setting, departure_count, he
 from probsurgery.pipeline.analysis.published import published_lines, published_name
 from probsurgery.pipeline.analysis.summary import (
     encoder_accuracy,
-    head_accuracy,
-    head_bias,
     head_count,
+    head_figures,
     merged_bias,
     training_seconds,
 )
@@ -135,8 +134,9 @@ def _report(protocol: str, sources: Sequence[_Source], with_published: bool, eve
         others += len(settings) - len(shown)
         for label, rows in shown:
             label = (prefix or "+ ") + label
-            accuracy.append(Line(label, head_accuracy(rows, tasks), method=published_name(source.merge, rows[0])))
-            bias.append(Line(label, head_bias(rows, tasks)))
+            figures = head_figures(rows, tasks)
+            accuracy.append(Line(label, figures.accuracy, method=published_name(source.merge, rows[0])))
+            bias.append(Line(label, figures.bias))
             costs.append(Line(label, _costs(rows, tasks, identity.arch)))
         curves += find_curves(source.rows, prefix)
         grids += find_grids(source.rows, prefix)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from probsurgery.pipeline.analysis.labels import by_setting, head_label
-from probsurgery.pipeline.analysis.summary import encoder_accuracy, head_accuracy, head_bias
+from probsurgery.pipeline.analysis.summary import encoder_accuracy, head_figures
 from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, Line, Table
 from probsurgery.pipeline.config import LOSSES, FitConfig, SweepConfig
 from probsurgery.pipeline.errors import InputError, unknown
@@ -146,8 +146,7 @@ def _table(name: str, base: SweepConfig, rows: Sequence[ResultRow]) -> Table:
             if not any(line.values == values for line in lines):
                 lines.append(Line(f"{encoder}{suffix}", values, BASELINE))
         for setting in by_setting(protocol_rows):
-            bias = head_bias(setting, tasks)
-            values = head_accuracy(setting, tasks) | ({"bias": bias[AVERAGE]} if AVERAGE in bias else {})
+            values = head_figures(setting, tasks).line_values
             lines.append(Line(f"+ {head_label(setting[0])}{suffix}", values))
     seeds = f"{len(base.seed)} seeds" if len(base.seed) > 1 else f"seed {base.seed[0]}"
     title = STUDIES[name].title

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
 from probsurgery.pipeline.analysis.tables import AVERAGE
 from probsurgery.pipeline.store.results import ResultRow, Spread, spread
 
 
-def head_accuracy(rows: Sequence[ResultRow], tasks: Sequence[str]) -> dict[str, Spread]:
-    """Accuracy in percent of the heads of one setting."""
-    return _over_seeds(rows, tasks, lambda row: 100 * row.accuracy.head)
+@dataclass(frozen=True)
+class HeadFigures:
+    """Figures of the heads of one setting over seeds: for each task, and the average if every task is there."""
+
+    accuracy: dict[str, Spread]
+    """In percent."""
+    bias: dict[str, Spread]
+    """Mean absolute difference of corrected features to the expert's."""
+
+    @property
+    def line_values(self) -> dict[str, Spread]:
+        """Accuracy by task, and the average bias."""
+        return self.accuracy | ({"bias": self.bias[AVERAGE]} if AVERAGE in self.bias else {})
 
 
-def head_bias(rows: Sequence[ResultRow], tasks: Sequence[str]) -> dict[str, Spread]:
-    """Bias that the heads of one setting leave."""
-    return _over_seeds(rows, tasks, lambda row: row.bias.after)
+def head_figures(rows: Sequence[ResultRow], tasks: Sequence[str]) -> HeadFigures:
+    """Figures of the heads of one setting."""
+    accuracy = _over_seeds(rows, tasks, lambda row: 100 * row.accuracy.head)
+    return HeadFigures(accuracy, _over_seeds(rows, tasks, lambda row: row.bias.after))
 
 
 def encoder_accuracy(rows: Sequence[ResultRow], tasks: Sequence[str], encoder: str) -> dict[str, Spread]:
