@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 
 from probsurgery.pipeline.analysis import figures
-from probsurgery.pipeline.analysis.kept_heads import kept_heads, projection, uncertainties, uncertainty_table
+from probsurgery.pipeline.analysis.kept_heads import kept_heads
+from probsurgery.pipeline.analysis.projection import projection
 from probsurgery.pipeline.analysis.report import report
+from probsurgery.pipeline.analysis.uncertainty import uncertainties, uncertainty_table
 from probsurgery.pipeline.config import FitConfig, ProbSettings, SurgerySettings, SweepConfig
 from probsurgery.pipeline.fitting.fit import fit
 from probsurgery.pipeline.fitting.sweep import sweep
@@ -33,15 +35,15 @@ def results(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(results):
+def drawn(results):
     """Every figure by its name."""
-    with figures._matplotlib() as new:
-        its = projection(Cache(results))
-        return dict(figures._figures(report(results), uncertainties(Cache(results)), [its], new))
+    with figures._matplotlib() as new_figure:
+        cache = Cache(results)
+        return dict(figures._figures(report(results), uncertainties(cache), [projection(cache)], new_figure))
 
 
-def test_every_figure_that_the_results_allow_is_there(made):
-    assert set(made) == {
+def test_every_figure_that_the_results_allow_is_there(drawn):
+    assert set(drawn) == {
         "bias",
         "rank",
         "hidden",
@@ -55,18 +57,18 @@ def test_every_figure_that_the_results_allow_is_there(made):
     }
 
 
-def test_bars_are_the_biases(made, results):
-    (axes,) = made["bias"].axes
+def test_bars_are_the_biases(drawn, results):
+    (axes,) = drawn["bias"].axes
     (one,) = report(results)
     heights = [bar.get_height() for bar in axes.patches]
     assert heights == [line.values[c].mean for line in one.bias.lines for c in ("a", "b", "Avg")]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["a", "b", "Avg"]
 
 
-def test_curves_and_bands_are_means_and_deviations(made, results):
+def test_curves_and_bands_are_means_and_deviations(drawn, results):
     (one,) = report(results)
     (curve,) = [curve for curve in one.curves if curve.axis == "rank"]
-    for axes, what in zip(made["rank"].axes, ("accuracy", "bias"), strict=True):
+    for axes, what in zip(drawn["rank"].axes, ("accuracy", "bias"), strict=True):
         (line,) = [line for line in axes.lines if len(line.get_xdata()) == 3]
         spreads = [getattr(point, what)["Avg"] for point in curve.points.values()]
         assert list(line.get_xdata()) == [2, 4, 8]
@@ -76,11 +78,11 @@ def test_curves_and_bands_are_means_and_deviations(made, results):
         assert band.min() == pytest.approx(min(s.mean - s.sd for s in spreads))
 
 
-def test_a_heat_map_has_every_cell(made, results):
+def test_a_heat_map_has_every_cell(drawn, results):
     (one,) = report(results)
     (grid,) = one.grids
     assert grid.values == ([4, 8], [0.0, 1e-4, 1e-2])
-    for axes, what in zip(made["hidden-kl-weight"].axes, ("accuracy", "bias"), strict=True):
+    for axes, what in zip(drawn["hidden-kl-weight"].axes, ("accuracy", "bias"), strict=True):
         shown = axes.images[0].get_array()
         for i, width in enumerate(grid.values[0]):
             for j, weight in enumerate(grid.values[1]):
@@ -91,8 +93,7 @@ def test_a_heat_map_has_every_cell(made, results):
 def test_a_projection_is_of_the_features(results):
     found = projection(Cache(results))
     cache = Cache(results)
-    label, _ = next(kept_heads(cache))
-    assert found.label == label
+    assert found.label == next(kept_heads(cache)).label
     merged, points = cache.features("b"), found.points["b"]
     assert {kind: tuple(values.shape) for kind, values in points.items()} == dict.fromkeys(
         ("merged", "corrected", "expert"), (40, 2)
@@ -124,8 +125,8 @@ def test_uncertainty_is_of_kept_probabilistic_heads_only(results, tmp_path):
     (line,) = [line for line in one.accuracy.lines if line.label == "+ ProbSurgery (h=8, 60 steps)"]
     kept = fit(FitConfig(results, PROB)).rows
     for row, shown in zip(kept, table.lines, strict=False):
-        assert shown.values["acc. at 100%"] == pytest.approx(100 * row["accuracy"]["head"])
-    assert line.label.removeprefix("+ ") == found.label
+        assert shown.values["acc. at 100%"] == pytest.approx(100 * row.accuracy.head)
+    assert line.label == f"+ {found.label}"
     assert "transductive" in table.title
 
 
