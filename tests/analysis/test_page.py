@@ -1,4 +1,4 @@
-"""The page of a report: whole, self-contained, true to the tables; in a browser where there is one."""
+"""The page of a report: valid, self-contained, with the figures of the tables; also in a browser, if there is one."""
 
 import base64
 import re
@@ -76,7 +76,7 @@ def test_every_figure_of_every_table_is_there(page, cache):
             expected += [line.label, *(table.text(line, column) for column in table.columns)]
     assert cells[: len(expected)] == expected
     captions = re.findall(r"<h3[^>]*>(.*?)</h3>", page.read_text())
-    assert len(captions) == len(result.tables) + 1  # and one of uncertainty
+    assert len(captions) == len(result.tables) + 1  # and the table of uncertainty
     assert all("transductive" in caption for caption in captions)
 
 
@@ -97,7 +97,7 @@ def test_figures_are_in_the_page_and_nothing_is_fetched(page):
     assert "@import" not in page.read_text()
 
 
-def test_provenance_and_no_markup_of_others(page, cache):
+def test_provenance_is_there_and_foreign_markup_is_escaped(page, cache):
     text = page.read_text()
     opened = Cache(cache)
     assert opened.fingerprint in text
@@ -106,14 +106,14 @@ def test_provenance_and_no_markup_of_others(page, cache):
     assert "&lt;script&gt;alert(1)" in text
 
 
-def test_it_is_made_for_phones_and_print(page):
+def test_it_suits_phones_and_print(page):
     text = page.read_text()
     assert '<meta name="viewport" content="width=device-width' in text
     assert "@media print" in text
     assert text.count('<div class="scroll">') == text.count("<table ")
 
 
-def test_a_page_that_cannot_be_written_is_one_line_and_leaves_the_old_one(page, cache, run, tmp_path):
+def test_a_page_that_cannot_be_written_is_refused_and_the_old_one_stays(page, cache, run, tmp_path):
     refused(run("report", "--cache", cache, "--html", tmp_path), tmp_path, "a file name in a folder that exists")
     refused(run("report", "--cache", cache, "--html", tmp_path / "no" / "x.html"), "no/x.html")
     assert not (tmp_path / "no").exists()

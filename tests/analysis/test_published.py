@@ -26,16 +26,16 @@ def test_published_figures_are_marked_and_compared_with_the_same_method(tmp_path
         fit(FitConfig(path, settings))
     fit(FitConfig(path, SurgerySettings(rank=4), holdout=0.5))
     transductive, holdout = report(path, with_published=True)
-    theirs = [line for line in transductive.accuracy.lines if line.kind == PUBLISHED]
-    assert len(theirs) == len(published("vitb32"))
-    assert all("[published: " in line.label for line in theirs)
-    assert not any(transductive.accuracy.is_best(line, "mnist") for line in theirs)
+    quoted = [line for line in transductive.accuracy.lines if line.kind == PUBLISHED]
+    assert len(quoted) == len(published("vitb32"))
+    assert all("[published: " in line.label for line in quoted)
+    assert not any(transductive.accuracy.is_best(line, "mnist") for line in quoted)
     differences = {line.method: line for line in transductive.accuracy.lines if line.kind == DIFFERENCE}
     assert {"ta", "individual", "pretrained", "ta+surgery(r=16)", "ta+surgery(r=4)"} == set(differences)
     ours = line_of(transductive.accuracy, "+ Surgery (r=4, 1000 steps)")
     assert differences["ta+surgery(r=4)"].values["DTD".lower()] == pytest.approx(ours.values["dtd"].mean - 60.0)
-    assert "Avg" not in differences["ta"].values  # theirs is over eight tasks, ours over two
-    assert "Avg" not in theirs[0].values
+    assert "Avg" not in differences["ta"].values  # the published average is over eight tasks, ours over two
+    assert "Avg" not in quoted[0].values
     assert not any(line.method.startswith("ta+") for line in holdout.accuracy.lines if line.kind == DIFFERENCE)
     out = run("report", "--cache", path, "--published", "--format", "markdown")[1]
     assert "[published: Surgery ICML2024 Tab.6]" in out

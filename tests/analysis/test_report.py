@@ -1,4 +1,4 @@
-"""Tables against figures worked out here."""
+"""Tables of a report against figures computed here."""
 
 import json
 import shutil
@@ -25,8 +25,8 @@ def labels(table):
 
 
 def line_of(table, label):
-    (found,) = [line for line in table.lines if line.label == label]
-    return found
+    (line,) = [line for line in table.lines if line.label == label]
+    return line
 
 
 def means(line):
@@ -35,8 +35,8 @@ def means(line):
 
 def test_figures_are_those_of_the_results(small_cache):
     prob, surgery = (fit(FitConfig(small_cache.path, settings)).rows for settings in (PROB, SURGERY))
-    (one,) = report(small_cache.path)
-    assert labels(one.accuracy) == [
+    (result,) = report(small_cache.path)
+    assert labels(result.accuracy) == [
         "pretrained",
         "individual experts",
         "merged (ta)",
@@ -51,16 +51,16 @@ def test_figures_are_those_of_the_results(small_cache):
     ):
         figures = [100 * getattr(row.accuracy, kind) for row in rows]
         expected = {"a": figures[0], "b": figures[1], "Avg": sum(figures) / 2}
-        assert means(line_of(one.accuracy, label)) == pytest.approx(expected)
-    assert line_of(one.bias, "merged (ta)").values["b"].mean == prob[1].bias.before
-    assert line_of(one.bias, "+ Surgery (r=4, 60 steps)").values["b"].mean == surgery[1].bias.after
+        assert means(line_of(result.accuracy, label)) == pytest.approx(expected)
+    assert line_of(result.bias, "merged (ta)").values["b"].mean == prob[1].bias.before
+    assert line_of(result.bias, "+ Surgery (r=4, 60 steps)").values["b"].mean == surgery[1].bias.after
 
     merged, experts, head = (
-        line_of(one.accuracy, label).values["Avg"].mean
+        line_of(result.accuracy, label).values["Avg"].mean
         for label in ("merged (ta)", "individual experts", "+ Surgery (r=4, 60 steps)")
     )
     assert experts > merged
-    cost = line_of(one.costs, "+ Surgery (r=4, 60 steps)").values
+    cost = line_of(result.costs, "+ Surgery (r=4, 60 steps)").values
     assert cost["won back, %"].mean == pytest.approx(100 * (head - merged) / (experts - merged))
     assert (cost["parameters"], cost["all heads"]) == (2 * 4 * 16, 2 * 2 * 4 * 16)
     tower = sum(tensor.numel() for tensor in load_file(MINI / "weights" / "pretrained.safetensors").values())
@@ -69,22 +69,22 @@ def test_figures_are_those_of_the_results(small_cache):
 
 def test_seeds_are_a_mean_and_a_standard_deviation(small_cache):
     rows = [fit(FitConfig(small_cache.path, PROB, seed=seed)).rows for seed in (0, 1, 2)]
-    (one,) = report(small_cache.path)
-    line = line_of(one.accuracy, "+ ProbSurgery (h=8, 60 steps)")
-    figures = [[100 * row.accuracy.head for row in its] for its in rows]
+    (result,) = report(small_cache.path)
+    line = line_of(result.accuracy, "+ ProbSurgery (h=8, 60 steps)")
+    figures = [[100 * row.accuracy.head for row in of_seed] for of_seed in rows]
     assert line.values["a"] == Spread(fmean(f[0] for f in figures), stdev(f[0] for f in figures), 3)
     averages = [fmean(f) for f in figures]
     assert line.values["Avg"] == Spread(pytest.approx(fmean(averages)), pytest.approx(stdev(averages)), 3)
-    assert "±" in one.accuracy.text(line, "Avg")
-    assert line_of(one.accuracy, "merged (ta)").values["a"].sd is None  # no seed changes it
-    assert one.accuracy.notes
+    assert "±" in result.accuracy.text(line, "Avg")
+    assert line_of(result.accuracy, "merged (ta)").values["a"].sd is None  # no seed changes it
+    assert result.accuracy.notes
 
 
 def test_the_best_measured_line_of_a_column_is_bold_and_no_other(small_cache):
     for settings in (PROB, SURGERY):
         fit(FitConfig(small_cache.path, settings))
-    (one,) = report(small_cache.path)
-    for table, best in ((one.accuracy, max), (one.bias, min)):
+    (result,) = report(small_cache.path)
+    for table, best in ((result.accuracy, max), (result.bias, min)):
         for column in table.columns:
             figures = {
                 line.label: round(line.values[column].mean, 1 if best is max else 3)
@@ -93,7 +93,7 @@ def test_the_best_measured_line_of_a_column_is_bold_and_no_other(small_cache):
             }
             bold = {line.label for line in table.lines if table.is_best(line, column)}
             assert bold == {label for label, figure in figures.items() if figure == best(figures.values())}
-    assert line_of(one.accuracy, "individual experts").values["Avg"].mean > 90  # better, and no candidate
+    assert line_of(result.accuracy, "individual experts").values["Avg"].mean > 90  # higher, but it does not compete
 
 
 def test_several_caches_are_one_table_with_the_experts_once(tmp_path):
@@ -102,8 +102,8 @@ def test_several_caches_are_one_table_with_the_experts_once(tmp_path):
     edit_manifest(paths[1], lambda manifest: manifest["identity"].update(merge=merge))
     for path in paths:
         fit(FitConfig(path, PROB))
-    (one,) = report(paths)
-    assert labels(one.accuracy) == [
+    (result,) = report(paths)
+    assert labels(result.accuracy) == [
         "pretrained",
         "individual experts",
         "merged (ta)",
@@ -111,7 +111,7 @@ def test_several_caches_are_one_table_with_the_experts_once(tmp_path):
         "merged (wa)",
         "wa + ProbSurgery (h=8, 60 steps)",
     ]
-    assert one.merges == ("ta", "wa")
+    assert result.merges == ("ta", "wa")
     with pytest.raises(InputError, match="named twice"):
         report([paths[0], paths[0]])
     with pytest.raises(InputError, match="--results goes with one --cache"):
@@ -122,32 +122,32 @@ def test_one_merge_of_two_caches_is_told_apart_by_the_folder(tmp_path):
     paths = [write_cache(tmp_path / name, {"a": 60 + i, "b": 40}) for i, name in enumerate(("one", "two"))]
     for path in paths:
         fit(FitConfig(path, PROB))
-    (one,) = report(paths)
-    assert "merged (ta, two)" in labels(one.accuracy)
-    assert "individual experts (ta, one)" in labels(one.accuracy)
+    (result,) = report(paths)
+    assert "merged (ta, two)" in labels(result.accuracy)
+    assert "individual experts (ta, one)" in labels(result.accuracy)
 
 
-def test_a_head_fitted_anew_under_its_name_replaces_its_figures(small_cache):
+def test_a_head_fitted_again_under_the_same_name_replaces_the_figures(small_cache):
     first = fit(FitConfig(small_cache.path, SurgerySettings(rank=1, steps=1), name="mine"))
     shutil.rmtree(first.path)
     second = fit(FitConfig(small_cache.path, SURGERY, name="mine"))
-    (one,) = report(small_cache.path)
-    assert one.accuracy.lines[-1].label == "+ Surgery (r=4, 60 steps)"
-    values = means(one.bias.lines[-1])
+    (result,) = report(small_cache.path)
+    assert result.accuracy.lines[-1].label == "+ Surgery (r=4, 60 steps)"
+    values = means(result.bias.lines[-1])
     assert {task: values[task] for task in "ab"} == {row.task: row.bias.after for row in second.rows}
 
 
 def test_heads_are_compared_on_the_rows_that_they_were_evaluated_on(tmp_path):
     path = write_cache(tmp_path / "cache", {"a": 300, "b": 200})
     runs = [fit(FitConfig(path, PROB, holdout=0.3, seed=seed)).rows for seed in (0, 1)]
-    (one,) = report(path)
+    (result,) = report(path)
     assert runs[0][0].accuracy.merged != runs[1][0].accuracy.merged
     shares = []
     for rows in runs:
         merged, head, expert = (sum(getattr(r.accuracy, k) for r in rows) for k in ("merged", "head", "individual"))
         shares.append(100 * (head - merged) / (expert - merged))
-    assert one.costs.lines[-1].values["won back, %"].mean == pytest.approx(fmean(shares))
-    merged = line_of(one.accuracy, "merged (ta)").values["a"]
+    assert result.costs.lines[-1].values["won back, %"].mean == pytest.approx(fmean(shares))
+    merged = line_of(result.accuracy, "merged (ta)").values["a"]
     assert merged.mean == pytest.approx(fmean(100 * rows[0].accuracy.merged for rows in runs))
     assert merged.sd > 0
 
@@ -158,20 +158,20 @@ def test_protocols_have_tables_of_their_own_and_partial_heads_no_average(small_c
     fit(FitConfig(small_cache.path, PROB, holdout=0.3))
     transductive, holdout = report(small_cache.path)
     assert (transductive.protocol, holdout.protocol) == ("transductive", "holdout 0.3")
-    assert all(one.protocol in table.title for one in (transductive, holdout) for table in one.tables)
+    assert all(result.protocol in table.title for result in (transductive, holdout) for table in result.tables)
     partial = transductive.accuracy.lines[-1]
     assert list(partial.values) == ["a"]
     assert "won back, %" not in transductive.costs.lines[-1].values
 
 
-def test_labels_tell_settings_apart_and_the_heads_name_does_where_they_do_not(tmp_path):
+def test_labels_tell_settings_apart_and_where_they_are_equal_the_names_of_heads_do(tmp_path):
     path = write_cache(tmp_path / "cache", {"a": 60, "b": 40, "c": 20})
     fit(FitConfig(path, PROB))
     fit(FitConfig(path, ProbSettings(hidden=8, steps=60, kl_weight=0.5, loss="mse"), seed=1))
     for tasks in (("a", "b"), ("b", "c")):
         fit(FitConfig(path, PROB, tasks=tasks, shared=True))
-    (one,) = report(path)
-    assert labels(one.accuracy)[3:] == [
+    (result,) = report(path)
+    assert labels(result.accuracy)[3:] == [
         "+ ProbSurgery (h=8, 60 steps)",
         "+ ProbSurgery (h=8, 60 steps, loss=mse, kl-weight=0.5)",
         "+ ProbSurgery (h=8, 60 steps, shared) [prob-h8-steps60-shared-a+b]",
@@ -182,23 +182,23 @@ def test_labels_tell_settings_apart_and_the_heads_name_does_where_they_do_not(tm
 def test_heads_of_one_setting_are_one_line_whatever_they_are_called(small_cache):
     for task in ("a", "b"):
         fit(FitConfig(small_cache.path, PROB, tasks=(task,)))
-    (one,) = report(small_cache.path)
-    assert labels(one.accuracy)[3:] == ["+ ProbSurgery (h=8, 60 steps)"]
-    assert "Avg" in one.accuracy.lines[3].values
+    (result,) = report(small_cache.path)
+    assert labels(result.accuracy)[3:] == ["+ ProbSurgery (h=8, 60 steps)"]
+    assert "Avg" in result.accuracy.lines[3].values
 
 
 def test_sweeps_are_curves_and_the_main_table_has_what_is_kept(small_cache, run):
     fit(FitConfig(small_cache.path, SURGERY))
     values = {"rank": (2, 4, 8), "steps": (30, 60)}
-    result = sweep(SweepConfig(small_cache.path, ("surgery",), values, seed=(0, 1)))
-    (one,) = report(small_cache.path)
-    assert labels(one.accuracy)[3:] == ["+ Surgery (r=4, 60 steps)"]
-    assert one.others == 5
-    curves = {curve.axis: curve for curve in one.curves}
+    swept = sweep(SweepConfig(small_cache.path, ("surgery",), values, seed=(0, 1)))
+    (result,) = report(small_cache.path)
+    assert labels(result.accuracy)[3:] == ["+ Surgery (r=4, 60 steps)"]
+    assert result.others == 5
+    curves = {curve.axis: curve for curve in result.curves}
     assert list(curves) == ["rank", "steps"]
     assert list(curves["rank"].points) == [2, 4, 8]
     assert curves["rank"].label == "Surgery (30 steps)"
-    expected = {line.setting["rank"]: line.average_accuracy for line in result.lines if line.setting["steps"] == 30}
+    expected = {line.setting["rank"]: line.average_accuracy for line in swept.lines if line.setting["steps"] == 30}
     assert {rank: point.accuracy["Avg"] for rank, point in curves["rank"].points.items()} == expected
     (all_of_it,) = report(small_cache.path, everything=True)
     assert (len(all_of_it.accuracy.lines), all_of_it.others) == (3 + 6, 0)
@@ -212,16 +212,16 @@ def test_sweeps_are_curves_and_the_main_table_has_what_is_kept(small_cache, run)
 
 def test_without_a_kept_or_default_head_every_setting_has_a_line(small_cache):
     sweep(SweepConfig(small_cache.path, ("surgery",), {"rank": (2, 4), "steps": (30,)}))
-    (one,) = report(small_cache.path)
-    assert labels(one.accuracy)[3:] == ["+ Surgery (r=2, 30 steps)", "+ Surgery (r=4, 30 steps)"]
+    (result,) = report(small_cache.path)
+    assert labels(result.accuracy)[3:] == ["+ Surgery (r=2, 30 steps)", "+ Surgery (r=4, 30 steps)"]
 
 
 def test_shares_of_the_data_are_a_curve(small_cache):
     sweep(SweepConfig(small_cache.path, ("surgery",), {"steps": (30,)}, fraction=(0.2, 1.0)))
-    (one,) = report(small_cache.path)
-    (curve,) = one.curves
+    (result,) = report(small_cache.path)
+    (curve,) = result.curves
     assert (curve.axis, list(curve.points), curve.protocol) == ("fraction", [0.2, 1.0], "transductive")
-    assert labels(one.accuracy)[3:] == ["+ Surgery (r=16, 30 steps, 20 % of the rows)", "+ Surgery (r=16, 30 steps)"]
+    assert labels(result.accuracy)[3:] == ["+ Surgery (r=16, 30 steps, 20 % of the rows)", "+ Surgery (r=16, 30 steps)"]
 
 
 def test_results_of_another_identity_are_left_out(small_cache):
@@ -245,7 +245,7 @@ def test_rows_of_something_else_do_not_stop_a_report(small_cache):
             file.write(json.dumps(row | {"request": str(number)} | change) + "\n")
     first, *others = report(small_cache.path, everything=True)
     assert "+ Surgery (r=4, 60 steps)" in labels(first.accuracy)
-    assert [one.protocol for one in others] == ["transductive, fraction e-."]
+    assert [result.protocol for result in others] == ["transductive, fraction e-."]
     assert first.tables
 
 

@@ -1,4 +1,4 @@
-"""The papers' analyses: what each fits, that it resumes, and what its table says."""
+"""The papers' analyses: what each fits, that it resumes, and its table."""
 
 import json
 from dataclasses import asdict, replace
@@ -22,13 +22,13 @@ def configs(name, cache, **other):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Studies that keep their settings but for the steps."""
+    """Run studies with fewer steps; gives the configurations that they ask for."""
     asked = []
 
-    def few_steps(found, **other):
-        asked.extend(found)
-        heads = [replace(c.head, steps=min(c.head.steps, 3 + c.head.steps // 500)) for c in found]
-        return fit_all([replace(c, head=head) for c, head in zip(found, heads, strict=True)], **other)
+    def few_steps(configs, **other):
+        asked.extend(configs)
+        heads = [replace(c.head, steps=min(c.head.steps, 3 + c.head.steps // 500)) for c in configs]
+        return fit_all([replace(c, head=head) for c, head in zip(configs, heads, strict=True)], **other)
 
     monkeypatch.setattr(study_module, "fit_all", few_steps)
     return asked
@@ -90,12 +90,12 @@ def test_train_images_are_a_protocol_where_the_cache_has_them(quick, tmp_path):
     assert "transductive; holdout 0.2; train" in table.title
     labels = [line.label for line in table.lines]
     assert "+ ProbSurgery (h=128, 13 steps) (train)" in labels
-    # Encoders are judged on the same rows under both of these, and need no second line.
+    # Encoders are evaluated on the same rows as under the transductive protocol: no second line.
     assert "individual (holdout 0.2)" in labels
     assert "individual (train)" not in labels
 
 
-def test_a_table_is_what_the_results_say(quick, small_cache):
+def test_a_table_has_the_figures_of_the_results(quick, small_cache):
     table = study("samples", SweepConfig(small_cache.path)).table
     rows = {(row.settings["samples"], row.task): row for row in read_results(small_cache.path)}
     for line, samples in zip([x for x in table.lines if x.kind == "measured"], (0, 1, 2, 5), strict=True):
