@@ -456,7 +456,8 @@ def report_command(
     as_json: Annotated[bool, _SAME_AS_JSON] = False,
 ) -> None:
     """Tables of the results kept with caches: accuracy, bias, what heads cost, and sweeps."""
-    from probsurgery.pipeline.analysis.report import published, report
+    from probsurgery.pipeline.analysis.published import published
+    from probsurgery.pipeline.analysis.report import report
 
     form = _checked_format("json" if as_json else form)
     reports = report(cache, results, with_published=with_published, everything=everything)
@@ -474,7 +475,8 @@ def report_command(
     hidden = sum(one.others for one in reports)
     if hidden and not everything:
         _note(f"{hidden:,} more settings of sweeps are summed up against what varies; --all gives each a line")
-    from probsurgery.pipeline.analysis.kept_heads import projection, uncertainties, uncertainty_table
+    from probsurgery.pipeline.analysis.projection import projection
+    from probsurgery.pipeline.analysis.uncertainty import uncertainties, uncertainty_table
     from probsurgery.pipeline.store.cache import Cache
 
     opened = [Cache(path) for path in cache] if uncertain or plots or page else []
