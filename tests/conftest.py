@@ -14,7 +14,7 @@ import torch
 import processes
 from probsurgery import cli
 from probsurgery.pipeline.models import architectures
-from probsurgery.pipeline.store import formats
+from probsurgery.pipeline.store import arrays
 from probsurgery.pipeline.store.cache import Cache
 from support import TINY, write_cache
 
@@ -56,8 +56,8 @@ def store(request):
 def shards_of_processes():
     """Cut arrays here as the extractions of `processes` do."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "SHARD_ROWS", processes.SHARD)
-        patch.setattr(formats, "CHUNK_ROWS", processes.CHUNK)
+        patch.setattr(arrays, "SHARD_ROWS", processes.SHARD)
+        patch.setattr(arrays, "CHUNK_ROWS", processes.CHUNK)
         yield
 
 

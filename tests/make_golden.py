@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from probsurgery.pipeline.store.writer import CacheWriter, locked
-from support import identity
+from probsurgery.pipeline.store.lock import locked
+from probsurgery.pipeline.store.manifest import SplitRecord, TaskRecord
+from probsurgery.pipeline.store.writer import CacheWriter
+from support import identity, specs
 
 HERE = Path(__file__).parent / "golden"
 ROWS, DIM, CLASSES = 5, 4, 3
@@ -30,18 +32,14 @@ def values() -> dict[str, np.ndarray]:
 def main() -> None:
     for store in ("zarr", "hdf5"):
         path = HERE / store
-        about = identity(["a"], dim=DIM, checkpoints={"pretrained": "0", "a": "1"})
+        expected = identity(["a"], dim=DIM, checkpoints={"pretrained": "0", "a": "1"})
         with locked(path):
-            writer = CacheWriter.begin(path, about, store)
-            splits = {"test": {"rows": ROWS, "fingerprint": "0"}}
-            writer.manifest["tasks"]["a"] = {
-                "classes": CLASSES,
-                "class_names": ["x", "y", "z"],
-                "classifier": "0",
-                "splits": splits,
-            }
+            writer = CacheWriter.begin(path, expected, store)
+            splits = {"test": SplitRecord(ROWS, "0")}
+            task = TaskRecord(classes=CLASSES, class_names=("x", "y", "z"), classifier="0", splits=splits)
+            writer.update(tasks={"a": task})
             writer.request(["test/a"])
-            writer.declare({n: {"shape": list(v.shape), "dtype": str(v.dtype)} for n, v in values().items()})
+            writer.declare(specs(values()))
             for name, array in values().items():
                 writer.write(0, {name: array})
         (path / ".lock").unlink()

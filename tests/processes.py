@@ -8,7 +8,7 @@ import signal
 
 from probsurgery.pipeline.config import ExtractConfig
 from probsurgery.pipeline.errors import ProbsurgeryError
-from probsurgery.pipeline.store import formats
+from probsurgery.pipeline.store import arrays
 
 SHARD, CHUNK = 64, 32
 """Rows, so that the mini suite has many shards."""
@@ -19,7 +19,7 @@ _CONTEXT.set_forkserver_preload(["processes", "probsurgery.pipeline.extraction.e
 
 def small_shards():
     """Cut arrays into small shards from here on."""
-    formats.SHARD_ROWS, formats.CHUNK_ROWS = SHARD, CHUNK
+    arrays.SHARD_ROWS, arrays.CHUNK_ROWS = SHARD, CHUNK
 
 
 def start(config: ExtractConfig, environment: dict[str, str] | None = None, largest_file: int | None = None):

@@ -12,12 +12,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from msgspec.structs import replace
 from PIL import Image
 
+from probsurgery.pipeline.files import write_json
+from probsurgery.pipeline.fingerprints import fingerprint
 from probsurgery.pipeline.models.architectures import Arch, model_config
-from probsurgery.pipeline.store import formats
+from probsurgery.pipeline.store import arrays as arrays_module
+from probsurgery.pipeline.store.arrays import ArraySpec
+from probsurgery.pipeline.store.lock import locked
 from probsurgery.pipeline.store.maintenance import check
-from probsurgery.pipeline.store.writer import CacheWriter, locked
+from probsurgery.pipeline.store.manifest import Identity, MergeIdentity, SplitRecord, TaskRecord
+from probsurgery.pipeline.store.writer import CacheWriter
 
 DIM = 16
 TINY = Arch(
@@ -32,24 +38,45 @@ def opened(path, identity, store, *, fresh=False):
         yield CacheWriter.begin(path, identity, store, fresh=fresh)
 
 
+def edit_manifest(path, change):
+    """Change a manifest's JSON, and give it the digest that is right: whoever makes a cache can do that."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["digest"]
+    change(manifest)
+    write_json(path / "manifest.json", manifest | {"digest": fingerprint(manifest)})
+
+
+def drop_seal(path, array, number):
+    """Make a manifest forget a shard."""
+    edit_manifest(path, lambda m: m["arrays"][array]["shards"].__setitem__(number, None))
+
+
 def damage(cache):
     """What `cache verify` finds."""
     return [problem for one in check(cache) for problem in one.problems]
 
 
 def identity(tasks, dim=DIM, dtype="float32", **other):
-    return {
-        "arch": "mini",
-        "suite": "mini",
-        "dim": dim,
-        "dtype": dtype,
-        "precision": "fp32",
-        "limit": None,
-        "tasks": list(tasks),
-        "checkpoints": {},
-        "merge": {"method": "ta", "settings": {"scale": 0.3}, "digest": "0"},
-        "preprocessing": {},
-    } | other
+    return Identity(
+        **{
+            "arch": "mini",
+            "suite": "mini",
+            "dim": dim,
+            "dtype": dtype,
+            "precision": "fp32",
+            "limit": None,
+            "tasks": tuple(tasks),
+            "checkpoints": {},
+            "merge": MergeIdentity("ta", {"scale": 0.3}, digest="0"),
+            "preprocessing": {},
+        }
+        | other
+    )
+
+
+def specs(arrays):
+    """What is declared of arrays of values."""
+    return {name: ArraySpec(values.shape, str(values.dtype)) for name, values in arrays.items()}
 
 
 def synthetic(rows, dim=DIM, classes=3, seed=0):
@@ -89,16 +116,15 @@ def write_cache(
                 classifier = arrays.pop("classifier")
                 named = {f"{split}/{task}/{kind}": a for kind, a in arrays.items()}
                 named = {n: a if n.endswith("labels") else a.astype(dtype) for n, a in named.items()}
-                writer.declare({n: {"shape": list(a.shape), "dtype": str(a.dtype)} for n, a in named.items()})
-                writer.declare({f"classifiers/{task}": {"shape": list(classifier.shape), "dtype": "float32"}})
+                writer.declare(specs(named) | specs({f"classifiers/{task}": classifier}))
                 writer.write(0, {f"classifiers/{task}": classifier})
-                for part in range(formats.shard_count(rows)):
-                    window = formats.part_range(part, rows)
-                    writer.write(part, {n: a[window.start : window.stop] for n, a in named.items()})
-                about = {"classes": 3, "class_names": [], "classifier": "0", "splits": {}}
-                about = writer.manifest["tasks"].setdefault(task, about)
-                about["splits"][split] = {"rows": rows, "fingerprint": "0"}
-                writer.save()
+                for number in range(arrays_module.shard_count(rows)):
+                    window = arrays_module.shard_rows(number, rows)
+                    writer.write(number, {n: a[window.start : window.stop] for n, a in named.items()})
+                tasks = dict(writer.manifest.tasks)
+                record = tasks.get(task) or TaskRecord(classes=3, classifier="0", splits={})
+                tasks[task] = replace(record, splits={**record.splits, split: SplitRecord(rows, "0")})
+                writer.update(tasks=tasks)
     return path
 
 

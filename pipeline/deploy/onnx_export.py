@@ -1,31 +1,30 @@
-"""A model as ONNX files, one for each task, each checked by ONNX Runtime before it counts."""
+"""A model as ONNX files, one for each task, each checked by ONNX Runtime."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from probsurgery.pipeline.config import ProbSettings
 from probsurgery.pipeline.deploy.model import SurgeryModel
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError, first_line
+from probsurgery.pipeline.progress import Progress, no_progress
 
 TOLERANCE = 1e-4
 """Largest difference to torch, relative to the largest logit."""
 
 
 class _OneTask(nn.Module):
-    """What a file holds: images (B, 3, size, size) -> logits (B, C), and sigma (B,) where the head has one."""
+    """The graph of one file: images (B, 3, size, size) -> logits (B, C), and sigma (B,) where the head has one."""
 
     def __init__(self, model: SurgeryModel, task: str) -> None:
         super().__init__()
         self.model, self.task = model, task
         self.outputs = ["logits"]
-        if isinstance(model.settings, ProbSettings) and model.settings.samples:
+        if model.settings.predicts_sigma:
             self.outputs.append("sigma")
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -44,7 +43,7 @@ def require_onnx() -> None:
         raise InputError(f"--onnx needs {error.name}; pip install 'probsurgery[onnx]'") from None
 
 
-def write_onnx(model: SurgeryModel, folder: Path, progress: Callable[[int, int, str], None]) -> list[Path]:
+def write_onnx(model: SurgeryModel, folder: Path, progress: Progress = no_progress) -> list[Path]:
     """Write `<task>.onnx` for each task; input `images` with any number of rows.
 
     Raises `ProbsurgeryError` if a model cannot be exported, or if ONNX Runtime gives other numbers than torch.
@@ -52,22 +51,22 @@ def write_onnx(model: SurgeryModel, folder: Path, progress: Callable[[int, int, 
     require_onnx()
     import onnxruntime
 
-    size = model.about["preprocessing"]["image_size"]
+    size = model.provenance.preprocessing["image_size"]
     drawn = torch.randn(5, 3, size, size, generator=torch.Generator().manual_seed(0))
     written = []
     for done, task in enumerate(model.tasks):
         progress(done, len(model.tasks), task)
-        path, one = folder / f"{task}.onnx", _OneTask(model, task).eval()
+        path, graph = folder / f"{task}.onnx", _OneTask(model, task).eval()
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of deprecations within the exporter
+                warnings.simplefilter("ignore")  # deprecations within the exporter
                 logging.getLogger("torch.onnx").setLevel(logging.ERROR)
                 torch.onnx.export(
-                    one,
+                    graph,
                     (drawn[:2],),
                     path,
                     input_names=["images"],
-                    output_names=one.outputs,
+                    output_names=graph.outputs,
                     dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
                     dynamo=True,
                     external_data=False,
@@ -78,10 +77,11 @@ def write_onnx(model: SurgeryModel, folder: Path, progress: Callable[[int, int, 
             raise ProbsurgeryError(f"{task} cannot be written as ONNX: {first_line(error)}") from None
         for images in (drawn[:1], drawn):
             with torch.inference_mode():
-                expected = one(images)
-            for ours, theirs in zip(expected, session.run(None, {"images": images.numpy()}), strict=True):
-                off = ((torch.from_numpy(theirs) - ours).abs().max() / ours.abs().max()).item()
-                if not off <= TOLERANCE:
-                    raise ProbsurgeryError(f"{path}: ONNX Runtime's output differs from torch's by {off:.1e}")
+                expected = graph(images)
+            outputs = session.run(None, {"images": images.numpy()})
+            for by_torch, by_onnx in zip(expected, outputs, strict=True):
+                difference = ((torch.from_numpy(by_onnx) - by_torch).abs().max() / by_torch.abs().max()).item()
+                if not difference <= TOLERANCE:
+                    raise ProbsurgeryError(f"{path}: ONNX Runtime's output differs from torch's by {difference:.1e}")
         written.append(path)
     return written

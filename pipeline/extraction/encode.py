@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from probsurgery.pipeline.config import ExtractConfig
 from probsurgery.pipeline.datasets.tasks import Images
 from probsurgery.pipeline.errors import ProbsurgeryError
-from probsurgery.pipeline.extraction.loading import read_batches, refuse
-from probsurgery.pipeline.store.formats import part_range
-from probsurgery.pipeline.store.writer import CacheWriter
+from probsurgery.pipeline.extraction.loading import read_batches, refuse_undecoded
+from probsurgery.pipeline.store.arrays import shard_rows
+from probsurgery.pipeline.store.writer import CacheWriter, JournalEntry
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _MOST_DIFFERENCE = 0.1
@@ -25,13 +25,23 @@ _MOST_DIFFERENCE = 0.1
 
 @dataclass(frozen=True)
 class Target:
-    """One array to be filled: which encoder's features, and which of its parts are lacking."""
+    """One array to be filled: by which encoder, and which of its shards are missing."""
 
     writer: CacheWriter
     array: str
     encoder: str
     """Name of a tower, or `labels`."""
-    parts: set[int]
+    shards: set[int]
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """The images of one task and split, and how they are read."""
+
+    images: Images
+    device: torch.device
+    workers: int
+    """Processes that decode."""
 
 
 @dataclass
@@ -45,13 +55,12 @@ class Tally:
     seconds: dict[str, float] = field(
         default_factory=lambda: {"prepare": 0.0, "merge": 0.0, "read": 0.0, "encode": 0.0, "write": 0.0}
     )
-    """Wall time spent on checkpoints and opening data sets; merging; waiting for images; encoding; waiting for the
-    writer; and, of several ranks, rank 0's time with `wait`ing for the others. What the main thread waits for images
-    is what reading costs beyond what the workers do meanwhile."""
+    """Wall time of the main thread: `prepare` (checkpoints, data sets), `merge`, `read` (waiting for decoded images),
+    `encode`, `write` (waiting for the writing thread), and with several ranks `wait` (for the others)."""
 
     @contextmanager
-    def timed(self, phase: str):
-        """Count the time of a block to a phase."""
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time of a block to a phase."""
         start = time.perf_counter()
         try:
             yield
@@ -59,121 +68,114 @@ class Tally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-def parts_of(targets: Sequence[Target]) -> list[int]:
-    """Parts that some target lacks."""
-    return sorted(set().union(*(target.parts for target in targets)))
+def shards_of(targets: Sequence[Target]) -> list[int]:
+    """Numbers of the shards that some target lacks."""
+    return sorted(set().union(*(target.shards for target in targets)))
 
 
-def _batches(parts: Sequence[int], rows: int, size: int) -> list[range]:
-    """Rows of each batch; none crosses a part."""
-    windows = [part_range(part, rows) for part in parts]
+def _batch_rows(shards: Sequence[int], rows: int, size: int) -> list[range]:
+    """Rows of each batch; none crosses a shard."""
+    windows = [shard_rows(number, rows) for number in shards]
     return [window[i : i + size] for window in windows for i in range(0, len(window), size)]
 
 
 def fill(
     config: ExtractConfig,
-    images: Images,
+    source: ImageSource,
     targets: Sequence[Target],
-    towers: dict[str, nn.Module],
-    device: torch.device,
-    workers: int,
+    towers: Mapping[str, nn.Module],
     tally: Tally,
-    progress: Callable[[int], None],
+    progress: Callable[[], None],
 ) -> None:
-    """Encode the lacking parts of one task and split and write them, part by part.
+    """Encode the missing shards of one task and split, and write them one by one.
 
-    A part is written by a thread while the next is encoded, so that an encoder waits for a slow disk only if the disk
+    A shard is written by a thread while the next is encoded, so that an encoder waits for a slow disk only if the disk
     is slower than it.
     """
-    _check_precision(config, images, targets, towers, device)
-    parts = parts_of(targets)
-    batches = read_batches(images, config.arch, _batches(parts, len(images), config.batch_size), workers, device)
+    _check_precision(config, source, targets, towers)
+    images, shards = source.images, shards_of(targets)
+    batch_rows = _batch_rows(shards, len(images), config.batch_size)
+    batches = read_batches(images, config.arch, batch_rows, source.workers, source.device)
     with ThreadPoolExecutor(max_workers=1) as thread:
         writing: Future | None = None
-        for part in parts:
-            here = [target for target in targets if part in target.parts]
+        for number in shards:
+            here = [target for target in targets if number in target.shards]
             names = {target.encoder for target in here} - {"labels"}
             encoded: dict[str, list[Tensor]] = {name: [] for name in names}
-            rows = part_range(part, len(images))
-            bad: dict[int, str] = {}
+            rows = shard_rows(number, len(images))
+            undecoded: dict[int, str] = {}
             for _ in range(0, len(rows), config.batch_size):
                 with tally.timed("read"):
-                    batch, undecoded = next(batches)
+                    batch, problems = next(batches)
                 if not config.skip_bad:
-                    refuse(undecoded, here[0].array.rpartition("/")[0])
-                bad |= undecoded
+                    refuse_undecoded(problems, here[0].array.rpartition("/")[0])
+                undecoded |= problems
                 with tally.timed("encode"):
                     for name in names:
                         encoded[name].append(encode(towers[name], batch, config.precision))
                 tally.images += len(batch)
                 tally.passes += len(batch) * len(names)
-                progress(tally.images)
+                progress()
             with tally.timed("encode"):
                 values = {name: torch.cat(blocks).cpu().numpy() for name, blocks in encoded.items()}
+            values["labels"] = images.labels[rows.start : rows.stop]
             with tally.timed("write"):
                 if writing is not None:
                     writing.result()
-            writing = thread.submit(_write, config, images.labels, here, part, rows, values, bad)
+            writing = thread.submit(_write, config.dtype, here, number, rows, values, undecoded)
         with tally.timed("write"):
             if writing is not None:
                 writing.result()
 
 
 def _write(
-    config: ExtractConfig,
-    labels: np.ndarray,
+    dtype: str,
     targets: Sequence[Target],
-    part: int,
+    number: int,
     rows: range,
-    values: dict[str, np.ndarray],
-    bad: dict[int, str],
+    values: Mapping[str, np.ndarray],
+    undecoded: Mapping[int, str],
 ) -> None:
-    """Write one part of every target. Rows of images that were left out are NaN, and their labels -1."""
-    left_out = [row - rows.start for row in bad]
-    kept = labels[rows.start : rows.stop].copy()
-    kept[left_out] = -1
-    skipped = {targets[0].array.rpartition("/")[0]: {str(row): problem for row, problem in bad.items()}}
-    for writer in {id(target.writer): target.writer for target in targets}.values():
+    """Write the shards of one number. In rows of undecoded images features are NaN, and labels -1."""
+    omitted = [row - rows.start for row in undecoded]
+    skipped = {targets[0].array.rpartition("/")[0]: {str(row): problem for row, problem in undecoded.items()}}
+    by_writer: dict[int, list[Target]] = {}
+    for target in targets:
+        by_writer.setdefault(id(target.writer), []).append(target)
+    for own_targets in by_writer.values():
         stored = {}
-        for target in targets:
-            if target.writer is not writer:
-                continue
-            if target.encoder == "labels":
-                stored[target.array] = kept
-                continue
-            stored[target.array] = _for_store(values[target.encoder], config.dtype, target.array, rows.start)
-            stored[target.array][left_out] = np.nan
-        writer.write(part, stored, skipped)
+        for target in own_targets:
+            is_labels = target.encoder == "labels"
+            array = values[target.encoder].copy() if is_labels else _as_stored(values, target, dtype, rows.start)
+            array[omitted] = -1 if is_labels else np.nan
+            stored[target.array] = array
+        own_targets[0].writer.write(number, stored, skipped)
 
 
-def _for_store(values: np.ndarray, dtype: str, array: str, first_row: int) -> np.ndarray:
-    """Features as they are kept. Raises `ProbsurgeryError` if the encoder, or the type, made one NaN or infinite."""
+def _as_stored(values: Mapping[str, np.ndarray], target: Target, dtype: str, first_row: int) -> np.ndarray:
+    """Features in the cache's type. Raises `ProbsurgeryError` if the encoder, or the type, made one NaN or infinite."""
     with np.errstate(over="ignore"):
-        stored = values.astype(dtype)
+        stored = values[target.encoder].astype(dtype)
     bad = np.flatnonzero(~np.isfinite(stored).all(-1))
     if len(bad):
         raise ProbsurgeryError(
-            f"features {array} are NaN or infinite in row {first_row + bad[0]}; "
+            f"features {target.array} are NaN or infinite in row {first_row + bad[0]}; "
             "try --precision fp32 and --dtype float32, and check that checkpoint"
         )
     return stored
 
 
 def _check_precision(
-    config: ExtractConfig,
-    images: Images,
-    targets: Sequence[Target],
-    towers: dict[str, nn.Module],
-    device: torch.device,
+    config: ExtractConfig, source: ImageSource, targets: Sequence[Target], towers: Mapping[str, nn.Module]
 ) -> None:
-    """Compare the first batch with fp32, and keep the relative difference |z - z32| / |z32| in the manifests.
+    """Compare the first batch with fp32, and record the relative difference |z - z32| / |z32| in the manifests.
 
-    Raises `ProbsurgeryError` if an encoder's is above `_MOST_DIFFERENCE`, which rounding alone does not make.
+    Raises `ProbsurgeryError` if an encoder's is above `_MOST_DIFFERENCE`, which rounding alone does not cause.
     """
     if config.precision == "fp32":
         return
-    first = _batches(parts_of(targets), len(images), config.batch_size)[:1]
-    batch, _ = next(read_batches(images, config.arch, first, 0, device))
+    first = _batch_rows(shards_of(targets), len(source.images), config.batch_size)[:1]
+    batch, _ = next(read_batches(source.images, config.arch, first, 0, source.device))
     for target in targets:
         if target.encoder == "labels":
             continue
@@ -184,14 +186,14 @@ def _check_precision(
                 f"{config.precision} changes the first features of {target.array} by {difference:.1%} of their length; "
                 "use --precision fp32"
             )
-        target.writer.note({"precision": {target.array: difference}})
+        target.writer.note(JournalEntry(precision={target.array: difference}))
 
 
 @torch.inference_mode()
 def encode(tower: nn.Module, images: Tensor, precision: str) -> Tensor:
     """Images (B, 3, size, size) -> features (B, d) in float32, not normalised."""
     if precision == "fp32":
-        # cuDNN would else compute the patch embedding in TF32.
+        # Otherwise cuDNN would compute the patch embedding in TF32.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return tower(images).float()
     with torch.autocast(images.device.type, _AUTOCAST[precision]):

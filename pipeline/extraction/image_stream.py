@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from probsurgery.pipeline.datasets.tasks import Images
-from probsurgery.pipeline.extraction.loading import read_batches, refuse
+from probsurgery.pipeline.extraction.loading import read_batches, refuse_undecoded
 from probsurgery.pipeline.merging.registry import Samples
 from probsurgery.pipeline.models.architectures import functional, preprocessing
 
@@ -84,7 +84,7 @@ def _read(
     for decoded, bad in read_batches(images, arch, noted(), workers, device):
         its = asked.pop(0)
         if not skip_bad:
-            refuse(bad, task)
+            refuse_undecoded(bad, task)
         good = [index for index, row in enumerate(its) if row not in bad]
         if good:
             yield (decoded if not bad else decoded[good]), labels[[its[index] for index in good]]

@@ -1,4 +1,4 @@
-"""Images -> batches on the device: decoded in worker processes, copied while the batch before is encoded."""
+"""Images -> batches on the device: decoded in worker processes, copied while the previous batch is encoded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Batch = tuple[Tensor, dict[int, str]]
 def read_batches(
     images: Images, arch: str, rows: Sequence[Sequence[int]], workers: int, device: torch.device
 ) -> Iterator[Batch]:
-    """Batches of these rows on the device, in order, preprocessed as the architecture wants it."""
+    """Batches of these rows on the device, in order, preprocessed for the architecture."""
     batches = DataLoader(
         _Decoded(images, image_transform(arch), preprocessing(arch)["image_size"]),
         batch_sampler=rows,
@@ -31,21 +31,21 @@ def read_batches(
     return _copied(batches, device) if device.type == "cuda" else iter(batches)
 
 
-def refuse(bad: dict[int, str], where: str) -> None:
+def refuse_undecoded(problems: dict[int, str], where: str) -> None:
     """Raise `ProbsurgeryError` naming the first image that could not be decoded, if there is one."""
-    for row, problem in bad.items():
+    for row, problem in problems.items():
         raise ProbsurgeryError(
-            f"image {row} of {where} cannot be decoded: {problem}; mend it, or leave such images out with --skip-bad"
+            f"image {row} of {where} cannot be decoded: {problem}; repair it, or leave such images out with --skip-bad"
         )
 
 
 def default_workers() -> int:
-    """One process for each core that this one may use."""
+    """As many processes as this one may use cores."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _copied(batches: DataLoader, device: torch.device) -> Iterator[Batch]:
-    """Copies each batch on a stream of its own while the one before it is encoded."""
+    """Copies each batch on a separate CUDA stream while the previous one is encoded."""
     copying = torch.cuda.Stream(device)
     waiting = None
     for batch, bad in batches:

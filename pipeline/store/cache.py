@@ -1,8 +1,8 @@
-"""Caches opened for reading: what one holds, and that it is as it was written."""
+"""Caches opened for reading. Everything read is checked against the manifest."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,9 @@ from torch import Tensor
 from probsurgery.pipeline.errors import DamagedCacheError, InputError, first_line
 from probsurgery.pipeline.files import broken_seal
 from probsurgery.pipeline.fingerprints import fingerprint
-from probsurgery.pipeline.store.formats import BACKENDS, Backend, part_range
-from probsurgery.pipeline.store.manifest import KINDS, content_digest, read_manifest, values_digest
+from probsurgery.pipeline.store.arrays import KINDS, shard_rows, values_digest
+from probsurgery.pipeline.store.formats import FORMATS
+from probsurgery.pipeline.store.manifest import Identity, Manifest, SplitRecord, read_manifest
 from probsurgery.pipeline.store.memmap import spill
 
 
@@ -27,50 +28,49 @@ class Cache:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.manifest = read_manifest(self.path)
-        self._backend: Backend = BACKENDS[self.manifest["store"]](self.path)
+        self.manifest: Manifest = read_manifest(self.path)
+        self._format = FORMATS[self.manifest.store](self.path)
         self._fingerprints: dict[tuple[str, str], str] = {}
 
     def __repr__(self) -> str:
-        return f"Cache({str(self.path)!r}, arch={self.identity['arch']!r}, dim={self.dim})"
+        return f"Cache({str(self.path)!r}, arch={self.identity.arch!r}, dim={self.dim})"
 
     @property
-    def identity(self) -> dict:
+    def identity(self) -> Identity:
         """What determines the numbers in the cache."""
-        return self.manifest["identity"]
+        return self.manifest.identity
 
     @property
     def fingerprint(self) -> str:
         """Digest of the identity."""
-        return fingerprint(self.identity)
+        return self.identity.fingerprint
 
     @property
     def content(self) -> str:
         """Digest of the values of every array, the same in every store."""
-        return content_digest(self.manifest)
+        return self.manifest.content
 
     def task_fingerprint(self, task: str, split: str = "test") -> str:
-        """Digest of what determines one task's numbers: the identity, its classifier, its images. Results name it."""
+        """Digest of what determines the numbers of one task: the identity, its classifier, its images.
+
+        Result rows carry it as `cache`.
+        """
         if (task, split) not in self._fingerprints:
-            about = self.manifest["tasks"][task]
-            digest = fingerprint([self.identity, about["classifier"], about["splits"][split]])
+            record = self.manifest.tasks[task]
+            digest = fingerprint([self.identity.to_json(), record.classifier, record.splits[split].to_json()])
             self._fingerprints[task, split] = digest
         return self._fingerprints[task, split]
 
     @property
     def dim(self) -> int:
         """d, the features' width."""
-        return self.identity["dim"]
+        return self.identity.dim
 
     def missing_shards(self, task: str, split: str) -> tuple[int, int]:
-        """Shards of one task that are missing, and shards in all; (0, 0) if the task was never begun."""
-        shards = [
-            shard
-            for name, spec in self.manifest["arrays"].items()
-            if name.startswith(f"{split}/{task}/")
-            for shard in spec["shards"]
-        ]
-        return shards.count(None), len(shards)
+        """Missing and total shards of one task; (0, 0) if the task was never begun."""
+        prefix = f"{split}/{task}/"
+        specs = [spec for name, spec in self.manifest.arrays.items() if name.startswith(prefix)]
+        return sum(len(spec.missing) for spec in specs), sum(len(spec.shards) for spec in specs)
 
     def is_whole(self, task: str, split: str = "test") -> bool:
         """Whether every shard of a task was written."""
@@ -82,60 +82,62 @@ class Cache:
 
         Raises `InputError` if an extraction was begun and not finished.
         """
-        for name in self.manifest["requested"]:
-            its_split, task = name.split("/")
-            if its_split == split:
+        for name in self.manifest.requested:
+            requested_split, task = name.split("/")
+            if requested_split == split:
                 self.require(task, split)
-        return tuple(task for task in self.identity["tasks"] if self.is_whole(task, split))
+        return tuple(task for task in self.identity.tasks if self.is_whole(task, split))
 
     def require(self, task: str, split: str = "test") -> None:
-        """Raise `InputError` unless the task is there and whole."""
-        if task not in self.identity["tasks"]:
-            raise InputError(f"{self.path} has no task {task!r}; it merges: {', '.join(self.identity['tasks'])}")
+        """Raise `InputError` unless every shard of the task is there."""
+        if task not in self.identity.tasks:
+            raise InputError(f"{self.path} has no task {task!r}; it merges: {', '.join(self.identity.tasks)}")
         missing, total = self.missing_shards(task, split)
         if total and not missing:
-            self._require_parts(task, split)
+            self._require_arrays(task, split)
             return
-        if total or f"{split}/{task}" in self.manifest["requested"]:
+        if total or f"{split}/{task}" in self.manifest.requested:
             state = f"{missing} of {total} shards are missing" if total else "it was not begun"
             raise InputError(
                 f"{self.path} is unfinished: {task} ({split}): {state}; run the same `probsurgery extract` again"
             )
         raise InputError(f"{self.path} does not hold {task} ({split}); extract it with --only {task} --split {split}")
 
-    def _require_parts(self, task: str, split: str) -> None:
-        arrays, about = self.manifest["arrays"], self.manifest["tasks"].get(task, {"splits": {}})
+    def _require_arrays(self, task: str, split: str) -> None:
+        arrays = self.manifest.arrays
         needed = [*(f"{split}/{task}/{kind}" for kind in ("merged", "expert", "labels")), f"classifiers/{task}"]
-        lacking = [name for name in needed if name not in arrays or None in arrays[name]["shards"]]
-        if lacking or split not in about["splits"]:
-            what = lacking[0] if lacking else f"what it says of {task} ({split})"
-            raise DamagedCacheError(f"{self.path} lacks {what}; run the same `probsurgery extract` again")
+        lacking = [name for name in needed if name not in arrays or arrays[name].missing]
+        if task not in self.manifest.tasks or split not in self.manifest.tasks[task].splits:
+            lacking.append(f"the description of {task} ({split})")
+        if lacking:
+            raise DamagedCacheError(f"{self.path} lacks {lacking[0]}; run the same `probsurgery extract` again")
 
     def has(self, task: str, kind: str, split: str = "test") -> bool:
         """Whether features of this kind were asked for."""
-        return f"{split}/{task}/{kind}" in self.manifest["arrays"]
+        return f"{split}/{task}/{kind}" in self.manifest.arrays
 
     def rows(self, task: str, split: str = "test") -> int:
-        """N, the task's images in a split, without those that were left out because they could not be decoded.
+        """N, the task's images in a split, without those that could not be decoded.
 
         Raises `InputError` if none is left.
         """
         self.require(task, split)
-        rows = self.manifest["arrays"][f"{split}/{task}/labels"]["shape"][0] - len(self.skipped(task, split))
+        rows = self.manifest.arrays[f"{split}/{task}/labels"].shape[0] - len(self.skipped(task, split))
         if not rows:
             raise InputError(f"{self.path}: no image of {task} ({split}) could be decoded; give --tasks without it")
         return rows
 
     def skipped(self, task: str, split: str = "test") -> dict[int, str]:
         """Images that were left out: row in the data set -> why it could not be decoded."""
-        about = self.manifest["tasks"].get(task, {"splits": {}})["splits"].get(split, {})
-        return {int(row): problem for row, problem in about.get("skipped", {}).items()}
+        record = self.manifest.tasks.get(task)
+        data = record.splits.get(split) if record else None
+        return {int(row): problem for row, problem in (data or SplitRecord(0)).skipped.items()}
 
     def features(self, task: str, kind: str = "merged", split: str = "test", scratch: Path | None = None) -> Tensor:
         """Features (N, d) in float32, not normalised; `kind` is merged, expert or pretrained.
 
-        With `scratch`, they are decoded into a .npy file at that path, shard by shard, and mapped: however many there
-        are, no more than a shard is in memory.
+        With `scratch`, they are decoded into a .npy file at that path, shard by shard, and mapped: no more than one
+        shard is in memory at a time.
         """
         self.require(task, split)
         if not self.has(task, kind, split):
@@ -177,53 +179,53 @@ class Cache:
         return torch.from_numpy(np.concatenate([*self._blocks(f"classifiers/{task}")])).float()
 
     def _require_sizes(self, name: str) -> None:
-        """Have every file of an array there, in its size, before memory is taken for the whole."""
-        for part, sealed in enumerate(self.manifest["arrays"][name]["shards"]):
-            file = self.file(name, part)
-            if not file.is_file() or file.stat().st_size != sealed["bytes"]:
-                self.shard(name, part)  # which says what is wrong
+        """Raise unless every file of an array has its size, before memory is allocated for the array."""
+        for number, sealed in enumerate(self.manifest.arrays[name].shards):
+            file = self.file(name, number)
+            if sealed is None or not file.is_file() or file.stat().st_size != sealed.bytes:
+                self.shard(name, number)  # which raises the error
 
-    def _blocks(self, name: str, left_out: dict[int, str] | None = None) -> Iterator[np.ndarray]:
-        """An array's shards, without the rows that were left out."""
-        spec = self.manifest["arrays"][name]
-        for part in range(len(spec["shards"])):
-            rows = part_range(part, spec["shape"][0])
-            holes = [row - rows.start for row in left_out or () if row in rows]
-            values = self.shard(name, part)
-            yield np.delete(values, holes, axis=0) if holes else values
+    def _blocks(self, name: str, skipped: Collection[int] = ()) -> Iterator[np.ndarray]:
+        """An array's shards, without the skipped rows."""
+        spec = self.manifest.arrays[name]
+        for number in range(len(spec.shards)):
+            rows = shard_rows(number, spec.shape[0])
+            omitted = [row - rows.start for row in skipped if row in rows]
+            values = self.shard(name, number)
+            yield np.delete(values, omitted, axis=0) if omitted else values
 
-    def file(self, name: str, part: int) -> Path:
+    def file(self, name: str, number: int) -> Path:
         """The file of one shard."""
-        return self._backend.file(name, part)
+        return self._format.file(name, number)
 
-    def description(self, name: str) -> tuple[Path, ...]:
+    def metadata(self, name: str) -> tuple[Path, ...]:
         """The files that describe an array to plain readers of the format."""
-        return self._backend.metadata(name)
+        return self._format.metadata(name)
 
-    def described(self, name: str) -> bool:
+    def is_described(self, name: str) -> bool:
         """Whether plain readers are shown what the cache holds."""
         try:
-            return self._backend.described(name, self.manifest["arrays"][name])
-        except Exception:  # the formats' libraries raise anything for a garbled file
+            return self._format.is_described(name, self.manifest.arrays[name])
+        except Exception:  # the formats' libraries raise anything for a damaged file
             return False
 
-    def broken(self, name: str, part: int) -> str | None:
+    def broken(self, name: str, number: int) -> str | None:
         """What is wrong with a shard's file, if anything."""
-        sealed = self.manifest["arrays"][name]["shards"][part]
-        return "was not written" if sealed is None else broken_seal(self.file(name, part), sealed)
+        sealed = self.manifest.arrays[name].shards[number]
+        return "was not written" if sealed is None else broken_seal(self.file(name, number), sealed)
 
-    def shard(self, name: str, part: int) -> np.ndarray:
+    def shard(self, name: str, number: int) -> np.ndarray:
         """One shard's values. Raises `DamagedCacheError` if they are not as they were written."""
-        spec, problem = self.manifest["arrays"][name], self.broken(name, part)
+        spec, problem = self.manifest.arrays[name], self.broken(name, number)
         if problem is None:
             try:
-                values = self._backend.read(name, part, spec)
-                if values_digest(values) == spec["shards"][part]["values"]:
+                values = self._format.read(name, number, spec)
+                if values_digest(values) == spec.shards[number].values:
                     return values
-                problem = "is not read as it was written (what describes the array was changed)"
-            except Exception as error:  # the formats' libraries raise anything for a garbled file
+                problem = "is not read as it was written (the array's metadata was changed)"
+            except Exception as error:  # the formats' libraries raise anything for a damaged file
                 problem = f"cannot be decoded ({first_line(error)})"
         raise DamagedCacheError(
-            f"{self.file(name, part)} {problem}; the cache is damaged: drop what is with "
+            f"{self.file(name, number)} {problem}; the cache is damaged: drop the damaged parts with "
             f"`probsurgery cache verify --repair {self.path}`, and extract again"
         )

@@ -1,4 +1,4 @@
-"""Features in files of their own, mapped into memory: for worker processes, and for more than memory holds."""
+"""Features in .npy files, mapped into memory: for worker processes, and for more than memory holds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from probsurgery.pipeline.errors import ProbsurgeryError, first_line
 def spill(file: Path, shape: tuple[int, int], blocks: Iterable[np.ndarray]) -> Tensor:
     """Write blocks of rows to a .npy file in float32, and map it. Raises `ProbsurgeryError` if the disk is full."""
     try:
-        # Written, not mapped for writing: a full disk ends a process that writes to a map.
+        # Written, not mapped for writing: a full disk kills a process that writes to a map.
         with file.open("wb") as out:
             header = {"descr": "<f4", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(out, header)

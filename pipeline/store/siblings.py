@@ -1,4 +1,4 @@
-"""Nothing twice: what a cache beside this one holds already is linked into it, and not encoded again.
+"""Features that a cache beside this one holds already are linked into it, and not encoded again.
 
 An encoder's features depend on its weights, the preprocessing, the images and the precision, and not on the merge that
 the cache is of. So a second merge of the same experts needs their features, and the pre-trained encoder's, only once.
@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from msgspec import UNSET
+
 from probsurgery.pipeline.errors import DamagedCacheError, ProbsurgeryError, first_line
+from probsurgery.pipeline.store.arrays import is_features, shard_rows
 from probsurgery.pipeline.store.cache import Cache
-from probsurgery.pipeline.store.formats import part_range
-from probsurgery.pipeline.store.manifest import is_features
+from probsurgery.pipeline.store.manifest import Manifest
 from probsurgery.pipeline.store.writer import CacheWriter
 
 
@@ -21,69 +23,82 @@ class Reused:
     """What was taken from other caches."""
 
     rows: dict[tuple[str, int], tuple[str, int]] = field(default_factory=dict)
-    """By array and part of features: the name of the cache that had it, and its rows."""
+    """By array and shard number of features: the name of the cache that had the shard, and its rows."""
     damaged: list[str] = field(default_factory=list)
     """Shards that would have been taken, and are damaged or cannot be read."""
 
 
-def origin(manifest: dict, name: str) -> list | None:
-    """What determines an array's values, whatever cache it is in: two that are equal here are the same array."""
+def origin(manifest: Manifest, name: str) -> list | None:
+    """What determines an array's values, whatever cache it is in; None if that is not known.
+
+    Two arrays that are equal here hold the same values.
+    """
     split, task, kind = name.split("/")
-    identity, data = manifest["identity"], manifest["tasks"].get(task, {}).get("splits", {}).get(split)
-    weights = {"pretrained": "pretrained", "expert": task}
-    encoder = identity["merge"].get("digest") if kind == "merged" else identity["checkpoints"].get(weights.get(kind))
-    if data is None or (is_features(name) and encoder is None):
+    identity = manifest.identity
+    if task not in manifest.tasks or split not in manifest.tasks[task].splits:
         return None
-    settings = [identity.get(key) for key in ("arch", "dim", "dtype", "precision", "preprocessing")]
-    return [*settings, encoder, data["rows"], data.get("fingerprint")]
+    data = manifest.tasks[task].splits[split]
+    encoder = None
+    if kind == "merged":
+        encoder = identity.merge.digest
+    elif is_features(name):
+        encoder = identity.checkpoints.get("pretrained" if kind == "pretrained" else task)
+    if is_features(name) and encoder is None:
+        return None
+    settings = [identity.arch, identity.dim, identity.dtype]
+    settings += [None if value is UNSET else value for value in (identity.precision, identity.preprocessing)]
+    return [*settings, encoder, data.rows, data.fingerprint]
 
 
 def take_from_siblings(writer: CacheWriter, names: Sequence[str], *, skip_bad: bool) -> Reused:
     """Fill what these arrays lack from the caches in the same folder, each shard checked before it is taken.
 
     It is a hard link where both have one store and lie on one file system, or else a copy: neither cache needs the
-    other afterwards. Parts with images that could not be decoded are taken only with `skip_bad`.
+    other afterwards. Shards with images that could not be decoded are taken only with `skip_bad`.
     """
     reused = Reused()
     for folder in sorted(writer.path.absolute().parent.iterdir()):
-        wanted = {name: parts for name in names if (parts := sorted(writer.pending(name)))}
-        if not wanted:
+        missing = {name: sorted(numbers) for name in names if (numbers := writer.missing(name))}
+        if not missing:
             break
         if folder == writer.path.absolute():
             continue
         try:
             sibling = Cache(folder)
-        except (ProbsurgeryError, OSError):  # none, or none that can be read
+        except (ProbsurgeryError, OSError):  # not a cache, or one that cannot be read
             continue
-        for name, parts in wanted.items():
-            ours = origin(writer.manifest, name)
-            if ours and name in sibling.manifest["arrays"] and origin(sibling.manifest, name) == ours:
-                _take(writer, sibling, name, parts, skip_bad, reused)
+        for name, numbers in missing.items():
+            wanted = origin(writer.manifest, name)
+            if wanted and name in sibling.manifest.arrays and origin(sibling.manifest, name) == wanted:
+                _take(writer, sibling, name, numbers, skip_bad, reused)
     return reused
 
 
-def _take(writer: CacheWriter, sibling: Cache, name: str, parts: Sequence[int], skip_bad: bool, reused: Reused) -> None:
+def _take(
+    writer: CacheWriter, sibling: Cache, name: str, numbers: Sequence[int], skip_bad: bool, reused: Reused
+) -> None:
     split, task, _ = name.split("/")
-    spec, skipped = sibling.manifest["arrays"][name], sibling.skipped(task, split)
-    for part in parts:
-        rows = part_range(part, spec["shape"][0])
-        left_out = {str(row): problem for row, problem in skipped.items() if row in rows}
-        if spec["shards"][part] is None or (left_out and not skip_bad):
+    spec, skipped = sibling.manifest.arrays[name], sibling.skipped(task, split)
+    for number in numbers:
+        rows = shard_rows(number, spec.shape[0])
+        skipped_here = {str(row): problem for row, problem in skipped.items() if row in rows}
+        sealed = spec.shards[number]
+        if sealed is None or (skipped_here and not skip_bad):
             continue
-        noted = {f"{split}/{task}": left_out}
+        by_task = {f"{split}/{task}": skipped_here}
         try:
-            if sibling.manifest["store"] == writer.manifest["store"]:
-                problem = sibling.broken(name, part)
+            if sibling.manifest.store == writer.manifest.store:
+                problem = sibling.broken(name, number)
                 if problem:
-                    raise DamagedCacheError(f"{sibling.file(name, part)} {problem}")
-                writer.adopt(part, name, sibling.file(name, part), spec["shards"][part], noted)
+                    raise DamagedCacheError(f"{sibling.file(name, number)} {problem}")
+                writer.adopt(number, name, sibling.file(name, number), sealed, by_task)
             else:
-                writer.write(part, {name: sibling.shard(name, part)}, noted)
+                writer.write(number, {name: sibling.shard(name, number)}, by_task)
         except DamagedCacheError as error:
             reused.damaged.append(str(error).partition(";")[0])
             continue
-        except OSError as error:  # removed meanwhile, or somebody else's
-            reused.damaged.append(f"{sibling.file(name, part)} cannot be read ({first_line(error)})")
+        except OSError as error:  # removed meanwhile, or not readable by this user
+            reused.damaged.append(f"{sibling.file(name, number)} cannot be read ({first_line(error)})")
             continue
         if is_features(name):
-            reused.rows[name, part] = sibling.path.name, len(rows)
+            reused.rows[name, number] = sibling.path.name, len(rows)

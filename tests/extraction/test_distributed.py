@@ -63,7 +63,7 @@ def test_several_ranks_write_what_one_does(tmp_path, store, alone, size):
     assert Cache(path).content == alone[0]
     assert damage(Cache(path)) == []
     assert not (path / "journal").exists()
-    assert Cache(path).manifest["runs"][-1]["ranks"] == size
+    assert Cache(path).manifest.runs[-1].ranks == size
 
 
 def test_what_a_merge_learns_is_learned_once_for_all_ranks(tmp_path):

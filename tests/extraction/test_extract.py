@@ -17,14 +17,15 @@ from probsurgery.pipeline.config import ExtractConfig, FitConfig, SurgerySetting
 from probsurgery.pipeline.datasets.tasks import open_images, select_tasks
 from probsurgery.pipeline.device import choose_device
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
-from probsurgery.pipeline.extraction import encode, extract
+from probsurgery.pipeline.extraction import encode, extract, run_plan
 from probsurgery.pipeline.fitting.fit import fit
 from probsurgery.pipeline.merging.registry import merge
 from probsurgery.pipeline.models import architectures
 from probsurgery.pipeline.models.checkpoints import digest, to_visual
 from probsurgery.pipeline.models.sources import Weights
-from probsurgery.pipeline.store import formats
+from probsurgery.pipeline.store import arrays
 from probsurgery.pipeline.store.cache import Cache
+from probsurgery.pipeline.store.manifest import MergeIdentity
 from probsurgery.pipeline.store.writer import CacheWriter
 from support import damage, hub_data_set, hugging_face_config
 
@@ -35,8 +36,8 @@ LIMIT = 90
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch):
     """Several parts even for few rows."""
-    monkeypatch.setattr(formats, "SHARD_ROWS", 32)
-    monkeypatch.setattr(formats, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(arrays, "SHARD_ROWS", 32)
+    monkeypatch.setattr(arrays, "CHUNK_ROWS", 16)
 
 
 def config(tmp_path, **other):
@@ -179,7 +180,7 @@ def test_a_merged_checkpoint_can_be_given(tmp_path, checkpoints):
     (path,) = extract.extract(config(tmp_path, merges=(str(tmp_path / "mine.safetensors"),))).caches
     (usual,) = extract.extract(config(tmp_path)).caches
     assert path.name == "mini_mine_digits8+texture"
-    assert Cache(path).identity["merge"] == {"method": "file", "settings": {}, "digest": digest(state)}
+    assert Cache(path).identity.merge == MergeIdentity("file", {}, digest=digest(state))
     assert values(path) == values(usual)
 
 
@@ -229,7 +230,7 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path, monkeypatch):
     def get(row):
         raise OSError("broken data stream")
 
-    monkeypatch.setattr(extract, "open_images", lambda *a, **k: replace(open_images(*a, **k), get=get))
+    monkeypatch.setattr(run_plan, "open_images", lambda *a, **k: replace(open_images(*a, **k), get=get))
     for workers in (0, 1):
         with pytest.raises(
             ProbsurgeryError, match=r"^image 0 of test/digits8 cannot be decoded: broken data stream; .*--skip-bad$"
@@ -251,7 +252,7 @@ def test_images_that_cannot_be_decoded_can_be_left_out(tmp_path, monkeypatch, st
 
         return replace(images, get=get)
 
-    monkeypatch.setattr(extract, "open_images", some_broken)
+    monkeypatch.setattr(run_plan, "open_images", some_broken)
     request = config(tmp_path / "holes", store=store, skip_bad=True)
     result = extract.extract(request)
     assert result.notes == ["texture (test): 3 images left out, rows 3, 40, 41"]
@@ -271,9 +272,9 @@ def test_images_that_cannot_be_decoded_can_be_left_out(tmp_path, monkeypatch, st
 
 def test_half_precision_is_compared_with_full_and_what_is_far_off_refused(tmp_path, monkeypatch):
     manifest = Cache(extract.extract(config(tmp_path / "fp32")).caches[0]).manifest
-    assert "precision" not in manifest
+    assert not manifest.precision
     result = extract.extract(config(tmp_path / "bf16", precision="bf16"))
-    measured = Cache(result.caches[0]).manifest["precision"]
+    measured = Cache(result.caches[0]).manifest.precision
     assert set(measured) == {f"test/{t}/{kind}" for t in TASKS for kind in ("merged", "expert", "pretrained")}
     assert all(0 < difference < 0.05 for difference in measured.values())
     assert "differ from fp32 by at most" in result.notes[0]

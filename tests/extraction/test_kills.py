@@ -16,9 +16,9 @@ import processes
 from probsurgery.pipeline.config import ExtractConfig
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.extraction.extract import extract
-from probsurgery.pipeline.store import formats
+from probsurgery.pipeline.store import arrays
 from probsurgery.pipeline.store.cache import Cache
-from probsurgery.pipeline.store.writer import locked
+from probsurgery.pipeline.store.lock import locked
 from support import damage
 
 pytestmark = pytest.mark.usefixtures("shards_of_processes")
@@ -70,22 +70,21 @@ def wait_until_it_writes(path, process):
 def whole_shards(cache):
     """Every shard that the manifest counts: its file's inode and time, which another writing would change."""
     return {
-        (name, part): (about.st_ino, about.st_mtime_ns)
-        for name, spec in cache.manifest["arrays"].items()
-        for part, sealed in enumerate(spec["shards"])
-        if sealed and (about := cache.file(name, part).stat())
+        (name, number): (status.st_ino, status.st_mtime_ns)
+        for name, spec in cache.manifest.arrays.items()
+        for number, sealed in enumerate(spec.shards)
+        if sealed and (status := cache.file(name, number).stat())
     }
 
 
 def lacking_images(reference, whole):
-    """Images of the parts of which some array lacks its shard."""
-    arrays = reference.manifest["arrays"]
+    """Images of the shards that some array lacks."""
     lacking = {
-        (name.rpartition("/")[0], part): len(formats.part_range(part, spec["shape"][0]))
-        for name, spec in arrays.items()
+        (name.rpartition("/")[0], number): len(arrays.shard_rows(number, spec.shape[0]))
+        for name, spec in reference.manifest.arrays.items()
         if not name.startswith("classifiers/")
-        for part in range(len(spec["shards"]))
-        if (name, part) not in whole
+        for number in range(len(spec.shards))
+        if (name, number) not in whole
     }
     return sum(lacking.values())
 
@@ -170,8 +169,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, store, undisturbed)
         subprocess.run(["umount", disk], check=True)
     path = tmp_path / "later" / "cache"
     with pytest.MonkeyPatch.context() as patch:  # the command's own shards
-        patch.setattr(formats, "SHARD_ROWS", 2048)
-        patch.setattr(formats, "CHUNK_ROWS", 256)
+        patch.setattr(arrays, "SHARD_ROWS", 2048)
+        patch.setattr(arrays, "CHUNK_ROWS", 256)
         if (path / "manifest.json").exists():
             assert damage(Cache(path)) == []
         extract(config(path, store))

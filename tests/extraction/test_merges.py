@@ -9,17 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec import structs
 from safetensors.torch import load_file, save_file
 
 from probsurgery.pipeline.analysis.report import report
 from probsurgery.pipeline.config import ExtractConfig, FitConfig, SurgerySettings
 from probsurgery.pipeline.datasets.tasks import Images, open_images, select_tasks
 from probsurgery.pipeline.errors import DamagedCacheError, InputError, ProbsurgeryError
-from probsurgery.pipeline.extraction import extract, loading, merges
+from probsurgery.pipeline.extraction import extract, loading, run_plan
 from probsurgery.pipeline.extraction.image_stream import samples_of, shuffled
 from probsurgery.pipeline.fitting.fit import fit
 from probsurgery.pipeline.merging.coefficients import read_coefficients
-from probsurgery.pipeline.merging.registry import METHODS, Coefficients, label
+from probsurgery.pipeline.merging.registry import METHODS, Coefficients, merge_label
 from probsurgery.pipeline.models import architectures
 from probsurgery.pipeline.models.checkpoints import digest
 from probsurgery.pipeline.models.sources import Weights
@@ -46,7 +47,7 @@ class Steps:
     def __init__(self):
         self.learned = []
 
-    def __call__(self, done, total, what, unit="images"):
+    def __call__(self, done, total, what="", unit=None):
         if unit == "steps":
             self.learned.append((done, total, what))
 
@@ -71,28 +72,28 @@ def all_merges(tmp_path_factory):
 def test_every_merge_goes_through_both_stages_and_the_report(all_merges, method):
     path = all_merges[method]
     cache = Cache(path)
-    assert cache.identity["merge"]["method"] == method
+    assert cache.identity.merge.method == method
     assert damage(cache) == []
     rows = fit(FitConfig(path, SurgerySettings(rank=4, steps=20))).rows
-    assert {row["task"] for row in rows} == set(TASKS)
-    assert all(row["bias"]["after"] < row["bias"]["before"] for row in rows)
+    assert {row.task for row in rows} == set(TASKS)
+    assert all(row.bias.after < row.bias.before for row in rows)
     (found,) = report(path)
     (name,) = found.merges
     assert name.startswith(method)
     assert f"merged ({name})" in [line.label for line in found.accuracy.lines]
-    assert rows[0]["merge"] == name
+    assert rows[0].merge == name
 
 
 def test_merges_differ_from_each_other(all_merges):
-    digests = [Cache(path).identity["merge"]["digest"] for path in all_merges.values()]
+    digests = [Cache(path).identity.merge.digest for path in all_merges.values()]
     assert len(set(digests)) == len(METHODS)
 
 
 def test_multi_task_learning_is_the_checkpoint_of_the_suite(all_merges):
     own = load_file(architectures.MINI / "weights" / "traditional-mtl.safetensors")
     found = Cache(all_merges["traditional-mtl"])
-    assert found.identity["merge"]["digest"] == digest({name: tensor.float() for name, tensor in own.items()})
-    assert "traditional-mtl" in found.manifest["files"]
+    assert found.identity.merge.digest == digest({name: tensor.float() for name, tensor in own.items()})
+    assert "traditional-mtl" in found.manifest.files
 
 
 def test_multi_task_learning_of_another_architecture_needs_a_checkpoint(tmp_path):
@@ -106,8 +107,8 @@ def test_multi_task_learning_of_another_architecture_needs_a_checkpoint(tmp_path
 def test_settings_are_in_the_identity_and_in_the_name(tmp_path):
     path, learned = run(tmp_path, "ties", merge_args={"scale": "0.5", "keep": 0.2})
     assert path.name == "mini_ties-scale0.5_digits8+texture"
-    assert Cache(path).identity["merge"]["settings"] == {"scale": 0.5, "keep": 0.2}
-    assert label(Cache(path).identity["merge"]) == "ties (scale=0.5)"
+    assert Cache(path).identity.merge.settings == {"scale": 0.5, "keep": 0.2}
+    assert merge_label("ties", Cache(path).identity.merge.settings) == "ties (scale=0.5)"
     assert learned == []
     usual, _ = run(tmp_path, "ties")
     assert usual.name == "mini_ties_digits8+texture"
@@ -133,7 +134,7 @@ def test_what_was_learned_is_not_learned_again(tmp_path, method):
     assert learned[-1][0] == learned[-1][1] > 0
     identity = Cache(path).identity
     kept = load_file(path / "merged.safetensors")
-    assert digest(kept) == identity["merge"]["digest"]
+    assert digest(kept) == identity.merge.digest
     again, learned = run(tmp_path, method)  # the other task, from the same merged model
     assert (again, learned) == (path, [])
     assert Cache(path).identity == identity
@@ -149,13 +150,13 @@ def test_what_was_learned_is_not_learned_again(tmp_path, method):
 
 def test_the_manifest_says_how_it_was_learned(tmp_path):
     path, learned = run(tmp_path)
-    kept = Cache(path).manifest["merge"]
-    assert kept["entropy"]["first"] > 0
-    assert kept["seconds"] > 0
+    record = Cache(path).manifest.merge
+    assert record.entropy["first"] > 0
+    assert record.seconds > 0
     assert learned[-1][2].startswith("task-wise coefficients: entropy ")
-    data = Cache(path).manifest["tasks"]
-    assert kept["images"] == {task: data[task]["splits"]["test"]["fingerprint"] for task in TASKS}
-    assert kept["coefficients"].keys() == set(TASKS)
+    tasks = Cache(path).manifest.tasks
+    assert record.images == {task: tasks[task].splits["test"].fingerprint for task in TASKS}
+    assert record.coefficients.keys() == set(TASKS)
 
 
 def test_labels_play_no_part_in_what_is_learned(tmp_path, monkeypatch):
@@ -167,21 +168,21 @@ def test_labels_play_no_part_in_what_is_learned(tmp_path, monkeypatch):
             labels = images.labels[::-1].copy() if shuffle else images.labels
             return Images(labels, images.fingerprint, images.get)
 
-        monkeypatch.setattr(extract, "open_images", opened)
+        monkeypatch.setattr(run_plan, "open_images", opened)
         for method in ("lw-adamerging++", "fisher", "regmean", "concrete-am"):
-            digests.append(Cache(run(tmp_path / str(shuffle), method)[0]).identity["merge"]["digest"])
+            digests.append(Cache(run(tmp_path / str(shuffle), method)[0]).identity.merge.digest)
     assert digests[:4] == digests[4:]
     asked = {"labels": "true", "images": "8"}
     true, other = (Cache(run(tmp_path / p, "fisher", merge_args=asked)[0]) for p in ("True", "more"))
-    assert true.identity["merge"]["digest"] == other.identity["merge"]["digest"]  # both see the shuffled ones
-    assert true.identity["merge"]["digest"] not in digests
+    assert true.identity.merge.digest == other.identity.merge.digest  # both see the shuffled ones
+    assert true.identity.merge.digest not in digests
 
 
 def test_train_images_are_those_of_the_train_split(tmp_path):
     path, _ = run(tmp_path, "regmean", merge_args={"images": "8", "split": "train"})
     train = open_images(select_tasks("mini", ["texture"])[0], "train", limit=40).fingerprint
-    assert Cache(path).manifest["merge"]["images"]["texture"] == train
-    assert "train" not in Cache(path).manifest["tasks"]["texture"]["splits"]
+    assert Cache(path).manifest.merge.images["texture"] == train
+    assert "train" not in Cache(path).manifest.tasks["texture"].splits
 
 
 def test_another_cache_is_refused_before_anything_is_learned(tmp_path):
@@ -194,7 +195,7 @@ def test_another_cache_is_refused_before_anything_is_learned(tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ProbsurgeryError("no")])
 def test_nothing_is_left_of_learning_that_was_cut_short(tmp_path, error):
-    def stop(done, total, what, unit="images"):
+    def stop(done, total, what="", unit=None):
         if unit == "steps" and done == 2:
             raise error
 
@@ -203,26 +204,26 @@ def test_nothing_is_left_of_learning_that_was_cut_short(tmp_path, error):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_cache_that_lost_what_it_learned_before_any_feature_is_begun_anew(tmp_path, monkeypatch):
+def test_a_cache_that_lost_what_it_learned_before_any_feature_is_begun_again(tmp_path, monkeypatch):
     """As a kill leaves it that comes after the manifest and before the merged weights."""
 
     def killed(writer, made):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(merges, "keep", killed)
+        patch.setattr(extract, "store_learned", killed)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path)
     manifest = json.loads(
         (tmp_path / "mini_tw-adamerging-steps3-batch-size4_digits8+texture/manifest.json").read_text()
     )
-    make = merges.make
-    monkeypatch.setattr(merges, "make", lambda *given: nudged(make(*given)))
+    make = extract.make_merge
+    monkeypatch.setattr(extract, "make_merge", lambda *given: nudged(make(*given)))
     path, _ = run(tmp_path)
-    assert Cache(path).identity["merge"]["digest"] != manifest["identity"]["merge"]["digest"]
+    assert Cache(path).identity.merge.digest != manifest["identity"]["merge"]["digest"]
     assert damage(Cache(path)) == []
     (path / "merged.safetensors").unlink()  # now features depend on it
-    monkeypatch.setattr(merges, "make", make)
+    monkeypatch.setattr(extract, "make_merge", make)
     with pytest.raises(InputError, match="merge.digest: .*replace it with --fresh"):
         run(tmp_path)
 
@@ -230,11 +231,11 @@ def test_a_cache_that_lost_what_it_learned_before_any_feature_is_begun_anew(tmp_
 def nudged(model):
     """A merged model as another machine would have learned it."""
     state = {name: tensor * 1.0001 for name, tensor in model.state.items()}
-    return replace(model, state=state, about=model.about | {"digest": digest(state)})
+    return replace(model, state=state, identity=structs.replace(model.identity, digest=digest(state)))
 
 
 @pytest.mark.parametrize("name", ["merged.safetensors", "coefficients.json"])
-def test_damage_to_what_was_learned_is_found_and_mended(tmp_path, name):
+def test_damage_to_what_was_learned_is_found_and_repaired(tmp_path, name):
     path, _ = run(tmp_path)
     whole = (path / name).read_bytes()
     (path / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -343,7 +344,7 @@ def test_published_task_wise_coefficients(tmp_path):
     path, learned = run(tmp_path, coefficients=file, merge_args={})
     assert learned == []
     assert path.name == "mini_tw-adamerging-published_digits8+texture"
-    assert Cache(path).identity["merge"]["settings"] == {}
+    assert Cache(path).identity.merge.settings == {}
     weights = Weights("mini")
     experts = weights.experts(select_tasks("mini", TASKS))
     base = weights.pretrained()
@@ -354,7 +355,7 @@ def test_published_task_wise_coefficients(tmp_path):
     images = open_images(select_tasks("mini", ["texture"])[0], "test", limit=40)
     batch, _ = next(loading.read_batches(images, "mini", [list(range(40))], 0, CPU))
     assert torch.allclose(Cache(path).features("texture"), tower(batch).detach(), atol=1e-4)
-    with pytest.raises(InputError, match="--merge-arg steps would be of no effect"):
+    with pytest.raises(InputError, match="--merge-arg steps would have no effect"):
         run(tmp_path, coefficients=file, merge_args={"steps": 3})
 
 
@@ -451,13 +452,13 @@ def test_a_merge_from_a_file_has_a_name_and_its_digest(tmp_path):
     path, _ = run(tmp_path, str(file), name="my-merge")
     assert path.name == "mini_my-merge_digits8+texture"
     cache = Cache(path)
-    assert cache.identity["merge"]["name"] == "my-merge"
-    held = cache.manifest["files"]["merged model"]
-    assert held["source"] == "model.safetensors"
-    assert held["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    assert held["bytes"] == file.stat().st_size
+    assert cache.identity.merge.name == "my-merge"
+    file_record = cache.manifest.files["merged model"]
+    assert file_record.source == "model.safetensors"
+    assert file_record.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert file_record.bytes == file.stat().st_size
     rows = fit(FitConfig(path, SurgerySettings(rank=4, steps=20))).rows
-    assert rows[0]["merge"] == report(path)[0].merges[0] == "my-merge"
+    assert rows[0].merge == report(path)[0].merges[0] == "my-merge"
     unnamed, _ = run(tmp_path, str(file))
     assert unnamed.name == "mini_model_digits8+texture"
     with pytest.raises(InputError, match="exactly one path"):

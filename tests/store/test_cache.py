@@ -9,9 +9,10 @@ import zarr
 
 from probsurgery.pipeline.errors import DamagedCacheError, InputError
 from probsurgery.pipeline.files import write_atomically
+from probsurgery.pipeline.store.arrays import SHARD_ROWS, ArraySpec
 from probsurgery.pipeline.store.cache import Cache
-from probsurgery.pipeline.store.formats import SHARD_ROWS
-from probsurgery.pipeline.store.writer import check_target
+from probsurgery.pipeline.store.manifest import MergeIdentity
+from probsurgery.pipeline.store.target import check_target
 from support import DIM, damage, identity, opened, synthetic, write_cache
 
 ROWS = 2 * SHARD_ROWS + 100
@@ -22,8 +23,8 @@ def cache(tmp_path, store):
     return Cache(write_cache(tmp_path / "cache", {"a": ROWS, "b": 30}, store))
 
 
-def shard(cache, name="test/a/merged", part=1):
-    return cache._backend.file(name, part)
+def shard(cache, name="test/a/merged", number=1):
+    return cache.file(name, number)
 
 
 def test_what_is_written_is_read(cache):
@@ -41,7 +42,7 @@ def test_what_is_written_is_read(cache):
 
 def test_float16_is_kept_as_such_and_read_as_float32(tmp_path, store):
     cache = Cache(write_cache(tmp_path / "half", {"a": 50}, store, dtype="float16"))
-    assert cache.manifest["arrays"]["test/a/merged"]["dtype"] == "float16"
+    assert cache.manifest.arrays["test/a/merged"].dtype == "float16"
     values = cache.features("a").numpy()
     assert values.dtype == np.float32
     assert np.array_equal(values, synthetic(50)["merged"].astype("float16").astype("float32"))
@@ -49,7 +50,7 @@ def test_float16_is_kept_as_such_and_read_as_float32(tmp_path, store):
 
 def plain(cache, name):
     """The array as a user of plain zarr or h5py reads it."""
-    if cache.manifest["store"] == "zarr":
+    if cache.manifest.store == "zarr":
         return zarr.open(str(cache.path / "features.zarr"))[name][:]
     with h5py.File(cache.path / "features.h5") as file:
         return file[name][:]
@@ -106,7 +107,7 @@ def test_a_truncated_shard_is_found(cache):
 
 
 def test_a_shard_in_anothers_place_is_found(cache):
-    shard(cache, part=1).write_bytes(shard(cache, part=0).read_bytes())
+    shard(cache, number=1).write_bytes(shard(cache, number=0).read_bytes())
     with pytest.raises(DamagedCacheError, match="was changed"):
         cache.features("a")
 
@@ -118,10 +119,10 @@ def test_a_constant_chunk_is_written_and_its_loss_noticed(tmp_path, store, value
         return arrays
 
     cache = Cache(write_cache(tmp_path / "blank", {"a": 300}, store, change=blank))
-    assert shard(cache, part=0).stat().st_size > 300 * DIM * 4
+    assert shard(cache, number=0).stat().st_size > 300 * DIM * 4
     if value == 0:
         assert cache.features("a").abs().sum() == 0
-    shard(cache, part=0).unlink()
+    shard(cache, number=0).unlink()
     with pytest.raises(DamagedCacheError, match="is missing"):
         cache.features("a")
 
@@ -141,9 +142,9 @@ def test_a_cache_of_other_settings_is_refused_with_the_difference(cache, store):
     for change, words in [
         ({"dtype": "float16"}, "dtype: float32 / float16"),
         ({"dim": 32}, "dim: 16 / 32"),
-        ({"merge": {"method": "wa", "settings": {}, "digest": "0"}}, "merge.method: ta / wa"),
+        ({"merge": MergeIdentity("wa", {}, digest="0")}, "merge.method: ta / wa"),
     ]:
-        other = identity(["a", "b"]) | change
+        other = identity(["a", "b"], **change)
         with pytest.raises(InputError, match=words), opened(cache.path, other, store):
             pass
     other_store = {"zarr": "hdf5", "hdf5": "zarr"}[store]
@@ -158,8 +159,8 @@ def test_fresh_replaces_a_cache_and_its_heads(cache, store):
     with opened(cache.path, identity(["c"]), store, fresh=True):
         pass
     again = Cache(cache.path)
-    assert again.identity["tasks"] == ["c"]
-    assert not again.manifest["arrays"]
+    assert again.identity.tasks == ("c",)
+    assert not again.manifest.arrays
     assert not (cache.path / "heads").exists()
     assert not (cache.path / "results.jsonl").exists()
 
@@ -237,7 +238,7 @@ def test_an_unfinished_cache_says_what_is_missing(tmp_path, store):
     path = tmp_path / "cache"
     with opened(path, identity(["a", "b"]), store) as writer:
         writer.request(["test/a", "test/b"])
-        writer.declare({"test/a/merged": {"shape": [ROWS, DIM], "dtype": "float32"}})
+        writer.declare({"test/a/merged": ArraySpec((ROWS, DIM), "float32")})
         writer.write(0, {"test/a/merged": np.zeros((SHARD_ROWS, DIM), "float32")})
     cache = Cache(path)
     with pytest.raises(InputError, match="unfinished: a .*2 of 3 shards are missing"):
@@ -259,7 +260,7 @@ def test_an_unfinished_cache_says_what_is_missing(tmp_path, store):
     ],
 )
 def test_strange_manifests_are_refused(cache, change, words):
-    write_atomically(cache.path / "manifest.json", json.dumps(change(cache.manifest)))
+    write_atomically(cache.path / "manifest.json", json.dumps(change(cache.manifest.to_json())))
     with pytest.raises(InputError, match=words):
         Cache(cache.path)
 
@@ -279,16 +280,16 @@ def test_lost_metadata_is_found_and_made_again(cache, store):
     (cache.path / lost).unlink()
     assert any("which describes" in problem and "is missing" in problem for problem in damage(cache))
     with opened(cache.path, cache.identity, store) as writer:
-        for part in writer.pending("test/a/merged"):
-            values = synthetic(ROWS, seed=0)["merged"][part * SHARD_ROWS : (part + 1) * SHARD_ROWS]
-            writer.write(part, {"test/a/merged": values})
+        for number in writer.missing("test/a/merged"):
+            values = synthetic(ROWS, seed=0)["merged"][number * SHARD_ROWS : (number + 1) * SHARD_ROWS]
+            writer.write(number, {"test/a/merged": values})
     assert damage(Cache(cache.path)) == []
     assert np.array_equal(plain(cache, "test/a/merged"), synthetic(ROWS, seed=0)["merged"])
 
 
-def test_garbled_metadata_is_damage(cache, store):
-    garbled = {"zarr": "features.zarr/test/a/merged/zarr.json", "hdf5": "shards/test/a/merged-00001.h5"}[store]
-    (cache.path / garbled).write_text("[1]")
+def test_malformed_metadata_is_damage(cache, store):
+    malformed = {"zarr": "features.zarr/test/a/merged/zarr.json", "hdf5": "shards/test/a/merged-00001.h5"}[store]
+    (cache.path / malformed).write_text("[1]")
     with pytest.raises(DamagedCacheError):
         cache.features("a")
     assert damage(cache)
@@ -304,6 +305,6 @@ def test_a_kill_before_the_first_manifest_does_not_bar_the_next_run(tmp_path, st
         (path / name).touch() if name.endswith("partial") else (path / name / "old").mkdir(parents=True)
     with opened(path, identity(["a"]), store, fresh=fresh):
         pass
-    assert Cache(path).identity["tasks"] == ["a"]
+    assert Cache(path).identity.tasks == ("a",)
     assert (path / "heads").exists() == ("heads" in left)
     assert not (path / "features.zarr" / "old").exists()

@@ -25,7 +25,7 @@ CONTENT = "c942311c278d1040395cb97c7e409e0b644c8f97528e2fd83d41ad10f029e54f"
 @pytest.mark.parametrize("version", [1])
 def test_a_golden_cache_is_read(store, version, tmp_path):
     cache = Cache(GOLDEN / store)
-    assert cache.manifest["schema"] == version
+    assert cache.manifest.schema == version
     expected = values()
     for kind in ("merged", "expert", "pretrained"):
         assert np.array_equal(cache.features("a", kind).numpy(), expected[f"test/a/{kind}"])
@@ -34,7 +34,7 @@ def test_a_golden_cache_is_read(store, version, tmp_path):
     assert damage(cache) == []
     assert cache.content == CONTENT
     (row,) = fit(FitConfig(GOLDEN / store, RidgeSettings(), results=tmp_path)).rows
-    assert row["eval_rows"] == 5
+    assert row.eval_rows == 5
     other = convert(GOLDEN / store, {"zarr": "hdf5", "hdf5": "zarr"}[store], out=tmp_path / "converted")
     assert Cache(other).content == CONTENT
 

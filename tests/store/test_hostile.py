@@ -17,10 +17,10 @@ from probsurgery.pipeline.errors import DamagedCacheError, InputError
 from probsurgery.pipeline.files import seal, write_atomically
 from probsurgery.pipeline.fitting.fit import fit
 from probsurgery.pipeline.heads.head import load_head
+from probsurgery.pipeline.store.arrays import ArraySpec
 from probsurgery.pipeline.store.cache import Cache
 from probsurgery.pipeline.store.maintenance import check, convert, remove, repair
-from probsurgery.pipeline.store.manifest import write_manifest
-from support import damage, identity, opened, refused, write_cache
+from support import damage, edit_manifest, identity, opened, refused, write_cache
 
 
 @pytest.fixture
@@ -29,11 +29,7 @@ def cache(tmp_path, store):
 
 
 def forge(cache, change):
-    """Write a manifest with a change and a digest that is right; whoever made the cache can do that."""
-    manifest = json.loads((cache.path / "manifest.json").read_text())
-    del manifest["digest"]
-    change(manifest)
-    write_manifest(cache.path, manifest)
+    edit_manifest(cache.path, change)
 
 
 def everything(folder):
@@ -166,9 +162,9 @@ def test_a_strangers_index_is_made_anew_before_it_is_added_to(tmp_path):
     index = cache.path / "features.h5"
     with h5py.File(index, "a") as file:
         file["train"] = h5py.ExternalLink(str(victim), "/")
-    forge(cache, lambda m: m["metadata"].update({"features.h5": seal(index)}))
+    forge(cache, lambda m: m["metadata"].update({"features.h5": seal(index).to_json()}))
     with opened(cache.path, cache.identity, "hdf5") as writer:
-        writer.declare({"train/a/labels": {"shape": [5], "dtype": "int64"}})
+        writer.declare({"train/a/labels": ArraySpec((5,), "int64")})
         writer.write(0, {"train/a/labels": np.zeros(5, "int64")})
     assert victim.read_bytes() == before
     assert damage(Cache(cache.path)) == []
@@ -184,7 +180,7 @@ def test_consolidated_metadata_of_a_stranger_is_named(tmp_path):
     other = json.loads((group.parent / "test" / "a" / "labels" / "zarr.json").read_text())
     consolidated = {"kind": "inline", "must_understand": False, "metadata": {"test/a/merged": other}}
     group.write_text(json.dumps(about | {"consolidated_metadata": consolidated}))
-    forge(cache, lambda m: m["metadata"].update({"features.zarr/zarr.json": seal(group)}))
+    forge(cache, lambda m: m["metadata"].update({"features.zarr/zarr.json": seal(group).to_json()}))
     assert any("does not describe" in problem for problem in damage(Cache(cache.path)))
 
 
@@ -283,7 +279,7 @@ def replace_shard(cache, write):
     write(file)
 
     def change(manifest):
-        manifest["arrays"]["test/a/merged"]["shards"][0] |= seal(file)
+        manifest["arrays"]["test/a/merged"]["shards"][0] |= seal(file).to_json()
 
     forge(cache, change)
     return file
@@ -334,7 +330,7 @@ def test_an_hdf5_index_that_refers_elsewhere_is_named_and_not_followed(tmp_path)
         layout = h5py.VirtualLayout((60, 16), "float32")
         layout[:] = h5py.VirtualSource("/etc/passwd", "data", (60, 16))
         file.create_virtual_dataset("test/a/merged", layout)
-    forge(cache, lambda m: m["metadata"].update({"features.h5": seal(index)}))
+    forge(cache, lambda m: m["metadata"].update({"features.h5": seal(index).to_json()}))
     assert any("does not describe test/a/merged" in problem for problem in damage(Cache(cache.path)))
 
 
@@ -353,7 +349,7 @@ def test_no_codec_of_a_strangers_zarr_array_is_run(tmp_path, codec):
     elif codec == "another separator":
         about["chunk_key_encoding"]["configuration"]["separator"] = "."
     file.write_text(json.dumps(about) + (" " * 2**21 if codec == "huge file" else ""))
-    forge(cache, lambda m: m["metadata"].update({"features.zarr/test/a/merged/zarr.json": seal(file)}))
+    forge(cache, lambda m: m["metadata"].update({"features.zarr/test/a/merged/zarr.json": seal(file).to_json()}))
     with pytest.raises(DamagedCacheError):
         Cache(cache.path).features("a")
     assert damage(Cache(cache.path))
@@ -424,7 +420,8 @@ def test_reading_takes_no_more_memory_than_the_files_bear_out(tmp_path, store, l
     script = textwrap.dedent(
         f"""
         import resource
-        from probsurgery.pipeline.store.cache import Cache
+        from probsurgery.pipeline.store.arrays import ArraySpec
+from probsurgery.pipeline.store.cache import Cache
         from probsurgery.pipeline.errors import DamagedCacheError
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         resource.setrlimit(resource.RLIMIT_DATA, (2**33, resource.RLIM_INFINITY))

@@ -15,20 +15,20 @@ from probsurgery import cli
 from probsurgery.pipeline.config import ExtractConfig, FitConfig, SurgerySettings
 from probsurgery.pipeline.errors import DamagedCacheError, InputError, ProbsurgeryError
 from probsurgery.pipeline.extraction.extract import extract
+from probsurgery.pipeline.files import seal
 from probsurgery.pipeline.fitting.fit import fit
-from probsurgery.pipeline.store import formats, maintenance
+from probsurgery.pipeline.store import arrays, maintenance
 from probsurgery.pipeline.store.cache import Cache
-from probsurgery.pipeline.store.manifest import write_manifest
-from probsurgery.pipeline.store.writer import locked
-from support import damage, identity, opened, refused, write_cache
+from probsurgery.pipeline.store.lock import locked
+from support import damage, drop_seal, edit_manifest, identity, opened, refused, write_cache
 
 TASKS = ("digits8", "texture")
 
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch):
-    monkeypatch.setattr(formats, "SHARD_ROWS", 32)
-    monkeypatch.setattr(formats, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(arrays, "SHARD_ROWS", 32)
+    monkeypatch.setattr(arrays, "CHUNK_ROWS", 16)
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_a_fit_refuses_a_damaged_array_by_name(extracted, run, task):
 def test_verify_prints_a_line_for_each_array_with_its_digest(extracted, run):
     path, _ = extracted
     out = run("cache", "verify", path)[1].splitlines()
-    arrays = Cache(path).manifest["arrays"]
+    arrays = Cache(path).manifest.arrays
     assert [line.split()[0] for line in out[:-1]] == list(arrays)
     assert all(line.endswith(" ok") for line in out[:-1])
     assert f"{len(arrays)} arrays, " in out[-1]
@@ -153,14 +153,13 @@ def test_wrong_labels_and_features_that_are_no_numbers_are_found(tmp_path, store
 
     found = damage(Cache(write_cache(tmp_path / "cache", {"a": 50}, store, change=spoil)))
     assert len(found) == 2
-    assert any("1 labels that are no class of a" in problem for problem in found)
+    assert any("1 labels that are not classes of a" in problem for problem in found)
     assert any("NaN or infinite features in 1 rows" in problem for problem in found)
 
 
 def test_what_plain_readers_are_shown_is_compared(extracted, store):
     """A description that is whole, sealed, and of another array."""
     path, _ = extracted
-    cache = Cache(path)
     if store == "hdf5":
         import h5py
 
@@ -173,15 +172,9 @@ def test_what_plain_readers_are_shown_is_compared(extracted, store):
         changed.write_text(
             changed.read_text().replace('"NaN"', '"NaN"').replace('"separator": "/"', '"separator": "."')
         )
-    cache.manifest["metadata"][changed.relative_to(path).as_posix()] = backends_seal(changed)
-    write_manifest(path, cache.manifest)
+    sealed = seal(changed).to_json()
+    edit_manifest(path, lambda m: m["metadata"].update({changed.relative_to(path).as_posix(): sealed}))
     assert any("does not describe test/texture/merged" in problem for problem in damage(Cache(path)))
-
-
-def backends_seal(path):
-    from probsurgery.pipeline.files import seal
-
-    return seal(path)
 
 
 def test_repair_waits_for_nobody(extracted, run):
@@ -212,7 +205,7 @@ def test_a_conversion_keeps_the_values_and_is_a_cache_like_any(extracted, store,
     assert Cache(new).identity == Cache(config.out).identity
     assert (Cache(new).content == Cache(path).content) == (dtype == "float32")
     rows = [fit(FitConfig(each, SurgerySettings(steps=20))).rows for each in (new, config.out)]
-    assert [row["accuracy"] for row in rows[0]] == [row["accuracy"] for row in rows[1]]
+    assert [row.accuracy for row in rows[0]] == [row.accuracy for row in rows[1]]
     assert extract(ExtractConfig(**(vars(config) | {"out": new}))).images == 0
 
 
@@ -220,16 +213,16 @@ def test_an_interrupted_conversion_goes_on(extracted, store, tmp_path):
     path, _ = extracted
     other = {"zarr": "hdf5", "hdf5": "zarr"}[store]
 
-    def interrupt(done, total, what):
+    def interrupt(done, total, what=""):
         if done == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         maintenance.convert(path, other, progress=interrupt)
     counted = []
-    new = maintenance.convert(path, other, progress=lambda done, total, what: counted.append(total))
+    new = maintenance.convert(path, other, progress=lambda done, total, what="": counted.append(total))
     assert Cache(new).content == Cache(path).content
-    assert counted[-1] == sum(len(spec["shards"]) for spec in Cache(path).manifest["arrays"].values()) - 4
+    assert counted[-1] == sum(len(spec.shards) for spec in Cache(path).manifest.arrays.values()) - 4
 
 
 def test_a_conversion_of_what_has_changed_is_refused(extracted, store, tmp_path):
@@ -239,13 +232,11 @@ def test_a_conversion_of_what_has_changed_is_refused(extracted, store, tmp_path)
     new = maintenance.convert(path, other)
     content = Cache(new).content
     assert maintenance.convert(path, other) == new
-    manifest = Cache(path).manifest
-    manifest["tasks"]["texture"]["splits"]["test"]["fingerprint"] = "of other images"
-    write_manifest(path, manifest)
+    edit_manifest(path, lambda m: m["tasks"]["texture"]["splits"]["test"].update(fingerprint="of other images"))
     with pytest.raises(InputError, match=r"was not made from .* as it is now; remove it with `probsurgery cache rm`"):
         maintenance.convert(path, other)
     assert Cache(new).content == content
-    assert Cache(new).manifest["tasks"] != manifest["tasks"]
+    assert Cache(new).manifest.tasks != Cache(path).manifest.tasks
 
 
 def test_a_conversion_goes_beside_the_cache_wherever_one_stands(extracted, monkeypatch):
@@ -266,7 +257,7 @@ def test_bad_conversions(run, tmp_path, monkeypatch):
         (["one", "--store", "zarr"], ["zarr and float32 already"]),
         (["one", "--store", "csv"], ["'csv'", "zarr, hdf5"]),
         (["one", "--dtype", "int8"], ["'int8'", "float32, float16"]),
-        (["half", "--dtype", "float32"], ["would not bring back", "extract anew"]),
+        (["half", "--dtype", "float32"], ["would not bring back", "extract it again"]),
         (["one", "--store", "hdf5", "--out", "one"], ["is the cache itself"]),
         (["one", "--store", "hdf5", "--out", "half"], ["other settings", "store: zarr / hdf5"]),
         (["nothing", "--store", "hdf5"], ["does not exist"]),
@@ -329,9 +320,7 @@ def test_info_says_what_a_cache_is_made_from(extracted, run):
     assert about["arrays"]["test/texture/merged"]["shards"] == 3
     assert about["runs"][0]["passes"] == 2 * 2 * 70
     Cache(path).file("test/texture/merged", 0).unlink()
-    manifest = Cache(path).manifest
-    manifest["arrays"]["test/texture/merged"]["shards"][0] = None
-    write_manifest(path, manifest)
+    drop_seal(path, "test/texture/merged", 0)
     assert "1 of 9 shards missing" in run("cache", "info", path)[1]
 
 
@@ -399,7 +388,7 @@ def test_a_check_beside_an_extraction_finds_no_damage(tmp_path, store):
     path = write_cache(tmp_path / "cache", {"a": 40}, store, merged=("a", "b"))
     opened_before = Cache(path)
     with opened(path, opened_before.identity, store) as writer:
-        writer.declare({"train/a/labels": {"shape": [5], "dtype": "int64"}})
+        writer.declare({"train/a/labels": arrays.ArraySpec((5,), "int64")})
     assert damage(opened_before) == []
 
 
@@ -421,9 +410,7 @@ def test_rm_of_what_is_no_cache(tmp_path, run):
 
 def test_a_checked_cache_with_missing_shards_is_no_damaged_one(tmp_path, run):
     path = write_cache(tmp_path / "cache", {"a": 40})
-    manifest = Cache(path).manifest
-    manifest["arrays"]["test/a/expert"]["shards"][1] = None
-    write_manifest(path, manifest)
+    drop_seal(path, "test/a/expert", 1)
     status, out, _ = run("cache", "verify", path)
     assert status == 0
     assert "1 missing" in out

@@ -1,0 +1,95 @@
+"""A cache and one of its heads -> the model that they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from msgspec.structs import replace
+from torch import Tensor
+
+from probsurgery.pipeline.datasets.tasks import Task, select_tasks
+from probsurgery.pipeline.deploy.model import Provenance, SurgeryModel
+from probsurgery.pipeline.errors import InputError, unknown
+from probsurgery.pipeline.extraction.merges import MergeRequest, load_learned, make_merge
+from probsurgery.pipeline.heads.head import Head, load_head
+from probsurgery.pipeline.merging.coefficients import read_coefficients
+from probsurgery.pipeline.models import architectures
+from probsurgery.pipeline.models.checkpoints import digest
+from probsurgery.pipeline.models.sources import Weights
+from probsurgery.pipeline.store.cache import Cache
+from probsurgery.pipeline.store.manifest import COEFFICIENTS, MERGED, software
+
+
+def assemble(
+    cache: str | Path,
+    head: str | Path,
+    checkpoints: str | None = None,
+    merged: Path | None = None,
+    results: Path | None = None,
+) -> SurgeryModel:
+    """The model that a cache and one of its heads stand for.
+
+    A cache keeps features and not weights, so the encoder is merged again from the checkpoints, unless the merge was
+    learned, and must have the cache's digest. `head` is a name under heads/ or a folder; `merged` is the checkpoint of
+    a merge that was made elsewhere. Raises `InputError` if the checkpoints are others, or if the head was fitted on
+    other features.
+    """
+    opened = Cache(cache)
+    identity = opened.identity
+    fitted = _fitted_head(opened, head, results)
+    tasks = select_tasks(identity.suite, identity.tasks)
+    weights = Weights(identity.arch, checkpoints)
+    state = _merged_state(opened, weights, tasks, merged)
+    if digest(state) != identity.merge.digest:
+        where = merged or weights.folder or "the published place"
+        raise InputError(
+            f"the checkpoints in {where} do not merge to what {opened.path} was made from; give --checkpoints as for "
+            "its `probsurgery extract`"
+        )
+    provenance = Provenance(
+        arch=identity.arch,
+        dim=opened.dim,
+        preprocessing=identity.preprocessing,
+        merge=identity.merge,
+        cache=opened.fingerprint,
+        software=software(),
+    )
+    classifiers = {task: opened.classifier(task) for task in fitted.tasks}
+    class_names = {task: opened.manifest.tasks[task].class_names for task in fitted.tasks}
+    encoder = architectures.build_visual(identity.arch, state)
+    return SurgeryModel(encoder, fitted, classifiers, class_names, provenance).eval()
+
+
+def _fitted_head(cache: Cache, name: str | Path, results: Path | None) -> Head:
+    folder = (results or cache.path) / "heads"
+    path = folder / name if (folder / name).is_dir() else Path(name)
+    if not path.is_dir():
+        names = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
+        raise unknown("head", str(name), names or ["(none is kept; `probsurgery fit` keeps one)"])
+    head = load_head(path)
+    fitted_on = {row.task: row.cache for row in (head.record.results if head.record else ())}
+    for task in head.tasks:
+        cache.require(task)
+        if fitted_on.get(task) != cache.task_fingerprint(task):
+            raise InputError(f"the head at {path} was fitted on other features of {task} than {cache.path} holds")
+    return head
+
+
+def _merged_state(cache: Cache, weights: Weights, tasks: Sequence[Task], file: Path | None) -> Mapping[str, Tensor]:
+    merge = cache.identity.merge
+    if merge.method == "file":
+        if file is None:
+            raise InputError(f"{cache.path} is of a merged checkpoint; say where it is with --merged FILE")
+        return weights.load(file)
+    if file is not None:
+        raise InputError(f"--merged is for caches of a merged checkpoint; {cache.path} was merged by {merge.method}")
+    learned = cache.manifest.merge.files
+    were_given = COEFFICIENTS in learned and MERGED not in learned
+    coefficients = read_coefficients(cache.path / COEFFICIENTS) if were_given else None
+    request = MergeRequest(merge.method, cache.path, replace(merge, digest=None), coefficients)
+    known = load_learned(request, cache.identity, weights)
+    if known is None and request.learns:
+        raise InputError(f"{cache.path / MERGED} is missing or damaged; run the same `probsurgery extract` again")
+    # A merge that still has to learn was refused above, so no images are needed.
+    return known.state if known else make_merge(request, weights, weights.pretrained(), tasks, lambda: None).state

@@ -1,0 +1,56 @@
+"""Image files -> classes, by a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from probsurgery.pipeline.deploy.model import SurgeryModel
+from probsurgery.pipeline.errors import InputError, first_line, unknown
+
+_AT_ONCE = 64
+"""Images in a batch."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one image."""
+
+    image: str
+    classes: tuple[tuple[str, float], ...]
+    """The likeliest, with probabilities in [0, 1]."""
+    sigma: float | None
+    """Of ProbSurgery heads: the correction's predicted standard deviation, root mean square over dimensions."""
+
+
+@torch.inference_mode()
+def predict(
+    model: SurgeryModel, task: str, images: Sequence[Path], device: torch.device | str = "cpu", top: int = 3
+) -> list[Prediction]:
+    """Classify image files. Raises `InputError` naming the first that cannot be read."""
+    if task not in model.tasks:
+        raise unknown("task", task, model.tasks)
+    names, model, predictions = model.class_names[task], model.to(device), []
+    for start in range(0, len(images), _AT_ONCE):
+        paths = images[start : start + _AT_ONCE]
+        merged = model.encoder(torch.stack([_read(model, path) for path in paths]).to(device))
+        probabilities = model.classify(model.correct(merged, task), task).softmax(-1).cpu()
+        sigmas = model.sigma(merged, task).tolist() if model.settings.predicts_sigma else [None] * len(merged)
+        for path, row, sigma in zip(paths, probabilities, sigmas, strict=True):
+            best = row.topk(min(top, len(row)))
+            classes = [names[i] if i < len(names) else str(i) for i in best.indices.tolist()]
+            predictions.append(Prediction(str(path), tuple(zip(classes, best.values.tolist(), strict=True)), sigma))
+    return predictions
+
+
+def _read(model: SurgeryModel, path: Path) -> Tensor:
+    try:
+        with Image.open(path) as image:
+            return model.transform(image)
+    except Exception as error:  # damaged image files raise anything in their decoders
+        raise InputError(f"{path} is not an image that can be read: {first_line(error)}") from None

@@ -1,0 +1,165 @@
+"""What a run of stage one works on: the request checked, models and images opened, before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from probsurgery.pipeline.config import ExtractConfig
+from probsurgery.pipeline.datasets.corruptions import corrupt_images
+from probsurgery.pipeline.datasets.tasks import Images, Task, check_names, open_images, select_tasks
+from probsurgery.pipeline.device import choose_device
+from probsurgery.pipeline.errors import InputError
+from probsurgery.pipeline.extraction.distributed import Ranks
+from probsurgery.pipeline.extraction.loading import default_workers
+from probsurgery.pipeline.extraction.merges import MergeRequest, merge_requests
+from probsurgery.pipeline.models import architectures
+from probsurgery.pipeline.models.checkpoints import StateDict, digest
+from probsurgery.pipeline.models.sources import Weights
+from probsurgery.pipeline.store.arrays import KINDS, ArraySpec
+from probsurgery.pipeline.store.manifest import Identity, MergeIdentity, SplitRecord, TaskRecord
+from probsurgery.pipeline.store.target import check_target
+
+
+@dataclass(frozen=True, eq=False)
+class RunPlan:
+    """A run's models and images, checked, and where its features go."""
+
+    config: ExtractConfig
+    tasks: tuple[Task, ...]
+    """Tasks whose experts are merged."""
+    extracted: tuple[Task, ...]
+    """Those of them that this run extracts."""
+    device: torch.device
+    workers: int
+    """Processes that decode images."""
+    weights: Weights
+    pretrained: StateDict
+    classifiers: Mapping[str, Tensor]
+    images: Mapping[tuple[str, str], Images]
+    """By split and task."""
+    requests: tuple[MergeRequest, ...]
+    checkpoints: Mapping[str, str]
+    """Digests of the encoders' weights: `pretrained`, and each expert by its task."""
+
+    def identity(self, merge: MergeIdentity) -> Identity:
+        """The identity of the cache of one merge."""
+        config = self.config
+        return Identity(
+            corruption=config.corrupt,
+            arch=config.arch,
+            suite=self.tasks[0].suite,
+            dim=self.dim,
+            dtype=config.dtype,
+            precision=config.precision,
+            limit=config.limit,
+            tasks=tuple(task.name for task in self.tasks),
+            checkpoints=self.checkpoints,
+            preprocessing=architectures.preprocessing(config.arch),
+            merge=merge,
+        )
+
+    @property
+    def dim(self) -> int:
+        """d, the features' width."""
+        return architectures.model_config(self.config.arch)["embed_dim"]
+
+    @property
+    def arrays(self) -> dict[str, ArraySpec]:
+        """Every array that this run fills in each cache."""
+        kinds = KINDS if self.config.pretrained else ("merged", "expert")
+        arrays = {}
+        for (split, task), images in self.images.items():
+            for kind in kinds:
+                arrays[f"{split}/{task}/{kind}"] = ArraySpec((len(images), self.dim), self.config.dtype)
+            arrays[f"{split}/{task}/labels"] = ArraySpec((len(images),), "int64")
+        return arrays
+
+    def open_images(self, name: str, split: str) -> Images:
+        """Images of a merged task, which may be one that this run does not extract."""
+        if (split, name) in self.images:
+            return self.images[split, name]
+        return open_task_images(self.config, next(task for task in self.tasks if task.name == name), split)
+
+
+def plan_run(config: ExtractConfig, ranks: Ranks) -> RunPlan:
+    """Check a request and open everything that it names. Raises `InputError` for what is wrong with it.
+
+    Of several ranks, the first alone compares it with the caches that are there.
+    """
+    suite = architectures.get_arch(config.arch).suite
+    tasks = select_tasks(suite, config.tasks)
+    if config.only is not None:
+        check_names(config.only, [task.name for task in tasks])
+    extracted = tuple(task for task in tasks if config.only is None or task.name in config.only)
+    requests = merge_requests(config, tasks, whole_suite=len(tasks) == len(select_tasks(suite, None)))
+    device = choose_device(config.device, ranks.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # otherwise every rank's pinned memory would take room on the first GPU
+    weights = Weights(config.arch, config.checkpoints)
+    pretrained = weights.pretrained()
+    # A merge that learns needs the classifiers of all tasks.
+    classifiers = weights.classifiers(tasks if any(request.learns for request in requests) else extracted, device)
+    checkpoints = {"pretrained": digest(pretrained)}
+    checkpoints |= {name: digest(expert) for name, expert in weights.experts(tasks).items()}
+    images = {
+        (split, task.name): open_task_images(config, task, split) for split in config.splits for task in extracted
+    }
+    plan = RunPlan(
+        config,
+        tasks,
+        extracted,
+        device,
+        decoding_workers(config, ranks.local_size),
+        weights,
+        pretrained,
+        classifiers,
+        images,
+        tuple(requests),
+        checkpoints,
+    )
+    for request in requests if ranks.leads else ():
+        manifest = check_target(request.path, plan.identity(request.identity), config.store, fresh=config.fresh)
+        if manifest is not None:
+            _check_data(request.path, manifest.tasks, plan)
+    return plan
+
+
+def decoding_workers(config: ExtractConfig, ranks: int = 1) -> int:
+    """Processes that decode for each of the ranks on this machine.
+
+    The mini suite's images are small and in memory: starting workers would take longer than decoding.
+    """
+    if config.workers is not None:
+        return config.workers
+    return 0 if config.arch == "mini" else max(1, default_workers() // ranks)
+
+
+def open_task_images(config: ExtractConfig, task: Task, split: str) -> Images:
+    """One split of a task, with the run's corruption, if it has one."""
+    images = open_images(task, split, config.data, config.limit, any_rows=config.any_rows)
+    return corrupt_images(images, config.corrupt) if config.corrupt else images
+
+
+def split_record(images: Images) -> SplitRecord:
+    """What the manifest says of a split's images."""
+    return SplitRecord(len(images), images.fingerprint)
+
+
+def _check_data(path: Path, known: Mapping[str, TaskRecord], plan: RunPlan) -> None:
+    """Raise `InputError` if a cache holds features of other images, or another classifier, than this run has."""
+    for (split, name), images in plan.images.items():
+        if name not in known:
+            continue
+        held = known[name].splits.get(split)
+        if held is not None and (held.rows, held.fingerprint or images.fingerprint) != (
+            len(images),
+            images.fingerprint,
+        ):
+            raise InputError(f"{path} was written from other images of {name} ({split}); use --fresh or --out")
+        if known[name].classifier != digest({"": plan.classifiers[name]}):
+            raise InputError(f"{path} was written with another classifier of {name}; use --fresh or --out")
