@@ -51,7 +51,7 @@ def _described(listed: Listed) -> dict:
     manifest, identity = listed.cache.manifest, listed.cache.identity
     return described | {
         "arch": identity.arch,
-        "merge": label(identity.merge),
+        "merge": label(identity.merge.to_json()),
         "tasks": identity.tasks,
         "rows": sum(split.rows for task in manifest.tasks.values() for split in task.splits.values()),
         "store": manifest.store,

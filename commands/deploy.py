@@ -34,7 +34,8 @@ def predict_command(
     as_json: AsJson = False,
 ) -> None:
     """Classify images with the merged encoder and a head of the cache."""
-    from probsurgery.pipeline.deploy.model import assemble, predict
+    from probsurgery.pipeline.deploy.assemble import assemble
+    from probsurgery.pipeline.deploy.predict import predict
     from probsurgery.pipeline.device import choose_device
 
     torch_device = choose_device(device)
@@ -60,7 +61,8 @@ def export_command(
     as_json: AsJson = False,
 ) -> None:
     """Write merged weights, heads, classifiers and preprocessing to a folder that `probsurgery.load_model` reads."""
-    from probsurgery.pipeline.deploy.model import FILES, assemble
+    from probsurgery.pipeline.deploy.assemble import assemble
+    from probsurgery.pipeline.deploy.model import FILES
     from probsurgery.pipeline.deploy.onnx_export import require_onnx, write_onnx
 
     if out.exists():  # checked before the merge, which takes long
