@@ -25,7 +25,7 @@ from probsurgery.pipeline.datasets.tasks import Task
 from probsurgery.pipeline.errors import ProbsurgeryError
 from probsurgery.pipeline.extraction.distributed import Ranks, joined
 from probsurgery.pipeline.extraction.encode import ImageSource, Tally, Target, fill, shards_of
-from probsurgery.pipeline.extraction.image_stream import samples_of
+from probsurgery.pipeline.extraction.image_stream import image_stream
 from probsurgery.pipeline.extraction.merges import (
     MergedModel,
     has_no_features,
@@ -35,7 +35,7 @@ from probsurgery.pipeline.extraction.merges import (
 )
 from probsurgery.pipeline.extraction.run_plan import RunPlan, decoding_workers, plan_run, split_record
 from probsurgery.pipeline.files import SourceFile
-from probsurgery.pipeline.merging.registry import Samples
+from probsurgery.pipeline.merging.vectors import ImageStream
 from probsurgery.pipeline.models import architectures
 from probsurgery.pipeline.models.checkpoints import digest
 from probsurgery.pipeline.progress import Progress, no_progress
@@ -133,8 +133,8 @@ def _merged_models(plan: RunPlan, progress: Progress) -> list[MergedModel]:
     """The run's merged models; those that learn are read from their caches if an earlier run has learned them."""
     open_images = cache(plan.open_images)
 
-    def samples() -> Samples:
-        return samples_of(
+    def open_stream() -> ImageStream:
+        return image_stream(
             plan.config.arch,
             open_images,
             {task.name: plan.classifiers[task.name] for task in plan.tasks},
@@ -147,7 +147,7 @@ def _merged_models(plan: RunPlan, progress: Progress) -> list[MergedModel]:
     models = []
     for request in plan.requests:
         known = None if plan.config.fresh else load_learned(request, plan.identity(request.identity), plan.weights)
-        model = known or make_merge(request, plan.weights, plan.pretrained, plan.tasks, samples)
+        model = known or make_merge(request, plan.weights, plan.pretrained, plan.tasks, open_stream)
         if model.is_new:
             split = request.identity.settings["split"]
             images = {task.name: open_images(task.name, split).fingerprint for task in plan.tasks}

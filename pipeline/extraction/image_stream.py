@@ -1,22 +1,26 @@
-"""Images as merges that learn want them: batches of one task in random order, without end."""
+"""Images for merges that learn: endless batches of one task in random order."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from probsurgery.pipeline.datasets.tasks import Images
 from probsurgery.pipeline.extraction.loading import read_batches, refuse_undecoded
-from probsurgery.pipeline.merging.registry import Samples
+from probsurgery.pipeline.merging.vectors import ImageStream
 from probsurgery.pipeline.models.architectures import functional, preprocessing
+from probsurgery.pipeline.progress import Progress
 
 _HELD_BYTES = 2**28
 """A task whose decoded images take no more than this is decoded once."""
+_AT_ONCE = 256
+"""Images in a batch while a whole task is decoded."""
 
 
-def samples_of(
+def image_stream(
     arch: str,
     open_task: Callable[[str, str], Images],
     classifiers: Mapping[str, Tensor],
@@ -24,36 +28,35 @@ def samples_of(
     workers: int,
     *,
     skip_bad: bool,
-    progress: Callable[[int, int, str], None],
-) -> Samples:
-    """Samples for a merge of the tasks that `classifiers` has; `open_task` opens a task's split when it is needed.
+    progress: Progress,
+) -> ImageStream:
+    """The images for a merge of the tasks that `classifiers` has; `open_task` opens a task's split when it is needed.
 
     The batches of all tasks are read side by side, and share the workers.
     """
-    held: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+    workers = max(1, workers // len(classifiers)) if workers else 0
+    decoder = _Decoder(arch, device, workers, skip_bad)
     size = preprocessing(arch)["image_size"]
-    own_workers = max(1, workers // len(classifiers)) if workers else 0
+    decoded: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
 
     def batches(task: str, split: str, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         images = open_task(task, split)
-        labels = torch.from_numpy(images.labels)
-        rows = shuffled(len(images), batch_size, seed)
         if len(images) * 3 * size * size * 4 > _HELD_BYTES:
-            yield from _read(task, images, labels, arch, rows, own_workers, device, skip_bad)
-        if (task, split) not in held:
-            order = [list(range(i, min(i + 256, len(images)))) for i in range(0, len(images), 256)]
-            parts = list(_read(task, images, labels, arch, iter(order), own_workers, device, skip_bad))
-            held[task, split] = torch.cat([p for p, _ in parts]), torch.cat([its for _, its in parts])
-        decoded, kept = held[task, split]
-        for chosen in shuffled(len(kept), batch_size, seed):
-            yield decoded[chosen], kept[chosen]
+            yield from decoder.read(task, images, shuffled(len(images), batch_size, seed))
+        if (task, split) not in decoded:
+            windows = [list(range(i, min(i + _AT_ONCE, len(images)))) for i in range(0, len(images), _AT_ONCE)]
+            pixels, labels = zip(*decoder.read(task, images, iter(windows)), strict=True)
+            decoded[task, split] = torch.cat(pixels), torch.cat(labels)
+        pixels, labels = decoded[task, split]
+        for rows in shuffled(len(labels), batch_size, seed):
+            yield pixels[rows], labels[rows]
 
     moved = {task: classifier.to(device) for task, classifier in classifiers.items()}
-    return Samples(functional(arch), moved, batches, device, progress)
+    return ImageStream(functional(arch), moved, batches, device, progress)
 
 
 def shuffled(count: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Rows of each batch, without end: one permutation after the other, a batch may lie across two."""
+    """Rows of each batch, without end: one permutation after the other; a batch may span two."""
     generator = torch.Generator().manual_seed(seed)
     waiting: list[int] = []
     while True:
@@ -63,28 +66,29 @@ def shuffled(count: int, batch_size: int, seed: int) -> Iterator[list[int]]:
         waiting = waiting[batch_size:]
 
 
-def _read(
-    task: str,
-    images: Images,
-    labels: Tensor,
-    arch: str,
-    rows: Iterator[list[int]],
-    workers: int,
-    device: torch.device,
-    skip_bad: bool,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of these rows and their labels, without the images that cannot be decoded."""
-    asked: list[list[int]] = []
+@dataclass(frozen=True)
+class _Decoder:
+    """How images are decoded."""
 
-    def noted() -> Iterator[list[int]]:
-        for batch in rows:
-            asked.append(batch)
-            yield batch
+    arch: str
+    device: torch.device
+    workers: int
+    skip_bad: bool
 
-    for decoded, bad in read_batches(images, arch, noted(), workers, device):
-        its = asked.pop(0)
-        if not skip_bad:
-            refuse_undecoded(bad, task)
-        good = [index for index, row in enumerate(its) if row not in bad]
-        if good:
-            yield (decoded if not bad else decoded[good]), labels[[its[index] for index in good]]
+    def read(self, task: str, images: Images, batch_rows: Iterator[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of these rows with their labels, without the images that cannot be decoded."""
+        labels = torch.from_numpy(images.labels)
+        requested: list[list[int]] = []
+
+        def noted() -> Iterator[list[int]]:
+            for rows in batch_rows:
+                requested.append(rows)
+                yield rows
+
+        for pixels, undecoded in read_batches(images, self.arch, noted(), self.workers, self.device):
+            rows = requested.pop(0)
+            if not self.skip_bad:
+                refuse_undecoded(undecoded, task)
+            good = [index for index, row in enumerate(rows) if row not in undecoded]
+            if good:
+                yield (pixels[good] if undecoded else pixels), labels[[rows[index] for index in good]]

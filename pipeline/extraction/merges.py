@@ -22,7 +22,8 @@ from probsurgery.pipeline.errors import DamagedCacheError, InputError, Probsurge
 from probsurgery.pipeline.files import broken_seal, replaced, seal, write_json
 from probsurgery.pipeline.merging.coefficients import Coefficients, read_coefficients
 from probsurgery.pipeline.merging.entropy import window
-from probsurgery.pipeline.merging.registry import METHODS, Merged, Samples, changed, merge
+from probsurgery.pipeline.merging.registry import METHODS, changed, merge
+from probsurgery.pipeline.merging.vectors import ImageStream, Merged
 from probsurgery.pipeline.models.checkpoints import digest
 from probsurgery.pipeline.models.sources import Weights
 from probsurgery.pipeline.store.manifest import (
@@ -192,7 +193,7 @@ def make_merge(
     weights: Weights,
     pretrained: dict[str, Tensor],
     tasks: Sequence[Task],
-    samples: Callable[[], Samples],
+    open_stream: Callable[[], ImageStream | None],
 ) -> MergedModel:
     """Merge, or read the merged checkpoint. Raises `InputError` if the models or coefficients do not fit."""
     begun = time.perf_counter()
@@ -201,13 +202,12 @@ def make_merge(
     elif METHODS[request.name].function is None:
         merged = Merged(weights.own(request.name))
     else:
-        merged = _merge(request, weights, pretrained, tasks, samples)
-    record, entropy = MergeRecord(), merged.about.get("entropy")
+        merged = _merge(request, weights, pretrained, tasks, open_stream)
+    record, coefficients = MergeRecord(), merged.coefficients
     if request.learns:
         record = replace(record, seconds=round(time.perf_counter() - begun, 1))
-    if entropy:
-        record = replace(record, entropy=dict(zip(("first", "last"), window(entropy), strict=True)))
-    coefficients = merged.about.get("coefficients")
+    if merged.entropy:
+        record = replace(record, entropy=dict(zip(("first", "last"), window(merged.entropy), strict=True)))
     if coefficients is not None:
         names = tuple(task.name for task in tasks), tuple(pretrained)
         coefficients = coefficients.named(request.name, request.identity.settings, *names)
@@ -220,21 +220,21 @@ def _merge(
     weights: Weights,
     pretrained: dict[str, Tensor],
     tasks: Sequence[Task],
-    samples: Callable[[], Samples],
+    open_stream: Callable[[], ImageStream | None],
 ) -> Merged:
-    given = samples() if request.learns else None
+    stream = open_stream() if request.learns else None
     try:
         return merge(
             request.name,
             pretrained,
             weights.experts(tasks),
-            given,
+            stream,
             request.coefficients,
             **request.identity.settings,
         )
     except torch.OutOfMemoryError as error:
         raise ProbsurgeryError(
-            f"{request.name} of {len(tasks)} experts does not fit into {given.device}'s memory "
+            f"{request.name} of {len(tasks)} experts does not fit into {stream.device}'s memory "
             f"({str(error).partition('.')[0]}); use --device cpu, or fewer --tasks"
         ) from None
 

@@ -85,7 +85,7 @@ def test_a_killed_rank_ends_the_run_and_the_next_goes_on(tmp_path, store, alone,
     os.kill(started[victim][0].pid, signal.SIGKILL)
     told = [processes.finish(*one) for one in started]
     assert told[victim] == {}
-    assert "another rank has gone" in told[1 - victim]["error"]
+    assert "another rank has ended" in told[1 - victim]["error"]
     assert damage(Cache(path)) == []
     rest = finish([config(path, store)] * 2)
     assert 0 < rest[0]["images"] < alone[1]
@@ -127,7 +127,7 @@ def test_ranks_that_would_write_different_features_are_refused(tmp_path):
     told = finish([config(tmp_path / "cache"), config(tmp_path / "cache", dtype="float16")])
     assert "rank 1 would write other features" in told[1]["error"]
     assert "dtype: float32 / float16" in told[1]["error"]
-    assert "another rank has gone" in told[0]["error"]
+    assert "another rank has ended" in told[0]["error"]
 
 
 def test_a_second_merge_takes_features_on_ranks_too(tmp_path):

@@ -17,7 +17,7 @@ from probsurgery.pipeline.config import ExtractConfig, FitConfig, SurgerySetting
 from probsurgery.pipeline.datasets.tasks import Images, open_images, select_tasks
 from probsurgery.pipeline.errors import DamagedCacheError, InputError, ProbsurgeryError
 from probsurgery.pipeline.extraction import extract, loading, run_plan
-from probsurgery.pipeline.extraction.image_stream import samples_of, shuffled
+from probsurgery.pipeline.extraction.image_stream import image_stream, shuffled
 from probsurgery.pipeline.fitting.fit import fit
 from probsurgery.pipeline.merging.coefficients import read_coefficients
 from probsurgery.pipeline.merging.registry import METHODS, Coefficients, merge_label
@@ -498,7 +498,7 @@ def test_samples_are_the_images_with_their_labels(monkeypatch, held):
     classifiers = {"texture": torch.zeros(7, 64)}
 
     def given(skip_bad):
-        return samples_of("mini", lambda t, s: images, classifiers, CPU, 0, skip_bad=skip_bad, progress=Steps())
+        return image_stream("mini", lambda t, s: images, classifiers, CPU, 0, skip_bad=skip_bad, progress=Steps())
 
     found = list(given(True).take("texture", "test", 60, seed=0))
     assert sum(len(batch) for batch, _ in found) == 60
