@@ -86,8 +86,7 @@ def fit_command(
         return
     if result.repeated:
         note(f"{result.path} exists with the same settings; nothing to do")
-    print(result.path)
-    print_tables([fit_table(result.rows)])
+    print_tables([fit_table(result.rows, result.path)])
 
 
 def sweep_command(

@@ -177,7 +177,7 @@ def test_an_unfinished_cache_is_refused(run, small_cache):
 
 def test_a_damaged_cache_is_refused_and_verify_says_where(run, small_cache):
     assert run("cache", "verify", small_cache.path)[0] == 0
-    path = small_cache._backend.file("test/a/merged", 0)
+    path = small_cache.file("test/a/merged", 0)
     content = bytearray(path.read_bytes())
     content[50] ^= 1
     path.write_bytes(content)
