@@ -30,7 +30,7 @@ def test_no_module_imports_the_top_level_by_its_bare_name():
 
 def test_the_public_names_exist_and_are_documented():
     assert len(probsurgery.__all__) <= 17
-    assert set(probsurgery._HOMES) == set(probsurgery.__all__)
+    assert set(probsurgery._SOURCES) == set(probsurgery.__all__)
     for name in probsurgery.__all__:
         assert getattr(probsurgery, name).__doc__, name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
