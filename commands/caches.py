@@ -116,7 +116,8 @@ def _info_lines(cache: Cache, size: int) -> Iterator[str]:
     yield f"{cache.path}: {identity.arch}, merged by {merge.name or merge.method}{settings}, d={cache.dim}"
     if identity.corruption:
         yield f"images corrupted by {identity.corruption}"
-    yield f"stored in {manifest.store}, {identity.dtype}, {decimal(size)}; encoded in {identity.precision}"
+    encoded = f"; encoded in {identity.precision}" if identity.precision else ""
+    yield f"stored in {manifest.store}, {identity.dtype}, {decimal(size)}{encoded}"
     yield f"identity {cache.fingerprint[:16]}, content {cache.content[:16]}"
     software = ", ".join(f"{name} {version}" for name, version in manifest.software.items())
     yield f"created {manifest.created} by {software}"
@@ -126,7 +127,8 @@ def _info_lines(cache: Cache, size: int) -> Iterator[str]:
         yield f"  {name}: {file.source}, sha256 {file.sha256[:16]}"
     for run in manifest.runs:
         taken = "".join(f", {rows:,} taken from {name}" for name, rows in run.taken.items())
-        yield f"  run on {run.device}: {run.passes:,} passes of {run.images:,} images{taken}"
+        passes = f"{run.passes:,} passes of " if run.passes else ""  # older caches do not count them
+        yield f"  run on {run.device}: {passes}{run.images:,} images{taken}"
 
 
 def _split_row(cache: Cache, split: str, task: str) -> tuple[str, ...]:
