@@ -292,7 +292,7 @@ def test_several_kinds_of_head_in_one_table(small_cache, run):
         (("--kl-weight", "1e-4,0.0001"), ["--kl-weight names 0.0001 2 times"]),
         (("--tasks", "a,a"), ["a task is named twice"]),
         (("--tasks", "a,z"), ["unknown task 'z'", "a, b"]),
-        (("--hidden", "64,wide"), ["--hidden has 'wide'", "whole numbers"]),
+        (("--hidden", "64,wide"), ["'--hidden'", "'wide' is not a whole number"]),
         (("--hidden", "64,0"), ["--hidden is 0", "from 1 to"]),
         (("--lr", "0.1,-1"), ["--lr is -1.0"]),
         (("--kl-weight", "0,nan"), ["--kl-weight is nan"]),
