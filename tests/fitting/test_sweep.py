@@ -14,7 +14,7 @@ import psutil
 import pytest
 from msgspec import structs
 
-from probsurgery import cli
+from probsurgery.commands import progress as progress_module
 from probsurgery.pipeline.analysis.report import report
 from probsurgery.pipeline.config import FitConfig, ProbSettings, RidgeSettings, SurgerySettings, SweepConfig
 from probsurgery.pipeline.errors import InputError
@@ -375,7 +375,7 @@ def test_a_line_with_a_malformed_request_is_skipped(small_cache):
 def test_ridge_beside_heads_that_take_steps(small_cache, run, monkeypatch):
     """Ridge takes no step, so that progress stands still; time passes nevertheless."""
     now = iter(range(1, 10_000))
-    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: float(next(now))))
+    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: float(next(now))))
     code, out, err = run("sweep", "--cache", small_cache.path, "--head", "ridge", "--penalty", "0.1,0.2,0.3")
     assert code == 0, err
     assert "6 of 6 heads fitted" in out
