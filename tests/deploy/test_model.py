@@ -53,7 +53,7 @@ def images():
 def pictures(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
     for row in range(5):
-        images["fruit"].get(row).save(folder / f"{row}.png")
+        images["fruit"].decode(row).save(folder / f"{row}.png")
     return sorted(folder.iterdir())
 
 
@@ -65,7 +65,7 @@ def model(cache, tmp_path):
 
 
 def batch(model, images, task):
-    return torch.stack([model.transform(images[task].get(row)) for row in range(ROWS)])
+    return torch.stack([model.transform(images[task].decode(row)) for row in range(ROWS)])
 
 
 @pytest.mark.parametrize("name", HEADS)
