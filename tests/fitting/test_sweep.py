@@ -14,7 +14,7 @@ import psutil
 import pytest
 from msgspec import structs
 
-from probsurgery import cli
+from probsurgery.commands import progress as progress_module
 from probsurgery.pipeline.analysis.report import report
 from probsurgery.pipeline.config import FitConfig, ProbSettings, RidgeSettings, SurgerySettings, SweepConfig
 from probsurgery.pipeline.errors import InputError
@@ -292,7 +292,7 @@ def test_several_kinds_of_head_in_one_table(small_cache, run):
         (("--kl-weight", "1e-4,0.0001"), ["--kl-weight names 0.0001 2 times"]),
         (("--tasks", "a,a"), ["a task is named twice"]),
         (("--tasks", "a,z"), ["unknown task 'z'", "a, b"]),
-        (("--hidden", "64,wide"), ["--hidden has 'wide'", "whole numbers"]),
+        (("--hidden", "64,wide"), ["--hidden", "'wide' is not a whole number"]),
         (("--hidden", "64,0"), ["--hidden is 0", "from 1 to"]),
         (("--lr", "0.1,-1"), ["--lr is -1.0"]),
         (("--kl-weight", "0,nan"), ["--kl-weight is nan"]),
@@ -375,7 +375,7 @@ def test_a_line_with_a_malformed_request_is_skipped(small_cache):
 def test_ridge_beside_heads_that_take_steps(small_cache, run, monkeypatch):
     """Ridge takes no step, so that progress stands still; time passes nevertheless."""
     now = iter(range(1, 10_000))
-    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: float(next(now))))
+    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: float(next(now))))
     code, out, err = run("sweep", "--cache", small_cache.path, "--head", "ridge", "--penalty", "0.1,0.2,0.3")
     assert code == 0, err
     assert "6 of 6 heads fitted" in out
