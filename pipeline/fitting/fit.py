@@ -253,7 +253,7 @@ def _train(
                         for shorter in runs[request]:
                             fitted = outcome.earlier[shorter.settings.steps]
                             yield shorter, _evaluated(shorter, fitted, recorded, loaded, device)
-                    counter()
+                    counter()  # ridge takes no step, and what is shown beside the steps may have changed
     if retries:
         yield from _train(retries, cache, device, progress)
 

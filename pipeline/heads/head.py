@@ -157,7 +157,7 @@ def _read_description(folder: Path) -> tuple[HeadDescription, FitRecord | None]:
 
 
 def _load_params(folder: Path, settings: HeadSettings, dim: int, stack: int) -> Params:
-    """The parameters. They are read only if the file's size is theirs."""
+    """The parameters. They are read only if the file has the size that the settings imply."""
     expected = {name: (stack, *shape) for name, shape in HEADS[settings.kind].shapes(settings, dim).items()}
     file = folder / "head.safetensors"
     try:
