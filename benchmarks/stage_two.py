@@ -25,9 +25,9 @@ from torch import nn
 
 from probsurgery.pipeline.config import HeadSettings, ProbSettings, SurgerySettings
 from probsurgery.pipeline.device import choose_device
-from probsurgery.pipeline.heads.head import parameter_count
-from probsurgery.pipeline.training.loop import Job, Rows
-from probsurgery.pipeline.training.plan import Wanted, fit_heads, make_plan
+from probsurgery.pipeline.heads.kinds import parameter_count
+from probsurgery.pipeline.training.batches import Job, Rows
+from probsurgery.pipeline.training.plan import Workload, fit_heads, make_plan
 
 ROWS = {"sun397": 19_850, "cars": 8_041, "resisc45": 6_300, "eurosat": 2_700}
 ROWS |= {"svhn": 26_032, "gtsrb": 12_630, "mnist": 10_000, "dtd": 1_880}
@@ -156,8 +156,8 @@ def copy_bandwidth(device: torch.device) -> float:
 
 def measure(case: Case, rows: list[Rows], device: torch.device) -> tuple[float, float, int]:
     """Seconds of stage two, seconds that the naive loop would take, and head-steps."""
-    jobs = [Job((its,), settings) for settings in case.settings for its in rows]
-    plan = make_plan([Wanted(job.settings, 1, case.dim) for job in jobs], device)
+    jobs = [Job((task_rows,), settings) for settings in case.settings for task_rows in rows]
+    plan = make_plan([Workload.of(job) for job in jobs], device)
     shapes = {parameter_count(s, case.dim): s for s in case.settings}
     naive = {shape: [naive_seconds(s, rows[0], device, 2)] for shape, s in shapes.items()}
     start = time.perf_counter()
@@ -168,7 +168,7 @@ def measure(case: Case, rows: list[Rows], device: torch.device) -> tuple[float, 
         naive[shape].append(naive_seconds(s, rows[0], device, 2))
     steps = dict.fromkeys(shapes, 0)
     for job in jobs:
-        steps[parameter_count(job.settings, case.dim)] += job.head_steps
+        steps[parameter_count(job.settings, case.dim)] += Workload.of(job).head_steps
     theirs = sum(steps[shape] * sum(taken) / len(taken) for shape, taken in naive.items())
     total = sum(steps.values())
     busy = sum(one.seconds for one in fitted) / max(1, plan.workers)

@@ -1,4 +1,4 @@
-"""Which device a stage runs on, and how much memory it may plan with."""
+"""The device that a stage runs on, and the memory that is available on it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from probsurgery.pipeline.errors import InputError
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:n`; of several ranks, each its own GPU unless n is given.
+    """The device for `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:n`. Unless n is given, each rank has a GPU.
 
-    Raises `InputError` for a device that is not there.
+    Raises `InputError` for a device that does not exist.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise InputError(f"unknown device {name!r}; choose from: auto, cpu, cuda, cuda:0 and so on")
@@ -29,31 +29,31 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that can be had on a device without swapping; of a CPU, no more than this process's limits leave it."""
+    """Bytes that can be allocated on a device without swapping, within the limits of this process."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return max(0, min([psutil.virtual_memory().available, *_limits()]))
 
 
 def _limits() -> Iterator[int]:
-    """What each limit of this process, such as a batch system sets, leaves of memory."""
+    """Bytes left under each memory limit of this process, such as one set by a batch system."""
     used = psutil.Process().memory_info()
     if hasattr(psutil, "RLIMIT_AS"):
-        for resource, held in ((psutil.RLIMIT_AS, used.vms), (psutil.RLIMIT_DATA, used.data)):
+        for resource, size in ((psutil.RLIMIT_AS, used.vms), (psutil.RLIMIT_DATA, used.data)):
             soft, _ = psutil.Process().rlimit(resource)
             if soft != psutil.RLIM_INFINITY:
-                yield soft - held
-    for folder, most, now in _control_groups():
+                yield soft - size
+    for folder, limit, usage in _control_groups():
         try:
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             reclaimable = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
-            yield int((folder / most).read_text()) - int((folder / now).read_text()) + reclaimable
-        except (OSError, ValueError):  # not there, or "max"
+            yield int((folder / limit).read_text()) - int((folder / usage).read_text()) + reclaimable
+        except (OSError, ValueError):  # no such file, or "max"
             continue
 
 
 def _control_groups() -> Iterator[tuple[Path, str, str]]:
-    """Folders of Linux's control groups that this process is in, with the names of their limit and use."""
+    """Folders of this process's Linux control groups, with the names of the files of their limit and usage."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -66,7 +66,7 @@ def _control_groups() -> Iterator[tuple[Path, str, str]]:
             root, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
         else:
             continue
-        own = root / path.lstrip("/")
-        for folder in (own, *own.parents):
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
             if folder.is_relative_to(root):
                 yield folder, *names

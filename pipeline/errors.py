@@ -1,4 +1,8 @@
-"""One error base. The command line turns each into a single line and its exit status."""
+"""The base of all our errors. The command line prints one as a single line and exits with its status."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 class ProbsurgeryError(Exception):
@@ -8,20 +12,20 @@ class ProbsurgeryError(Exception):
 
 
 class InputError(ProbsurgeryError):
-    """The request or its inputs are wrong, and nothing was begun or changed."""
+    """The request or its inputs are wrong. Nothing was begun or changed."""
 
     exit_status = 2
 
 
 class DamagedCacheError(InputError):
-    """A cache holds bytes that its manifest or its checksums contradict."""
+    """A cache's bytes contradict its manifest or its checksums."""
 
 
-def unknown(what: str, given: str, allowed) -> InputError:
-    """The error for a name that is not in a table: it lists the names that are."""
+def unknown(what: str, given: str, allowed: Iterable[str]) -> InputError:
+    """The error for a name that is not in a table. It lists the allowed names."""
     return InputError(f"unknown {what} {given!r}; choose from: {', '.join(allowed)}")
 
 
 def first_line(error: Exception) -> str:
-    """The first line of another library's error, or its type if it says nothing."""
+    """The first line of another library's error, or its type if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

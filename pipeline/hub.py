@@ -1,4 +1,4 @@
-"""Files of the Hugging Face Hub: fetched by its own client, checked against the digests it gives."""
+"""Files of the Hugging Face Hub: fetched by its own client, and checked against the Hub's digests."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import re
 from pathlib import Path
 
 from probsurgery.pipeline.errors import InputError, first_line
+from probsurgery.pipeline.files import SourceFile
 from probsurgery.pipeline.fingerprints import file_digest
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-"""Names under which a repository keeps a model's weights; the first that is there counts."""
+"""Names of the file with a model's weights in a repository; the first that exists is used."""
 
 
 def download(repo: str, option: str) -> Path:
-    """The weights of a repository, from the client's cache or the network (its offline switch and `HF_ENDPOINT` count).
+    """The weights of a repository, from the client's cache or the network (`HF_HUB_OFFLINE`, `HF_ENDPOINT` apply).
 
-    Raises `InputError` that says what is missing, where it was looked for, and how to bring it from elsewhere; `option`
-    is what takes a local copy.
+    Raises `InputError` that says what is missing, where it was looked for, and how to give a local copy by `option`.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -26,7 +26,7 @@ def download(repo: str, option: str) -> Path:
     for name in WEIGHT_FILES[:2]:
         try:
             return Path(hf_hub_download(repo, name))
-        except LocalEntryNotFoundError as error:  # one of the next kind, but about the connection
+        except LocalEntryNotFoundError as error:  # a subclass of the next, but about the connection
             problem: Exception = error
             break
         except EntryNotFoundError as error:
@@ -38,7 +38,7 @@ def download(repo: str, option: str) -> Path:
 
 
 def explain(problem: Exception, repo: str, option: str, kind: str = "model") -> str:
-    """One line on why a repository could not be had, and what to do about it."""
+    """One line on why a repository could not be fetched, and what to do about it."""
     from huggingface_hub import constants, errors
 
     fetch = f"hf download {repo}{' --repo-type dataset' if kind == 'dataset' else ''} --local-dir DIR/{repo}"
@@ -48,10 +48,10 @@ def explain(problem: Exception, repo: str, option: str, kind: str = "model") -> 
         chain.append(chain[-1].__cause__ or chain[-1].__context__)
     if any(isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) for error in chain):
         return f"no space left for the {kind} {repo}; free some in {constants.HF_HOME}, or point HF_HOME elsewhere"
-    unfound = type(problem).__name__ == "DatasetNotFoundError"  # the datasets library hides what it was told
-    if any(isinstance(error, errors.GatedRepoError) for error in chain) or (unfound and "gated" in str(problem)):
+    not_found = type(problem).__name__ == "DatasetNotFoundError"  # the datasets library hides the client's error
+    if any(isinstance(error, errors.GatedRepoError) for error in chain) or (not_found and "gated" in str(problem)):
         return f"the {kind} {repo} is gated: ask for access on its page and log in with `hf auth login`, {elsewhere}"
-    if any(isinstance(error, errors.RepositoryNotFoundError) for error in chain) or unfound:
+    if any(isinstance(error, errors.RepositoryNotFoundError) for error in chain) or not_found:
         return (
             f"there is no {kind} {repo} at {constants.ENDPOINT}, or it is private: log in with `hf auth login`, "
             f"or give {option} DIR"
@@ -66,7 +66,7 @@ def explain(problem: Exception, repo: str, option: str, kind: str = "model") -> 
 
 
 def cached(repo: str, folder: Path) -> Path | None:
-    """The weights of a repository in a folder that has the layout of the client's cache."""
+    """The weights of a repository in a folder with the layout of the client's cache, if they are there."""
     from huggingface_hub import try_to_load_from_cache
 
     for name in WEIGHT_FILES:
@@ -76,33 +76,30 @@ def cached(repo: str, folder: Path) -> Path | None:
     return None
 
 
-def checked_digest(path: Path) -> dict:
-    """Size and SHA-256 of a file, and whether the Hub's own digest of it is known and agrees.
-
-    The client names a file in its cache by that digest, and notes it beside a file in a local folder. Raises
-    `InputError` if it differs.
-    """
-    sha256, known = file_digest(path), _known_digest(path)
-    if known is not None:
-        held = sha256 if len(known) == 64 else _git_digest(path)
-        if held != known:
+def checked_digest(path: Path) -> SourceFile:
+    """Size and SHA-256 of a file, and whether the Hub's digest of it is known. Raises `InputError` if it differs."""
+    sha256, expected = file_digest(path), _hub_digest(path)
+    if expected is not None:
+        actual = sha256 if len(expected) == 64 else _git_digest(path)
+        if actual != expected:
             raise InputError(
-                f"{path} is damaged: its digest is {held[:12]}..., but the Hub's is {known[:12]}...; "
+                f"{path} is damaged: its digest is {actual[:12]}..., but the Hub's is {expected[:12]}...; "
                 "delete it and fetch it again"
             )
-    return {"bytes": path.stat().st_size, "sha256": sha256, "hub_digest": "agrees" if known else "unknown"}
+    return SourceFile(bytes=path.stat().st_size, sha256=sha256, hub_digest="agrees" if expected else "unknown")
 
 
-def _known_digest(path: Path) -> str | None:
-    note = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
+def _hub_digest(path: Path) -> str | None:
+    """The Hub's digest: the client names files in its cache by it, and writes it next to files in a local folder."""
+    metadata = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
     candidates = [path.resolve().name] if path.resolve().parent.name == "blobs" else []
-    if note.is_file():
-        candidates += note.read_text(errors="replace").splitlines()[1:2]
+    if metadata.is_file():
+        candidates += metadata.read_text(errors="replace").splitlines()[1:2]
     return next((c for c in candidates if re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", c)), None)
 
 
 def _git_digest(path: Path) -> str:
-    """What git, and the Hub for small files, calls a file's digest."""
+    """The digest of a file in git, and in the Hub for small files."""
     total = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -1,1 +1,1 @@
-"""Tasks and suites, layouts of data sets on disk, corruptions."""
+"""Suites of tasks, layouts of data sets on disk, image corruptions."""

@@ -1,7 +1,7 @@
-"""Corrupted images, to see what heads do on images that are not as those they were fitted on.
+"""Image corruptions, to test heads on images that differ from those they were fitted on.
 
-Kinds and levels are ImageNet-C's (Hendrycks and Dietterich, ICLR 2019), applied to the decoded image as the data set
-has it, before the encoder's preprocessing.
+Kinds and levels are those of ImageNet-C (Hendrycks and Dietterich, ICLR 2019), applied to the decoded image at its own
+size, before the encoder's preprocessing.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import partial
 import numpy as np
 from PIL import Image, ImageFilter
 
+from probsurgery.pipeline.datasets.tasks import Images
 from probsurgery.pipeline.errors import InputError, unknown
 
 DEFAULT_SEVERITY = 3
@@ -24,17 +25,18 @@ DEFAULT_SEVERITY = 3
 class Corruption:
     """One row of the table of corruptions."""
 
-    about: str
     levels: tuple[float, ...]
-    """For severities from 1 to 5."""
+    """The function's second argument, for severities from 1 to 5."""
     function: Callable[[Image.Image, float, np.random.Generator], Image.Image]
 
 
 def _noise(image: Image.Image, sd: float, random: np.random.Generator) -> Image.Image:
+    """Gaussian noise of this standard deviation, for values in [0, 1]."""
     return _image(_values(image) + sd * random.standard_normal((image.height, image.width, 3)))
 
 
 def _blur(image: Image.Image, radius: float, random: np.random.Generator) -> Image.Image:
+    """Gaussian blur; the radius is for an image whose shorter side has 224 pixels."""
     return image.filter(ImageFilter.GaussianBlur(radius * min(image.size) / 224))
 
 
@@ -59,40 +61,39 @@ def _image(values: np.ndarray) -> Image.Image:
 
 
 CORRUPTIONS: dict[str, Corruption] = {
-    "noise": Corruption("Gaussian noise; its standard deviation, of 1", (0.08, 0.12, 0.18, 0.26, 0.38), _noise),
-    "blur": Corruption("Gaussian blur; its radius where the shorter side has 224 pixels", (1, 2, 3, 4, 6), _blur),
-    "contrast": Corruption("less contrast; what is left of it", (0.4, 0.3, 0.2, 0.1, 0.05), _contrast),
-    "jpeg": Corruption("JPEG compression; its quality", (25, 18, 15, 10, 7), _jpeg),
+    "noise": Corruption((0.08, 0.12, 0.18, 0.26, 0.38), _noise),
+    "blur": Corruption((1, 2, 3, 4, 6), _blur),
+    "contrast": Corruption((0.4, 0.3, 0.2, 0.1, 0.05), _contrast),
+    "jpeg": Corruption((25, 18, 15, 10, 7), _jpeg),
 }
 
 
 def checked(text: str) -> str:
-    """A corruption in full, such as `noise:3`. Raises `InputError` for an unknown kind or severity."""
-    kind, found, severity = text.partition(":")
+    """A corruption as `kind:severity`, such as `noise:3`. Raises `InputError` for an unknown kind or severity."""
+    kind, colon, severity = text.partition(":")
     if kind not in CORRUPTIONS:
         raise unknown("corruption", kind[:80], CORRUPTIONS)
-    severity = severity if found else str(DEFAULT_SEVERITY)
+    severity = severity if colon else str(DEFAULT_SEVERITY)
     if severity not in "12345" or len(severity) != 1:
         raise InputError(
-            f"--corrupt {text[:80]!r} has the severity {severity[:80]!r}; it must be from 1 to 5, as {kind}:3"
+            f"--corrupt {text[:80]!r} has the severity {severity[:80]!r}; it must be from 1 to 5, as in {kind}:3"
         )
     return f"{kind}:{severity}"
 
 
 def corrupted(image: Image.Image, corruption: str, row: int) -> Image.Image:
-    """An RGB image, corrupted; the noise depends on the row and the corruption alone."""
+    """The corrupted image in RGB. Noise depends on the row and the corruption only."""
     kind, _, severity = corruption.partition(":")
-    row_of_table = CORRUPTIONS[kind]
     key = hashlib.sha256(f"{corruption}/{row}".encode()).digest()
     random = np.random.default_rng(int.from_bytes(key[:8], "big"))
-    return row_of_table.function(image.convert("RGB"), row_of_table.levels[int(severity) - 1], random)
+    return CORRUPTIONS[kind].function(image.convert("RGB"), CORRUPTIONS[kind].levels[int(severity) - 1], random)
 
 
-def corrupt_images(images, corruption: str):
-    """A task's opened images (`tasks.Images`), each corrupted when it is decoded."""
+def corrupt_images(images: Images, corruption: str) -> Images:
+    """The same images, each corrupted after it is decoded."""
     digest = hashlib.sha256(f"{images.fingerprint} {corruption}".encode()).hexdigest()
-    return replace(images, get=partial(_get, images.get, corruption), fingerprint=digest)
+    return replace(images, decode=partial(_decode, images.decode, corruption), fingerprint=digest)
 
 
-def _get(get: Callable[[int], Image.Image], corruption: str, row: int) -> Image.Image:
-    return corrupted(get(row), corruption, row)
+def _decode(decode: Callable[[int], Image.Image], corruption: str, row: int) -> Image.Image:
+    return corrupted(decode(row), corruption, row)

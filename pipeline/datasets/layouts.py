@@ -1,7 +1,7 @@
 """Data sets in folders: the layouts of torchvision, of the task-vectors code, and of the data sets' own archives.
 
-A layout is a function that looks into a folder and gives each image of one split with its label, or None if the folder
-has another layout. Labels come from class names wherever a layout has names, so that no order needs to be trusted.
+A layout is a function of a folder. It returns the images of one split with their labels, or None if the folder has
+another layout. Labels come from class names if a layout has names, so that they do not depend on an order.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ _IMAGES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".tif", ".tiff", ".webp"}
 
 
 @dataclass(frozen=True)
-class Listed:
-    """One split in a folder: files that hold an image each, or one array (N, H, W[, 3]) of all images."""
+class Listing:
+    """One split in a folder: labels (N,), and a file per image or one array (N, H, W[, 3]) of all images."""
 
     labels: np.ndarray
     files: Sequence[Path] = ()
     pixels: np.ndarray | None = None
 
-    def get(self, row: int) -> Image.Image:
-        """Decode one image."""
+    def decode(self, row: int) -> Image.Image:
+        """The image of a row."""
         return Image.open(self.files[row]) if self.pixels is None else Image.fromarray(self.pixels[row])
 
-    def signature(self, row: int) -> bytes:
-        """What tells an image from others, without decoding it."""
+    def encoded(self, row: int) -> bytes:
+        """The bytes of a row's image, without decoding it."""
         return self.files[row].read_bytes() if self.pixels is None else self.pixels[row].tobytes()
 
 
 class ClassIndex:
-    """Class names as other people spell them -> labels 0..C-1."""
+    """Maps class names, in any spelling of the published data sets, to labels 0..C-1."""
 
     def __init__(self, task: str, names: Sequence[str], aliases: Sequence[str] = ()) -> None:
         self.task = task
@@ -47,33 +47,33 @@ class ClassIndex:
         self._labels = {_key(name): i for known in (aliases, names) for i, name in enumerate(known)}
 
     def find(self, name: str) -> int | None:
-        """The label of a class name, whatever its case and separators; None if the name is unknown."""
-        shelved = re.fullmatch(r"/?[a-z][_/](.+)", name)  # SUN397 keeps /a/abbey, and others a_abbey
-        for spelt in (name, shelved.group(1) if shelved else name):
-            if _key(spelt) in self._labels:
-                return self._labels[_key(spelt)]
+        """The label of a class name, regardless of case and separators; None if the name is unknown."""
+        prefixed = re.fullmatch(r"/?[a-z][_/](.+)", name)  # SUN397 has /a/abbey, and copies of it a_abbey
+        for spelling in (name, prefixed.group(1) if prefixed else name):
+            if _key(spelling) in self._labels:
+                return self._labels[_key(spelling)]
         return int(name) if name.isascii() and name.isdigit() and int(name) < len(self.names) else None
 
     def of(self, name: str, where: Path) -> int:
-        """The same, for a name that has to be known."""
+        """The label of a class name. Raises `InputError` if the name is unknown."""
         label = self.find(name)
         if label is None:
             raise InputError(
-                f"{where} has a class {name!r} that {self.task} has not; its classes are: "
+                f"{where} has a class {name!r} that {self.task} does not have; its classes are: "
                 f"{', '.join(self.names[:4])}, ..."
             )
         return label
 
     def check_order(self, names: Sequence[str], where: str) -> str:
-        """How far a data set's list of class names agrees with ours; `InputError` if one is in another place."""
-        found = [self.find(name) for name in names]
-        for label, (name, ours) in enumerate(zip(names, found, strict=True)):
+        """How many of a data set's class names are known. Raises `InputError` if one is at another place than ours."""
+        labels = [self.find(name) for name in names]
+        for label, (name, ours) in enumerate(zip(names, labels, strict=True)):
             if ours is not None and ours != label:
                 raise InputError(
                     f"{where} lists the classes of {self.task} in another order: {name!r} is number {label} there and "
                     f"{ours} here, so every label would be misread"
                 )
-        unknown = found.count(None)
+        unknown = labels.count(None)
         return f"{unknown} of {len(names)} names unknown" if unknown else "checked"
 
 
@@ -89,82 +89,83 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
 
 
-def _listed(pairs: Iterable[tuple[Path, int]]) -> Listed:
+def _listing(pairs: Iterable[tuple[Path, int]]) -> Listing:
     pairs = list(pairs)
-    return Listed(np.array([label for _, label in pairs], dtype=np.int64), [path for path, _ in pairs])
+    return Listing(np.array([label for _, label in pairs], dtype=np.int64), [path for path, _ in pairs])
 
 
-def class_folders(folder: Path, split: str, classes: ClassIndex) -> Listed | None:
-    """`<split>/<class>/<image>`; `val` stands for DTD's test split, as the task-vectors code has it."""
+def class_folders(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
+    """`<split>/<class>/<image>`; DTD's test split may be called `val`, as in the task-vectors code."""
     names = ("test", "val") if split == "test" and classes.task == "dtd" else (split,)
     base = next((folder / name for name in names if _folders(folder / name)), None)
     if base is None:
         return None
-    found = {sub: classes.of(sub.name, base) for sub in _folders(base)}
-    lacking = sorted(set(range(len(classes.names))) - set(found.values()))
-    if lacking:
-        raise InputError(f"{base} has no folder for {len(lacking)} classes, such as {classes.names[lacking[0]]!r}")
-    return _listed((path, label) for sub, label in found.items() for path in _files(sub))
+    labels = {folder: classes.of(folder.name, base) for folder in _folders(base)}
+    missing = sorted(set(range(len(classes.names))) - set(labels.values()))
+    if missing:
+        raise InputError(f"{base} has no folder for {len(missing)} classes, such as {classes.names[missing[0]]!r}")
+    return _listing((path, label) for folder, label in labels.items() for path in _files(folder))
 
 
-def sun397(folder: Path, split: str, classes: ClassIndex) -> Listed | None:
-    """The archive's `a/abbey/sun_x.jpg` with the first of its partitions, `Training_01.txt` and `Testing_01.txt`."""
+def sun397(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
+    """The archive's `a/abbey/sun_x.jpg` with its first partition, `Training_01.txt` and `Testing_01.txt`."""
     partition = folder / ("Testing_01.txt" if split == "test" else "Training_01.txt")
     if not partition.is_file():
         return None
     lines = [line.strip().lstrip("/") for line in partition.read_text().splitlines() if line.strip()]
-    return _listed((folder / line, classes.of(line.rpartition("/")[0], partition)) for line in lines)
+    return _listing((folder / line, classes.of(line.rpartition("/")[0], partition)) for line in lines)
 
 
-def resisc45(folder: Path, split: str, classes: ClassIndex) -> Listed | None:
+def resisc45(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
     """`NWPU-RESISC45/<class>/<image>` and the lists of file names `resisc45-<split>.txt`."""
-    names = folder / f"resisc45-{split}.txt"
-    if not names.is_file():
+    partition = folder / f"resisc45-{split}.txt"
+    if not partition.is_file():
         return None
-    wanted = set(names.read_text().split())
+    names = set(partition.read_text().split())
     subs = _folders(folder / "NWPU-RESISC45")
-    return _listed((p, classes.of(sub.name, sub)) for sub in subs for p in _files(sub) if p.name in wanted)
+    return _listing((p, classes.of(sub.name, sub)) for sub in subs for p in _files(sub) if p.name in names)
 
 
-def dtd(folder: Path, split: str, classes: ClassIndex) -> Listed | None:
-    """The archive's `images/<class>/` and `labels/`; train is its train and val lists together, 3,760 images."""
+def dtd(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
+    """The archive's `images/<class>/` and `labels/`; train consists of its train and val lists, 3,760 images."""
     for base in (folder / "dtd", folder):
         lists = [base / "labels" / f"{name}1.txt" for name in (("test",) if split == "test" else ("train", "val"))]
         if all(path.is_file() for path in lists):
             lines = [line for path in lists for line in path.read_text().split()]
-            return _listed((base / "images" / line, classes.of(line.partition("/")[0], lists[0])) for line in lines)
+            return _listing((base / "images" / line, classes.of(line.partition("/")[0], lists[0])) for line in lines)
     return None
 
 
-def gtsrb(folder: Path, split: str, classes: ClassIndex) -> Listed | None:
+def gtsrb(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
     """torchvision's `GTSRB/Training/<00000>/` and `GTSRB/Final_Test/Images/` with `GT-final_test.csv`."""
     base = folder / "GTSRB" if (folder / "GTSRB").is_dir() else folder
     if split == "train":
         subs = _folders(base / "Training")
-        return _listed((p, classes.of(sub.name, sub)) for sub in subs for p in _files(sub)) if subs else None
+        return _listing((p, classes.of(sub.name, sub)) for sub in subs for p in _files(sub)) if subs else None
     table = next((p for p in (folder / "GT-final_test.csv", base / "GT-final_test.csv") if p.is_file()), None)
     if table is None:
         return None
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file, delimiter=";", skipinitialspace=True))
-    return _listed((base / "Final_Test" / "Images" / r["Filename"], classes.of(r["ClassId"], table)) for r in rows)
+    return _listing((base / "Final_Test" / "Images" / r["Filename"], classes.of(r["ClassId"], table)) for r in rows)
 
 
-def cars(folder: Path, split: str, classes: ClassIndex) -> Listed | None:
-    """torchvision's `cars_<split>/` and annotations; its class numbers begin with 1, their names are in `devkit/`."""
-    notes = folder / ("cars_test_annos_withlabels.mat" if split == "test" else "devkit/cars_train_annos.mat")
+def cars(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
+    """torchvision's `cars_<split>/` and annotations; class numbers start at 1, and `devkit/` has their names."""
+    annotations = folder / ("cars_test_annos_withlabels.mat" if split == "test" else "devkit/cars_train_annos.mat")
     names = folder / "devkit" / "cars_meta.mat"
-    if not notes.is_file() or not names.is_file():
+    if not annotations.is_file() or not names.is_file():
         return None
-    spelt = [str(name) for name in np.atleast_1d(_mat(names, "class_names"))]
-    rows = np.atleast_1d(_mat(notes, "annotations"))
-    return _listed(
-        (folder / f"cars_{split}" / str(row["fname"]), classes.of(spelt[int(row["class"]) - 1], notes)) for row in rows
+    class_names = np.atleast_1d(_mat(names, "class_names"))
+    rows = np.atleast_1d(_mat(annotations, "annotations"))
+    return _listing(
+        (folder / f"cars_{split}" / str(row["fname"]), classes.of(str(class_names[int(row["class"]) - 1]), annotations))
+        for row in rows
     )
 
 
-def svhn(folder: Path, split: str, classes: ClassIndex) -> Listed | None:
-    """torchvision's `<split>_32x32.mat`: X (32, 32, 3, N), y (N, 1), in which 10 stands for the digit 0."""
+def svhn(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
+    """torchvision's `<split>_32x32.mat`: X (32, 32, 3, N) and y (N, 1), where 10 is the label of digit 0."""
     path = folder / f"{split}_32x32.mat"
     if not path.is_file():
         return None
@@ -172,17 +173,17 @@ def svhn(folder: Path, split: str, classes: ClassIndex) -> Listed | None:
     pixels = _mat(path, "X")
     if pixels.ndim == 3:  # one image
         pixels = pixels[..., None]
-    return Listed(labels % 10, pixels=np.ascontiguousarray(pixels.transpose(3, 0, 1, 2)))
+    return Listing(labels % 10, pixels=np.ascontiguousarray(pixels.transpose(3, 0, 1, 2)))
 
 
-def mnist(folder: Path, split: str, classes: ClassIndex) -> Listed | None:
-    """torchvision's `raw/t10k-images-idx3-ubyte` and the like, also as the `.gz` files that they come in."""
+def mnist(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
+    """torchvision's `raw/t10k-images-idx3-ubyte` and the like, compressed (`.gz`) or not."""
     stem = "t10k" if split == "test" else "train"
     for base in (folder / "raw", folder / "MNIST" / "raw", folder):
         for suffix in ("", ".gz"):
             images, labels = (base / f"{stem}-{kind}-ubyte{suffix}" for kind in ("images-idx3", "labels-idx1"))
             if images.is_file() and labels.is_file():
-                return Listed(_idx(labels, 1).astype(np.int64), pixels=_idx(images, 3))
+                return Listing(_idx(labels, 1).astype(np.int64), pixels=_idx(images, 3))
     return None
 
 
@@ -202,44 +203,59 @@ def _mat(path: Path, name: str) -> np.ndarray:
     return loadmat(path, squeeze_me=True)[name]
 
 
-Layout = Callable[[Path, str, ClassIndex], Listed | None]
-LAYOUTS: dict[str, tuple[tuple[str, ...], tuple[tuple[Layout, str], ...]]] = {
-    "sun397": (("SUN397",), ((sun397, "a/abbey/*.jpg with Testing_01.txt and Training_01.txt"),)),
-    "cars": (
+Layout = Callable[[Path, str, ClassIndex], Listing | None]
+
+
+@dataclass(frozen=True)
+class TaskFolder:
+    """Where a task's data may be in a folder of data sets."""
+
+    names: tuple[str, ...] = ()
+    """Names of the folder, besides the task's own."""
+    layout: Layout | None = None
+    """A layout besides class folders."""
+    files: str = ""
+    """The files of that layout, for errors."""
+
+
+FOLDERS: dict[str, TaskFolder] = {
+    "sun397": TaskFolder(("SUN397",), sun397, "a/abbey/*.jpg with Testing_01.txt and Training_01.txt"),
+    "cars": TaskFolder(
         ("stanford_cars", "stanford_cars_folder_based"),
-        ((cars, "cars_test/, cars_train/, devkit/ and cars_test_annos_withlabels.mat"),),
+        cars,
+        "cars_test/, cars_train/, devkit/ and cars_test_annos_withlabels.mat",
     ),
-    "resisc45": ((), ((resisc45, "NWPU-RESISC45/<class>/ with resisc45-test.txt and resisc45-train.txt"),)),
-    "eurosat": (("EuroSAT_splits",), ()),
-    "svhn": ((".",), ((svhn, "test_32x32.mat and train_32x32.mat"),)),
-    "gtsrb": ((), ((gtsrb, "GTSRB/Training/, GTSRB/Final_Test/Images/ and GT-final_test.csv"),)),
-    "mnist": (("MNIST",), ((mnist, "raw/t10k-images-idx3-ubyte and the like"),)),
-    "dtd": ((), ((dtd, "dtd/images/ and dtd/labels/"),)),
+    "resisc45": TaskFolder((), resisc45, "NWPU-RESISC45/<class>/ with resisc45-test.txt and resisc45-train.txt"),
+    "eurosat": TaskFolder(("EuroSAT_splits",)),
+    "svhn": TaskFolder((".",), svhn, "test_32x32.mat and train_32x32.mat"),
+    "gtsrb": TaskFolder((), gtsrb, "GTSRB/Training/, GTSRB/Final_Test/Images/ and GT-final_test.csv"),
+    "mnist": TaskFolder(("MNIST",), mnist, "raw/t10k-images-idx3-ubyte and the like"),
+    "dtd": TaskFolder((), dtd, "dtd/images/ and dtd/labels/"),
 }
-"""For each task: folders that its data may be in besides the task's own name, and layouts besides class folders."""
 
 
-def find_layout(task: str, split: str, folder: Path, classes: ClassIndex) -> Listed | None:
-    """The images of one split of a task in its folder; None if the folder has no layout that is known.
+def find_layout(task: str, split: str, folder: Path, classes: ClassIndex) -> Listing | None:
+    """The images of one split of a task in its folder; None if no known layout fits.
 
-    Raises `InputError` for a folder in a known layout that lacks something or is damaged.
+    Raises `InputError` for a folder in a known layout that is incomplete or damaged.
     """
-    for layout in (*(layout for layout, _ in LAYOUTS[task][1]), class_folders):
+    for layout in filter(None, (FOLDERS[task].layout, class_folders)):
         try:
-            found = layout(folder, split, classes)
+            listing = layout(folder, split, classes)
         except InputError:
             raise
         except Exception as error:  # damaged lists and tables can raise anything in their readers
             raise InputError(f"{folder} cannot be read as {layout.__name__.replace('_', ' ')}: {error}") from None
-        if found is not None:
-            lost = next((path for path in found.files if not path.is_file()), None)
-            if lost is not None:
-                raise InputError(f"{folder} lists {lost.relative_to(folder)}, which is not there")
-            return found
+        if listing is not None:
+            missing = next((path for path in listing.files if not path.is_file()), None)
+            if missing is not None:
+                raise InputError(f"{folder} lists {missing.relative_to(folder)}, which does not exist")
+            return listing
     return None
 
 
 def known_layouts(task: str) -> str:
-    """The layouts that are known for a task, for errors."""
-    special = [text for _, text in LAYOUTS[task][1]]
-    return "; ".join(["Parquet files as on the Hub", "test/<class>/ and train/<class>/", *special])
+    """The known layouts of a task, for errors."""
+    return "; ".join(
+        filter(None, ("Parquet files as on the Hub", "test/<class>/ and train/<class>/", FOLDERS[task].files))
+    )

@@ -1,4 +1,4 @@
-"""Tasks and suites: where images, labels, class names and prompts come from."""
+"""Tasks and suites: the sources of images, labels, class names and prompts."""
 
 from __future__ import annotations
 
@@ -12,9 +12,23 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from probsurgery.pipeline.datasets.layouts import LAYOUTS, ClassIndex, find_layout, known_layouts
+from probsurgery.pipeline.datasets.layouts import FOLDERS, ClassIndex, find_layout, known_layouts
 from probsurgery.pipeline.errors import InputError, first_line, unknown
+from probsurgery.pipeline.files import Record, decode, read_json
 from probsurgery.pipeline.hub import explain
+
+
+class HubDataset(Record):
+    """A data set of the Hugging Face Hub."""
+
+    id: str
+    config: str | None
+    split: dict[str, str]
+    """The Hub's names of our splits."""
+    image: str
+    """Column of the images."""
+    label: str
+    """Column of the labels."""
 
 
 @dataclass(frozen=True)
@@ -25,31 +39,31 @@ class Task:
     suite: str
     class_names: tuple[str, ...]
     title: str = ""
-    """Its name in the papers' tables, and in the file names of the first published checkpoints."""
+    """Name in the papers' tables, and in file names of the task-vectors code's checkpoints."""
     templates: tuple[str, ...] = ()
     """Prompts of the zero-shot classifier; `{}` stands for the class name."""
     expert_suffix: str = ""
-    """What names the task's expert among the published checkpoints."""
-    hub: dict | None = None
-    """The Hugging Face data set: id, config, split names, image and label columns."""
+    """The task's part of the name of its published expert."""
+    hub: HubDataset | None = None
     rows: dict[str, list[int]] = field(default_factory=dict)
-    """How many images the papers' splits have, where that is known; SUN397's test split is met in two sizes."""
+    """Number of images of the papers' splits, where known. SUN397's test split exists in two sizes."""
     aliases: tuple[str, ...] = ()
-    """Class names as the data set itself spells them, where they differ by more than case and separators."""
+    """The data set's own class names, where they differ from ours by more than case and separators."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """One split of one task, opened: N images, decoded one at a time, and their labels (N,)."""
+    """One opened split of a task: N images, decoded on request, and their labels (N,)."""
 
     labels: np.ndarray
     fingerprint: str
-    """Digest of labels and images (of a sample of the images, outside of the mini suite)."""
-    get: Callable[[int], Image.Image]
+    """Digest of labels and images (of a sample of the images, except in the mini suite)."""
+    decode: Callable[[int], Image.Image]
+    """Decodes the image of a row."""
     source: str = "packages"
-    """Where they are from: a data set of the Hub, a folder, or the packages of the mini suite."""
+    """A data set of the Hub, a folder, or the packages of the mini suite."""
     class_order: str = "by name"
-    """Whether the source's list of class names was found to agree with ours."""
+    """Whether the source's order of class names was checked against ours."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -57,7 +71,7 @@ class Images:
 
 @cache
 def _clip8() -> dict[str, Task]:
-    table = json.loads((Path(__file__).parent / "clip8.json").read_text())
+    table = read_json(Path(__file__).parent / "clip8.json", 2**20)
     return {
         name: Task(
             name,
@@ -66,7 +80,7 @@ def _clip8() -> dict[str, Task]:
             row["title"],
             tuple(row["templates"]),
             row["expert_suffix"],
-            row["dataset"],
+            decode(HubDataset, row["dataset"]),
             row["rows"],
             tuple(row.get("aliases", ())),
         )
@@ -82,11 +96,11 @@ def _mini() -> dict[str, Task]:
 
 
 SUITES: dict[str, Callable[[], dict[str, Task]]] = {"mini": _mini, "clip8": _clip8}
-"""`mini` ships with the package and needs no network; `clip8` is the papers' eight tasks."""
+"""`mini` is part of the package and needs no network; `clip8` are the papers' eight tasks."""
 
 
 def select_tasks(suite: str, names: Sequence[str] | None) -> tuple[Task, ...]:
-    """Tasks of a suite by name, in the suite's order; None: all. Raises `InputError` for an unknown name."""
+    """Tasks of a suite by name, in the suite's order; all if None. Raises `InputError` for an unknown name."""
     known = SUITES[suite]()
     if names is None:
         return tuple(known.values())
@@ -95,7 +109,7 @@ def select_tasks(suite: str, names: Sequence[str] | None) -> tuple[Task, ...]:
 
 
 def check_names(names: Sequence[str], known: Sequence[str]) -> None:
-    """Raise `InputError` unless there is at least one name, each is known, and none comes twice."""
+    """Raise `InputError` unless there is at least one name, all names are known, and none is repeated."""
     if not names:
         raise InputError(f"no task was named; choose from: {', '.join(known)}")
     for name in names:
@@ -108,18 +122,17 @@ def check_names(names: Sequence[str], known: Sequence[str]) -> None:
 def open_images(
     task: Task, split: str, source: str | None = None, limit: int | None = None, *, any_rows: bool = False
 ) -> Images:
-    """Open one split of a task. `source` is a folder of data sets (clip8); None: the published one.
+    """Open one split of a task, from the published data set or from a folder of data sets, `source`.
 
-    Raises `InputError` if the data are missing, have another number of rows than the papers' (unless `any_rows`), have
-    labels outside the task's classes, or list the classes in another order.
+    Raises `InputError` if the data are missing, have another number of rows than the papers' (unless `any_rows`),
+    contain labels outside the task's classes, or list the classes in another order.
     """
     images = _open_mini(task, split, source) if task.suite == "mini" else _open_clip8(task, split, source)
     expected = task.rows.get(split)
     if expected and len(images) not in expected and not any_rows:
         raise InputError(
             f"{task.name} ({split}) has {len(images):,} images, but the papers' has "
-            f"{' or '.join(f'{rows:,}' for rows in expected)}; complete the data set, or take it as it is with "
-            "--any-rows"
+            f"{' or '.join(f'{rows:,}' for rows in expected)}; complete the data set, or accept it with --any-rows"
         )
     if limit is not None and limit < len(images):
         digest = hashlib.sha256(f"{images.fingerprint} first {limit}".encode()).hexdigest()
@@ -155,79 +168,81 @@ def _open_clip8(task: Task, split: str, source: str | None) -> Images:
     for folder in folders:
         if any(folder.rglob("*.parquet")):
             return _open_table(task, split, folder, classes)
-        listed = find_layout(task.name, split, folder, classes)
-        if listed is not None:
-            about = [task.name, split, [path.relative_to(folder).as_posix() for path in listed.files]]
-            fingerprint = _data_fingerprint(about, listed.labels, listed.signature)
-            return Images(listed.labels, fingerprint, listed.get, f"folder {folder.name}")
-    held = ", ".join(sorted(p.name for p in folders[0].iterdir())[:8]) or "nothing"
+        listing = find_layout(task.name, split, folder, classes)
+        if listing is not None:
+            files = [path.relative_to(folder).as_posix() for path in listing.files]
+            fingerprint = _data_fingerprint([task.name, split, files], listing.labels, listing.encoded)
+            return Images(listing.labels, fingerprint, listing.decode, f"folder {folder.name}")
     raise InputError(
-        f"{folders[0]} has no layout that is known for {task.name} ({split}); known are: {known_layouts(task.name)}; "
-        f"found: {held}"
+        f"{folders[0]} has no known layout of {task.name} ({split}); known are: {known_layouts(task.name)}; "
+        f"found: {_first_names(folders[0])}"
     )
 
 
+def _first_names(folder: Path) -> str:
+    return ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+
+
 def _data_folders(task: Task, source: Path) -> list[Path]:
-    """Where a task's data may lie in a folder of data sets."""
+    """Folders in a folder of data sets that may hold a task's data."""
     if not source.is_dir():
         raise InputError(f"no folder {source}; --data takes a folder with a folder for each task")
-    hub = task.hub["id"]
-    names = dict.fromkeys((task.name, task.title, hub.split("/")[-1], hub, *LAYOUTS[task.name][0]))
-    found = [source / name for name in names if (source / name).is_dir()]
-    if "." in names and found == [source / "."] and not any(source.glob("*_32x32.mat")):
-        found = []
-    if not found:
-        held = ", ".join(sorted(p.name for p in source.iterdir())[:8]) or "nothing"
+    repo = task.hub.id
+    names = dict.fromkeys((task.name, task.title, repo.split("/")[-1], repo, *FOLDERS[task.name].names))
+    folders = [source / name for name in names if (source / name).is_dir()]
+    if "." in names and folders == [source / "."] and not any(source.glob("*_32x32.mat")):
+        folders = []
+    if not folders:
         raise InputError(
             f"{source} has no folder of {task.name}; it may be called: {', '.join(n for n in names if n != '.')}; "
-            f"the folder holds: {held}"
+            f"the folder holds: {_first_names(source)}"
         )
-    return found
+    return folders
 
 
-def _data_fingerprint(about: list, labels: np.ndarray, signature: Callable[[int], bytes]) -> str:
-    """Some images, undecoded, stand for all: reading every one would take as long as the extraction's decoding."""
-    digest = hashlib.sha256(json.dumps(about).encode() + labels.tobytes())
+def _data_fingerprint(origin: list, labels: np.ndarray, encoded: Callable[[int], bytes]) -> str:
+    """Digest of the origin, all labels and at most 128 encoded images: reading all takes as long as the extraction."""
+    digest = hashlib.sha256(json.dumps(origin).encode() + labels.tobytes())
     for row in range(0, len(labels), max(1, len(labels) // 64)):
-        digest.update(signature(row))
+        digest.update(encoded(row))
     return digest.hexdigest()
 
 
 def _open_table(task: Task, split: str, folder: Path | None, classes: ClassIndex) -> Images:
-    """A data set of the Hub, or a folder in the same layout, through the `datasets` library."""
+    """A data set of the Hub, or a folder in the same layout, opened by the `datasets` library."""
     try:
         import datasets
     except ImportError:
         raise InputError(f"task {task.name} needs the package datasets; pip install 'probsurgery[hub]'") from None
     hub = task.hub
-    path = hub["id"] if folder is None else str(folder)
+    path = hub.id if folder is None else str(folder)
     if folder is not None:
         datasets.disable_progress_bars()
     try:
-        config = hub["config"]
+        config = hub.config
         if folder is not None and config not in datasets.get_dataset_config_names(path):
             config = None
-        table = datasets.load_dataset(path, config, split=hub["split"][split])
-    except Exception as error:  # the library raises its own, the hub client's and the OS's errors alike
+        table = datasets.load_dataset(path, config, split=hub.split[split])
+    except Exception as error:  # the library raises its own, the hub client's and the OS's errors
         if folder is None:
             raise InputError(explain(error, path, "--data", "dataset")) from None
         raise InputError(
-            f"cannot load the data set {path}, split {hub['split'][split]} ({first_line(error)}); check its files"
+            f"cannot load the data set {path}, split {hub.split[split]} ({first_line(error)}); check its files"
         ) from None
-    for column in (hub["image"], hub["label"]):
+    for column in (hub.image, hub.label):
         if column not in table.column_names:
             raise InputError(f"data set {path} has no column {column!r}; it has: {', '.join(table.column_names)}")
-    names = getattr(table.features[hub["label"]], "names", None)
+    names = getattr(table.features[hub.label], "names", None)
     if names is not None and len(names) != len(task.class_names):
         raise InputError(f"data set {path} has {len(names)} classes, but {task.name} has {len(task.class_names)}")
     order = "names unknown" if names is None else classes.check_order(names, f"data set {path}")
-    labels = np.asarray(table[hub["label"]], dtype=np.int64)
-    encoded = table.cast_column(hub["image"], datasets.Image(decode=False))
+    labels = np.asarray(table[hub.label], dtype=np.int64)
+    undecoded = table.cast_column(hub.image, datasets.Image(decode=False))
     fingerprint = _data_fingerprint(
-        [hub["id"], hub["config"], split, names], labels, lambda row: encoded[row][hub["image"]]["bytes"] or b""
+        [hub.id, hub.config, split, names], labels, lambda row: undecoded[row][hub.image]["bytes"] or b""
     )
-    return Images(labels, fingerprint, partial(_table_image, table, hub["image"]), path, order)
+    return Images(labels, fingerprint, partial(_decode_row, table, hub.image), path, order)
 
 
-def _table_image(table, column: str, row: int) -> Image.Image:
+def _decode_row(table, column: str, row: int) -> Image.Image:
     return table[int(row)][column]

@@ -71,7 +71,7 @@ class _Decoded(Dataset):
 
     def __getitem__(self, row: int) -> tuple[Tensor, tuple[int, str] | None]:
         try:
-            return self.transform(self.images.get(row)), None
+            return self.transform(self.images.decode(row)), None
         except Exception as error:  # damaged image files raise anything in their decoders
             return torch.zeros(3, self.size, self.size), (row, first_line(error))
 

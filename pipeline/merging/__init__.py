@@ -1,1 +1,1 @@
-"""Merging: state dicts in, a merged state dict out."""
+"""Merging methods: state dicts in, one merged state dict out."""

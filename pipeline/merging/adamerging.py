@@ -1,7 +1,7 @@
-"""AdaMerging (Yang et al., ICLR 2024): a coefficient for each task, or each task and tensor, learned from images.
+"""AdaMerging (Yang et al., ICLR 2024): a coefficient per task, or per task and tensor, learned from images.
 
-Holds theta_0 and the task vectors side by side on the device, (T + 1) P, and one copy of the merged model, P, beside
-the activations of one batch.
+Holds theta_0 and the stacked task vectors on the device, (T + 1) P, one copy of the merged model, P, and the
+activations of one batch.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from probsurgery.pipeline.merging.entropy import Build, learn
 from probsurgery.pipeline.merging.sparse import ties_vectors
 from probsurgery.pipeline.merging.vectors import (
     Experts,
+    ImageStream,
     Merged,
-    Samples,
     StateDict,
     Vector,
     add,
@@ -31,74 +31,67 @@ from probsurgery.pipeline.merging.vectors import (
 def adamerging(
     pretrained: StateDict,
     experts: Experts,
-    samples: Samples | None,
+    stream: ImageStream | None,
     coefficients: Coefficients | None = None,
     *,
     layerwise: bool,
     keep: float | None = None,
-    **how: float | str,
+    **learning: float | str,
 ) -> Merged:
-    """theta_0 + sum over t of lambda_t * tau_t, the lambdas clamped to [0, 1] and learned by `learn_coefficients`.
+    """theta_0 + sum_t lambda_t * tau_t, where the lambdas in [0, 1] are learned by `learn_coefficients` (eq. 6 and 7).
 
-    With `layerwise` there is a lambda for each task and parameter tensor. With `keep`, the tau are those that TIES has
-    trimmed to this share and elected ("AdaMerging++"). Given coefficients are used as they are, and nothing is learned.
+    With `layerwise` there is one lambda per task and parameter tensor, otherwise one per task. With `keep`, the tau_t
+    are first trimmed to this share and sign-elected as in TIES ("AdaMerging++"). Given `coefficients` replace learning.
     """
 
     def vectors() -> Iterator[Vector]:
         return task_vectors(pretrained, experts) if keep is None else ties_vectors(pretrained, experts, keep)
 
-    about = {}
+    entropies: tuple[float, ...] = ()
     if coefficients is None:
-        theta = on_device(pretrained, samples)
-        stacked = stack(pretrained, vectors(), len(experts), samples.device)
-        values, course = learn_coefficients(theta, stacked, samples, layerwise=layerwise, **how)
+        theta = on_device(pretrained, stream)
+        stacked = stack(pretrained, vectors(), len(experts), stream.device)
+        values, entropies = learn_coefficients(theta, stacked, stream, layerwise=layerwise, **learning)
         del stacked
-        tensors = tuple(pretrained) if layerwise else None
-        coefficients = Coefficients(tuple(experts), tensors, values)
-        about["entropy"] = course
-    return Merged(
-        add(pretrained, total(pretrained, _scaled(vectors(), coefficients, tuple(experts), tuple(pretrained)))),
-        about | {"coefficients": coefficients},
-    )
+        coefficients = Coefficients(tuple(experts), tuple(pretrained) if layerwise else None, values)
+    table = coefficients.table(tuple(experts), tuple(pretrained))
+    return Merged(add(pretrained, total(pretrained, _scaled(vectors(), table))), entropies, coefficients)
 
 
-def _scaled(
-    vectors: Iterable[Vector], coefficients: Coefficients, tasks: tuple[str, ...], names: tuple[str, ...]
-) -> Iterator[Vector]:
-    """lambda_t * tau_t."""
-    for row, vector in zip(coefficients.table(tasks, names).tolist(), vectors, strict=True):
-        weights = dict(zip(names, row, strict=True))
-        yield ((name, weights[name] * tau) for name, tau in vector)
+def _scaled(vectors: Iterable[Vector], table: Tensor) -> Iterator[Vector]:
+    """lambda_t * tau_t for each row t of a table (T, L)."""
+    for row, vector in zip(table.tolist(), vectors, strict=True):
+        yield ((name, factor * tau) for factor, (name, tau) in zip(row, vector, strict=True))
 
 
 def learn_coefficients(
     theta: StateDict,
     stacked: StateDict,
-    samples: Samples,
+    stream: ImageStream,
     *,
     layerwise: bool,
     initial: float,
-    **how: float | str,
-) -> tuple[Tensor, list[float]]:
+    **learning: float | str,
+) -> tuple[Tensor, tuple[float, ...]]:
     """Coefficients (T,) or (T, L), and the mean entropy before each step (AdaMerging, eq. 6 and 7).
 
-    `stacked` has the task vectors, each tensor (T, ...), and lies with `theta` on the samples' device; `how` is what
-    `learn` takes. As in the reference, what is learned may leave [0, 1], and where it has it is not moved further.
+    `stacked` are the task vectors, each tensor (T, ...), on the stream's device like `theta`; `learning` are keyword
+    arguments of `learn`. As in the reference, a learned value may leave [0, 1], where it gets no gradient.
     """
     count = len(next(iter(stacked.values())))
-    free = torch.full((count, len(theta) if layerwise else 1), initial, device=samples.device, requires_grad=True)
-    build = blend(theta, stacked, free)
+    raw = torch.full((count, len(theta) if layerwise else 1), initial, device=stream.device, requires_grad=True)
+    build = blend(theta, stacked, raw)
     title = f"{'layer' if layerwise else 'task'}-wise coefficients"
-    course = learn([free], lambda step: build, list(theta), samples, title=title, **how)
-    values = free.detach().clamp(0, 1).cpu()
-    return (values if layerwise else values[:, 0]), course
+    entropies = learn([raw], lambda step: build, list(theta), stream, title=title, **learning)
+    values = raw.detach().clamp(0, 1).cpu()
+    return (values if layerwise else values[:, 0]), entropies
 
 
-def blend(theta: StateDict, stacked: StateDict, free: Tensor) -> Build:
-    """theta_0 + sum over t of clamp(free)_t * tau_t for a tensor, from `free` (T, 1) or (T, L)."""
-    column = {name: index if free.shape[1] > 1 else 0 for index, name in enumerate(theta)}
+def blend(theta: StateDict, stacked: StateDict, raw: Tensor) -> Build:
+    """theta_0 + sum_t clamp(raw_t, 0, 1) * tau_t, one tensor at a time, from `raw` (T, 1) or (T, L)."""
+    column = {name: index if raw.shape[1] > 1 else 0 for index, name in enumerate(theta)}
 
     def build(name: str) -> Tensor:
-        return theta[name] + torch.tensordot(free[:, column[name]].clamp(0, 1), stacked[name], 1)
+        return theta[name] + torch.tensordot(raw[:, column[name]].clamp(0, 1), stacked[name], 1)
 
     return build

@@ -1,4 +1,4 @@
-"""Sums of task vectors: weight averaging, task arithmetic. Each holds theta_0 and the sum, 2 P."""
+"""Sums of task vectors: weight averaging and task arithmetic. Both hold theta_0 and the sum, 2 P."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from probsurgery.pipeline.merging.vectors import Experts, Merged, StateDict, add
 
 
 def weight_averaging(pretrained: StateDict, experts: Experts) -> Merged:
-    """theta_0 + (1/T) sum tau_t, over all T experts.
+    """theta_0 + (1/T) sum tau_t over all T experts (Wortsman et al., ICML 2022).
 
-    The reference lists 1+7 coefficients for 8 tasks, and so drops the last.
+    Departure: the reference lists 1 + 7 coefficients for 8 tasks, which drops the last task.
     """
     return Merged(add(pretrained, total(pretrained, task_vectors(pretrained, experts)), 1 / len(experts)))
 

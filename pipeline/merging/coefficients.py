@@ -1,9 +1,8 @@
-"""Merging coefficients as a file: our JSON, and what AdaMerging's authors publish."""
+"""Merging coefficients and their files: our JSON format, and the tables that AdaMerging's authors publish."""
 
 from __future__ import annotations
 
 import ast
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,123 +10,124 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from probsurgery.pipeline.errors import InputError
+from probsurgery.pipeline.errors import InputError, first_line
+from probsurgery.pipeline.files import MalformedError, read_json
 
-_LEFTOVERS = 3
-"""The reference's models keep text parameters, three before and three after those of the image tower, which no image
-ever moves; its tables have rows for them."""
-_MOST_BYTES = 2**24
-_LARGEST = 100
+_TEXT_ROWS = 3
+"""Rows for text parameters in the reference's layer-wise tables, both before and after those of the image tower. Its
+models keep these parameters, but no image ever changes their coefficients."""
+_MAX_BYTES = 2**24
+_MAX_VALUE = 100
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """A coefficient for each task, or for each task and tensor."""
+    """Merging coefficients: one per task, or one per task and tensor."""
 
     tasks: tuple[str, ...] | None
-    """None: those of the merge, in its order."""
+    """None stands for the tasks of the merge, in its order."""
     tensors: tuple[str, ...] | None
-    """Names of the tensors; None: a coefficient holds for the whole of a task vector, or for the model's tensors in
-    their order, if there are several."""
+    """Names of the tensors, None if `values` has one coefficient per task or lists the model's tensors in order."""
     values: Tensor
     """(T,) or (T, L), float32."""
     method: str | None = None
-    """The merge that they were learned for."""
+    """The merging method that they were learned for."""
     settings: Mapping[str, object] = field(default_factory=dict)
-    """How they were learned."""
+    """The method's settings when they were learned."""
 
     def table(self, tasks: Sequence[str], names: Sequence[str]) -> Tensor:
-        """(T, L) for these tasks and tensors. Raises `InputError` if there are others."""
-        values, own = self.values, self.tasks or tuple(tasks)
-        if len(own) != len(values) or sorted(own) != sorted(tasks):
-            listed = ", ".join(own) if self.tasks else f"{len(values)} tasks"
+        """A coefficient (T, L) for each of these tasks and tensors. Raises `InputError` if ours are for others."""
+        values, ours = self.values, self.tasks or tuple(tasks)
+        if len(ours) != len(values) or sorted(ours) != sorted(tasks):
+            listed = ", ".join(ours) if self.tasks else f"{len(values)} tasks"
             raise InputError(f"the coefficients are for {listed}, but the merge is of {', '.join(tasks)}")
-        values = values[[own.index(task) for task in tasks]]
+        values = values[[ours.index(task) for task in tasks]]
         if values.ndim == 1:
             return values[:, None].expand(-1, len(names))
-        if self.tensors is None and values.shape[1] == len(names) + 2 * _LEFTOVERS:
-            values = values[:, _LEFTOVERS:-_LEFTOVERS]
+        if self.tensors is None and values.shape[1] == len(names) + 2 * _TEXT_ROWS:
+            values = values[:, _TEXT_ROWS:-_TEXT_ROWS]
         if values.shape[1] != len(names) or sorted(self.tensors or names) != sorted(names):
             raise InputError(
                 f"there are coefficients for {values.shape[1]} tensors of each task, but the model has {len(names)} "
-                "tensors, or they have other names"
+                "tensors, or tensors of other names"
             )
-        own = list(self.tensors or names)
-        return values[:, [own.index(name) for name in names]]
+        order = list(self.tensors or names)
+        return values[:, [order.index(name) for name in names]]
 
     def named(
         self, method: str, settings: Mapping[str, object], tasks: tuple[str, ...], names: tuple[str, ...]
     ) -> Coefficients:
-        """The same for a merge of these tasks and tensors, with their names, in their order."""
+        """These coefficients in the order of `tasks` and tensor `names`, labelled with both, method and settings."""
         table = self.table(tasks, names)
         values, tensors = (table[:, 0], None) if self.values.ndim == 1 else (table, names)
         return Coefficients(tasks, tensors, values, method, settings)
 
     def to_json(self) -> dict:
-        """What `read_coefficients` reads back, to the bit."""
-        table = self.values.tolist()
-        named = {} if self.tensors is None else {"tensors": list(self.tensors)}
-        coefficients = dict(zip(self.tasks, table, strict=True))
-        return {"method": self.method, "settings": dict(self.settings), **named, "coefficients": coefficients}
+        """JSON's own types, from which `read_coefficients` restores the same bits."""
+        tensors = {} if self.tensors is None else {"tensors": list(self.tensors)}
+        coefficients = dict(zip(self.tasks, self.values.tolist(), strict=True))
+        return {"method": self.method, "settings": dict(self.settings), **tensors, "coefficients": coefficients}
 
 
 def read_coefficients(path: Path) -> Coefficients:
-    """Coefficients from a file.
+    """Coefficients from a file: our JSON format, or a table as AdaMerging's authors publish it.
 
-    It is our JSON, or a table as the authors publish it, as JSON or as Python writes lists: `[[1.0, 0.22, ...]]` for
-    task-wise ones, and a row for each tensor for layer-wise ones; the column of ones stands for theta_0. Raises
-    `InputError` if it is neither, or holds anything but numbers.
+    The table is JSON or a Python list: `[[1.0, 0.22, ...]]` if task-wise, with one row per tensor if layer-wise. Its
+    column of ones belongs to theta_0. Raises `InputError` for any other content, or values that are not numbers.
     """
     if path.exists() and not path.is_file():
         raise InputError(f"{path} is not a file; --coefficients takes JSON, or a table of numbers")
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise InputError(f"{path} has more than {_MOST_BYTES:,} bytes; it is no file of coefficients")
-        text = path.read_text(encoding="utf-8")
+        value = read_json(path, _MAX_BYTES)
     except FileNotFoundError:
         raise InputError(f"no file of coefficients at {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as text ({type(error).__name__}); --coefficients takes JSON") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({first_line(error)}); --coefficients takes JSON") from None
+    except MalformedError as error:
+        value = _read_literal(path, error)
     try:
-        held = json.loads(text)
-    except (ValueError, RecursionError):
-        try:
-            held = ast.literal_eval(text.strip())  # `1.` and trailing commas, which are Python's and not JSON's
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            raise InputError(f"{path} is neither JSON nor a list of numbers; see docs/merging.md") from None
-    try:
-        return _of_ours(held) if isinstance(held, dict) else _of_table(held)
+        return _from_record(value) if isinstance(value, dict) else _from_table(value)
     except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise InputError(f"{path} holds no coefficients ({str(error)[:120]}); see docs/merging.md") from None
 
 
-def _of_ours(held: dict) -> Coefficients:
-    by_task = held["coefficients"]
+def _read_literal(path: Path, problem: MalformedError) -> object:
+    """The value of a Python literal, which unlike JSON may contain `1.` and trailing commas."""
+    try:
+        if path.stat().st_size <= _MAX_BYTES:
+            return ast.literal_eval(path.read_text(encoding="utf-8").strip())
+    except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):
+        pass
+    raise InputError(f"{path} is neither JSON nor a list of numbers ({problem}); see docs/merging.md")
+
+
+def _from_record(record: dict) -> Coefficients:
+    by_task = record["coefficients"]
     if not all(isinstance(task, str) for task in by_task):
         raise ValueError("tasks are given by their names")
-    tensors = tuple(map(str, held["tensors"])) if held.get("tensors") else None
-    values = _numbers(list(by_task.values()))
+    tensors = tuple(map(str, record["tensors"])) if record.get("tensors") else None
+    values = _to_tensor(list(by_task.values()))
     if values.ndim == 2 and (tensors is None or values.shape[1] != len(tensors)):
         raise ValueError("it needs a name in `tensors` for each coefficient of a task")
-    settings, method = held.get("settings") or {}, held.get("method")
+    settings, method = record.get("settings") or {}, record.get("method")
     if not isinstance(settings, dict) or not (method is None or isinstance(method, str)):
         raise ValueError("`settings` is a dictionary, and `method` a name")
     return Coefficients(tuple(by_task), tensors if values.ndim == 2 else None, values, method, settings)
 
 
-def _of_table(held: list) -> Coefficients:
-    rows = _numbers(held if isinstance(held[0], list) else [held])
+def _from_table(table: list) -> Coefficients:
+    rows = _to_tensor(table if isinstance(table[0], list) else [table])
     if (rows[:, 0] == 1).all():
         rows = rows[:, 1:]
     values = rows.T.contiguous()
     return Coefficients(None, None, values[:, 0] if values.shape[1] == 1 else values)
 
 
-def _numbers(held: list) -> Tensor:
-    rows = [row if isinstance(row, list) else [row] for row in held]
-    if not all(type(value) in (int, float) and abs(value) <= _LARGEST for row in rows for value in row):
-        raise ValueError(f"it takes numbers from {-_LARGEST} to {_LARGEST}, as many for each task")
-    values = torch.tensor(held, dtype=torch.float32)
+def _to_tensor(numbers: list) -> Tensor:
+    rows = [row if isinstance(row, list) else [row] for row in numbers]
+    if not all(type(value) in (int, float) and abs(value) <= _MAX_VALUE for row in rows for value in row):
+        raise ValueError(f"it takes numbers from {-_MAX_VALUE} to {_MAX_VALUE}, as many for each task")
+    values = torch.tensor(numbers, dtype=torch.float32)
     if not values.numel():
         raise ValueError("it is empty")
     return values

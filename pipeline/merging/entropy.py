@@ -1,7 +1,7 @@
-"""Learning how to merge from unlabelled images: less entropy of the merged model's predictions.
+"""Entropy minimisation: learning how to merge from unlabelled images (AdaMerging, eq. 6 and 7).
 
-The merged weights are a function of what is learned, `build(name)`, one tensor at a time. A step holds one copy of the
-merged model: the gradient of each of its tensors is taken back to what is learned as soon as it is known, and freed.
+The merged weights are a function of the learned parameters, `build(name)`, one tensor at a time. A step holds one copy
+of the merged model: the gradient of each of its tensors is propagated to the parameters and freed at once.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ import torch
 from torch import Tensor
 
 from probsurgery.pipeline.errors import ProbsurgeryError
-from probsurgery.pipeline.merging.vectors import Samples
+from probsurgery.pipeline.merging.vectors import ImageStream
 
-_PASS = 16 * 3 * 224 * 224
-"""Numbers in the images of a pass over several tasks: a batch of the papers'."""
+_PASS_SIZE = 16 * 3 * 224 * 224
+"""Largest number of pixel values in a forward pass over several tasks: one batch of the papers' size."""
 Build = Callable[[str], Tensor]
-"""Name of a tensor -> its merged value, differentiable in what is learned; the same however often it is called."""
+"""Maps a tensor's name to its merged value, differentiable in the learned parameters; repeated calls agree."""
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Mean over rows of the entropy, in nats, of the softmax of logits (B, C) (AdaMerging, eq. 5)."""
+    """Mean entropy over rows, in nats, of the softmax of logits (B, C) (AdaMerging, eq. 5)."""
     return -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
 
 
-def add_gradients(build: Build, names: Iterable[str], samples: Samples, images: Mapping[str, Tensor]) -> float:
-    """Add the gradient of the tasks' summed entropy to what `build` depends on; gives the mean entropy.
+def add_gradients(build: Build, names: Iterable[str], stream: ImageStream, images: Mapping[str, Tensor]) -> float:
+    """Add the gradient of the tasks' summed entropy to the parameters of `build`; returns the mean entropy over tasks.
 
-    `images`, by task, are (B, 3, size, size). The tasks go through the encoder one after the other, so that no more
-    than one task's activations are held, or together where the images are small.
+    `images` are (B, 3, size, size) by task. Tasks are encoded one after the other, so that only one task's activations
+    are in memory; small images of several tasks are encoded together.
     """
     with torch.no_grad():
         weights = {name: build(name) for name in names}
 
-    def take_back(name: str) -> Callable[[Tensor], None]:
+    def propagate(name: str) -> Callable[[Tensor], None]:
         def hook(weight: Tensor) -> None:
             with torch.enable_grad():
                 build(name).backward(weight.grad)
@@ -43,12 +43,12 @@ def add_gradients(build: Build, names: Iterable[str], samples: Samples, images: 
         return hook
 
     for name, weight in weights.items():
-        weight.requires_grad_().register_post_accumulate_grad_hook(take_back(name))
+        weight.requires_grad_().register_post_accumulate_grad_hook(propagate(name))
     total = 0.0
-    for group in _passes(images):
-        features = samples.forward(weights, torch.cat([images[task] for task in group]))
-        parts = features.split([len(images[task]) for task in group])
-        losses = [entropy(samples.logits_of(part, task)) for part, task in zip(parts, group, strict=True)]
+    for tasks in _passes(images):
+        features = stream.forward(weights, torch.cat([images[task] for task in tasks]))
+        by_task = features.split([len(images[task]) for task in tasks])
+        losses = [entropy(stream.logits_of(z, task)) for z, task in zip(by_task, tasks, strict=True)]
         loss = torch.stack(losses).sum()
         loss.backward()
         total += loss.item()
@@ -56,23 +56,23 @@ def add_gradients(build: Build, names: Iterable[str], samples: Samples, images: 
 
 
 def _passes(images: Mapping[str, Tensor]) -> list[list[str]]:
-    """Tasks whose images are encoded together."""
-    groups: list[list[str]] = []
-    room = 0
+    """Tasks grouped by the forward pass that encodes them."""
+    passes: list[list[str]] = []
+    left = 0
     for task, batch in images.items():
-        if not groups or batch.numel() > room:
-            groups.append([])
-            room = _PASS
-        groups[-1].append(task)
-        room -= batch.numel()
-    return groups
+        if not passes or batch.numel() > left:
+            passes.append([])
+            left = _PASS_SIZE
+        passes[-1].append(task)
+        left -= batch.numel()
+    return passes
 
 
 def learn(
-    what: Sequence[Tensor],
+    parameters: Sequence[Tensor],
     build_at: Callable[[int], Build],
     names: Sequence[str],
-    samples: Samples,
+    stream: ImageStream,
     *,
     split: str,
     steps: int,
@@ -80,26 +80,27 @@ def learn(
     batch_size: int,
     seed: int,
     title: str,
-) -> list[float]:
-    """Adam steps on `what`, each on one batch of every task; gives the mean entropy before each step.
+) -> tuple[float, ...]:
+    """Adam steps on `parameters`, each on one batch of every task. Returns the mean entropy before each step.
 
-    `build_at` gives a step's `build`. Raises `ProbsurgeryError` if the entropy is not finite.
+    `build_at` maps a step to its `build`. `title` describes the parameters in progress and errors. Raises
+    `ProbsurgeryError` if the entropy is not finite.
     """
-    streams = {task: samples.batches(task, split, batch_size, seed) for task in samples.classifiers}
-    optimiser = torch.optim.Adam(what, lr=lr)
-    course: list[float] = []
+    batches = {task: stream.batches(task, split, batch_size, seed) for task in stream.classifiers}
+    optimiser = torch.optim.Adam(parameters, lr=lr)
+    entropies: list[float] = []
     for step in range(steps):
         optimiser.zero_grad()
-        images = {task: next(stream)[0] for task, stream in streams.items()}
-        course.append(add_gradients(build_at(step), names, samples, images))
-        if not course[-1] < float("inf"):
-            raise ProbsurgeryError(f"{title}: the entropy is {course[-1]} in step {step}; try a smaller lr")
+        images = {task: next(endless)[0] for task, endless in batches.items()}
+        entropies.append(add_gradients(build_at(step), names, stream, images))
+        if not entropies[-1] < float("inf"):
+            raise ProbsurgeryError(f"{title}: the entropy is {entropies[-1]} in step {step}; try a smaller lr")
         optimiser.step()
-        samples.progress(step + 1, steps, f"{title}: entropy {course[-1]:.3f}")
-    return course
+        stream.progress(step + 1, steps, f"{title}: entropy {entropies[-1]:.3f}")
+    return tuple(entropies)
 
 
-def window(course: list[float], size: int = 20) -> tuple[float, float]:
-    """Means of the first and the last steps' entropy, which single batches' are too noisy for."""
-    first, last = course[:size], course[-size:]
+def window(entropies: Sequence[float], size: int = 20) -> tuple[float, float]:
+    """Mean entropy over the first and over the last `size` steps; that of a single batch is too noisy."""
+    first, last = entropies[:size], entropies[-size:]
     return sum(first) / len(first), sum(last) / len(last)

@@ -1,7 +1,7 @@
-"""Fisher merging (Matena and Raffel, NeurIPS 2022): each parameter averaged by what the experts' predictions owe to it.
+"""Fisher merging (Matena and Raffel, NeurIPS 2022): an average of the experts, weighted by their Fisher information.
 
-Holds 8 P: theta_0, the weighted sum and the weights' sum, an expert, and its Fisher information before and after it is
-brought to one length. An expert and its information are on the device.
+Holds 8 P: theta_0, the weighted sum, the sum of weights, an expert, and its Fisher information before and after
+normalisation. The expert and its information are on the device.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from probsurgery.pipeline.merging.vectors import Experts, Merged, Samples, StateDict, add_to, on_device, zeros
+from probsurgery.pipeline.merging.vectors import Experts, ImageStream, Merged, StateDict, add_to, on_device, zeros
 
 
 def fisher(
     pretrained: StateDict,
     experts: Experts,
-    samples: Samples,
+    stream: ImageStream,
     *,
     split: str,
     images: int,
@@ -26,23 +26,23 @@ def fisher(
 ) -> Merged:
     """(sum F_t theta_t) / (sum F_t), per parameter (eq. 4), F_t the diagonal Fisher information of expert t.
 
-    F_t is taken over `images` images of the task, with a label drawn from the expert's own prediction for each, or the
-    true one with `labels` (the "empirical" Fisher). With `normalise`, each F_t is divided by its length, so that a
-    task with larger gradients does not outweigh the others. `floor` is the least that F_t is taken for, relative to
-    its mean: where no expert's predictions owe anything to a parameter, it is averaged.
+    F_t is estimated from `images` images of the task. Each image's label is drawn from the expert's own prediction, or
+    is the true one with `labels` (the "empirical" Fisher). With `normalise`, each F_t is divided by its norm, so that
+    a task with larger gradients does not outweigh the others. `floor` is the minimum of F_t relative to its mean:
+    a parameter that affects no expert's predictions is averaged.
     """
     weighted: StateDict = {}
     weights: StateDict = {}
     for index, (task, expert) in enumerate(experts.items()):
-        state = on_device(expert, samples)
+        state = on_device(expert, stream)
         generator = torch.Generator().manual_seed(seed)
         information = zeros(state)
         done = index * images
-        for batch, its_labels in samples.take(task, split, images, seed):
-            add_squares(information, state, samples, task, batch, its_labels if labels else None, generator)
+        for batch, true_labels in stream.take(task, split, images, seed):
+            add_squares(information, state, stream, task, batch, true_labels if labels else None, generator)
             done += len(batch)
-            samples.progress(done, len(experts) * images, f"Fisher information of {task}")
-        information = _prepared({n: f.cpu() / images for n, f in information.items()}, normalise, floor)
+            stream.progress(done, len(experts) * images, f"Fisher information of {task}")
+        information = _normalised({n: f.cpu() / images for n, f in information.items()}, normalise, floor)
         for name, f in information.items():
             add_to(weighted, name, f * expert[name].float())
             add_to(weights, name, f)
@@ -52,13 +52,13 @@ def fisher(
 def add_squares(
     information: StateDict,
     state: StateDict,
-    samples: Samples,
+    stream: ImageStream,
     task: str,
     images: Tensor,
     labels: Tensor | None,
     generator: torch.Generator,
 ) -> None:
-    """Add (d log p(y|x) / d theta)^2 of each image (B, 3, size, size), y its label (B,), or drawn from p(y|x)."""
+    """Add (d log p(y|x) / d theta)^2 of each image (B, 3, size, size). Labels y (B,) are given or drawn from p(y|x)."""
     weights = {name: tensor.detach().requires_grad_() for name, tensor in state.items()}
 
     def square(name: str):
@@ -71,15 +71,15 @@ def add_squares(
     for name, weight in weights.items():
         weight.register_post_accumulate_grad_hook(square(name))
     for row in range(len(images)):
-        log_p = samples.logits(weights, task, images[row : row + 1])[0].log_softmax(-1)
+        log_p = stream.logits(weights, task, images[row : row + 1])[0].log_softmax(-1)
         drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator)
         log_p[int(drawn if labels is None else labels[row])].backward()
 
 
-def _prepared(information: StateDict, normalise: bool, floor: float) -> StateDict:
+def _normalised(information: StateDict, normalise: bool, floor: float) -> StateDict:
     if normalise:
-        length = torch.stack([f.norm() for f in information.values()]).norm().clamp(min=1e-30)
-        information = {name: f / length for name, f in information.items()}
+        norm = torch.stack([f.norm() for f in information.values()]).norm().clamp(min=1e-30)
+        information = {name: f / norm for name, f in information.items()}
     mean = sum(f.sum() for f in information.values()) / sum(f.numel() for f in information.values())
-    least = (floor * mean).clamp(min=1e-30)
-    return {name: f.clamp(min=least) for name, f in information.items()}
+    minimum = (floor * mean).clamp(min=1e-30)
+    return {name: f.clamp(min=minimum) for name, f in information.items()}

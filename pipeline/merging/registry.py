@@ -1,7 +1,7 @@
-"""Merging methods: a pre-trained state dict and the experts' -> one merged state dict.
+"""The table of merging methods, and `merge`: a pre-trained state dict and the experts' to one merged state dict.
 
-`METHODS` is the table; one module for each family has the functions. Merges that learn are given the encoder as a
-function and batches of images (`vectors.Samples`); they know no encoder and no data set.
+Each family of methods has a module of its own. Methods that learn take an `ImageStream`: the encoder as a function, and
+batches of images. They depend on no encoder and no data set.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from probsurgery.pipeline.merging.concrete import concrete_am, concrete_ta
 from probsurgery.pipeline.merging.fisher import fisher
 from probsurgery.pipeline.merging.regmean import regmean
 from probsurgery.pipeline.merging.sparse import breadcrumbs, dare, ties
-from probsurgery.pipeline.merging.vectors import Merged, Samples
+from probsurgery.pipeline.merging.vectors import ImageStream, Merged
 
 Value = float | int | bool | str
 
@@ -33,13 +33,13 @@ class Setting:
     """One setting of a merging method."""
 
     default: Value
-    about: str
+    description: str
     low: float = -math.inf
     high: float = math.inf
     choices: tuple[str, ...] = ()
 
     def check(self, name: str, value: object) -> Value:
-        """The value in the default's type, from its text if need be. Raises `InputError` if it is not allowed."""
+        """The value in the default's type, parsed if it is text. Raises `InputError` if it is not allowed."""
         kind = type(self.default)
         try:
             if isinstance(value, str) and kind is bool:
@@ -56,8 +56,8 @@ class Setting:
             or (self.choices and value not in self.choices)
             or (kind in (int, float) and not (self.low <= value <= self.high and math.isfinite(value)))
         ):
-            what = " or ".join(self.choices) if self.choices else allowed.get(kind, "a text")
-            raise InputError(f"the setting {name} is {str(value)[:80]!r}; it must be {what}")
+            expected = " or ".join(self.choices) if self.choices else allowed.get(kind, "a text")
+            raise InputError(f"the setting {name} is {str(value)[:80]!r}; it must be {expected}")
         return value
 
 
@@ -68,18 +68,18 @@ class Method:
     title: str
     paper: str
     function: Callable[..., Merged] | None
-    """None: there is nothing to merge, a checkpoint of this name is taken."""
+    """None if there is nothing to merge: a checkpoint of the method's name is used."""
     settings: dict[str, Setting] = field(default_factory=dict)
     learns: bool = False
-    """Whether it needs images."""
+    """Whether it learns from images."""
 
     @property
     def takes_coefficients(self) -> bool:
-        """Whether it can be given what it would learn."""
+        """Whether coefficients can be given instead of learned."""
         return getattr(self.function, "func", None) is adamerging
 
     def checked(self, method: str, given: Mapping[str, object]) -> dict[str, Value]:
-        """All settings, those given among them. Raises `InputError` for one that it has not, or that is not allowed."""
+        """All settings, given or default. Raises `InputError` for an unknown one, or a value that is not allowed."""
         for name in given:
             if name not in self.settings:
                 raise unknown(f"setting of {method}", name, self.settings or ["(it has none)"])
@@ -87,21 +87,21 @@ class Method:
 
 
 def changed(method: str, settings: Mapping[str, object]) -> dict[str, str]:
-    """The settings that differ from a method's defaults, as they are written in names and tables."""
-    own = METHODS[method].settings if method in METHODS else {}
+    """The settings that differ from a method's defaults, as text for names and tables."""
+    known = METHODS[method].settings if method in METHODS else {}
     return {
         key.replace("_", "-"): number_text(value) if isinstance(value, float) else str(value)
         for key, value in settings.items()
-        if key not in own or value != own[key].default
+        if key not in known or value != known[key].default
     }
 
 
 _SCALE = Setting(0.3, "factor of the summed task vectors")
-_KEEP = Setting(0.2, "share of each task vector that stays, the largest entries", 1e-9, 1)
-_SEED = Setting(0, "seed of what is drawn", 0, 2**31 - 1)
-_SPLIT = Setting("test", "images to learn from, labels unseen", choices=SPLITS)
-_INITIAL = Setting(0.3, "coefficients before the first step", 0, 1)
-_TEMPERATURE = Setting(0.5, "of the mask's Gumbel-sigmoid", 1e-3, 1e3)
+_KEEP = Setting(0.2, "share of each task vector that is kept, the largest entries", 1e-9, 1)
+_SEED = Setting(0, "random seed", 0, 2**31 - 1)
+_SPLIT = Setting("test", "split of the images that it learns from", choices=SPLITS)
+_INITIAL = Setting(0.3, "initial value of the coefficients", 0, 1)
+_TEMPERATURE = Setting(0.5, "temperature of the mask's Gumbel-sigmoid", 1e-3, 1e3)
 
 
 def _adam(steps: int) -> dict[str, Setting]:
@@ -120,6 +120,7 @@ def _images(count: int) -> dict[str, Setting]:
 
 _ADA = "Yang et al., ICLR 2024, arxiv.org/abs/2310.02575"
 _CONCRETE = "Tang et al., 2023, arxiv.org/abs/2312.06173"
+_TASK_WISE, _LAYER_WISE = (partial(adamerging, layerwise=layerwise) for layerwise in (False, True))
 _COEFFICIENTS = {"initial": _INITIAL, **_adam(500)}
 _PROCESSED = {"keep": _KEEP, **_COEFFICIENTS}
 
@@ -135,7 +136,7 @@ METHODS: dict[str, Method] = {
         "DARE, then task arithmetic",
         "Yu et al., ICML 2024, arxiv.org/abs/2311.03099",
         dare,
-        {"scale": _SCALE, "drop": Setting(0.9, "probability of an entry to be dropped", 0, 0.9999), "seed": _SEED},
+        {"scale": _SCALE, "drop": Setting(0.9, "probability that an entry is dropped", 0, 0.9999), "seed": _SEED},
     ),
     "breadcrumbs": Method(
         "Model Breadcrumbs",
@@ -144,7 +145,7 @@ METHODS: dict[str, Method] = {
         {
             "scale": _SCALE,
             "small": Setting(0.85, "share of each tensor's smallest entries to drop", 0, 1),
-            "large": Setting(0.01, "share of its largest entries to drop", 0, 1),
+            "large": Setting(0.01, "share of each tensor's largest entries to drop", 0, 1),
         },
     ),
     "fisher": Method(
@@ -154,8 +155,8 @@ METHODS: dict[str, Method] = {
         {
             **_images(256),
             "labels": Setting(False, "true labels instead of the expert's own predictions"),
-            "normalise": Setting(True, "give each expert's Fisher information the same length"),
-            "floor": Setting(1e-6, "least Fisher information, relative to its mean", 0, 1),
+            "normalise": Setting(True, "scale each expert's Fisher information to norm 1"),
+            "floor": Setting(1e-6, "minimum Fisher information, relative to its mean", 0, 1),
         },
         learns=True,
     ),
@@ -163,21 +164,13 @@ METHODS: dict[str, Method] = {
         "RegMean",
         "Jin et al., ICLR 2023, arxiv.org/abs/2212.09849",
         regmean,
-        {**_images(256), "off_diagonal": Setting(0.9, "factor of the Gram matrices off their diagonal", 0, 1)},
+        {**_images(256), "off_diagonal": Setting(0.9, "factor of the Gram matrices' off-diagonal entries", 0, 1)},
         learns=True,
     ),
-    "tw-adamerging": Method(
-        "task-wise AdaMerging", _ADA, partial(adamerging, layerwise=False), _COEFFICIENTS, learns=True
-    ),
-    "lw-adamerging": Method(
-        "layer-wise AdaMerging", _ADA, partial(adamerging, layerwise=True), _COEFFICIENTS, learns=True
-    ),
-    "tw-adamerging++": Method(
-        "the same on TIES-processed vectors", _ADA, partial(adamerging, layerwise=False), _PROCESSED, learns=True
-    ),
-    "lw-adamerging++": Method(
-        "the same on TIES-processed vectors", _ADA, partial(adamerging, layerwise=True), _PROCESSED, learns=True
-    ),
+    "tw-adamerging": Method("task-wise AdaMerging", _ADA, _TASK_WISE, _COEFFICIENTS, learns=True),
+    "lw-adamerging": Method("layer-wise AdaMerging", _ADA, _LAYER_WISE, _COEFFICIENTS, learns=True),
+    "tw-adamerging++": Method("task-wise AdaMerging of TIES vectors", _ADA, _TASK_WISE, _PROCESSED, learns=True),
+    "lw-adamerging++": Method("layer-wise AdaMerging of TIES vectors", _ADA, _LAYER_WISE, _PROCESSED, learns=True),
     "concrete-ta": Method(
         "Concrete task arithmetic",
         _CONCRETE,
@@ -196,41 +189,40 @@ METHODS: dict[str, Method] = {
 }
 
 
-def label(about: Mapping[str, object]) -> str:
-    """What a merge is called in tables, from its part of a cache's identity: its name, and the settings that differ."""
-    name = about.get("name") or about["method"]
-    settings = [f"{key}={value}" for key, value in changed(about["method"], about["settings"]).items()]
-    return f"{name} ({', '.join(settings)})" if settings else str(name)
+def merge_label(method: str, settings: Mapping[str, object], name: str | None = None) -> str:
+    """A merge's label in tables: its name, by default the method's, and the settings that differ from the defaults."""
+    differing = ", ".join(f"{key}={value}" for key, value in changed(method, settings).items())
+    return (name or method) + (f" ({differing})" if differing else "")
 
 
 def merge(
     method: str,
     pretrained: Mapping[str, Tensor],
     experts: Mapping[str, Mapping[str, Tensor]] | Iterable[Mapping[str, Tensor]],
-    samples: Samples | None = None,
+    stream: ImageStream | None = None,
     coefficients: Coefficients | None = None,
     **settings: Value,
 ) -> Merged:
-    """Merge by a method's name in `METHODS`; `settings` replace its defaults. Gives float32 tensors on the CPU.
+    """Merge by a method of `METHODS`; `settings` replace its defaults. Returns float32 tensors on the CPU.
 
-    `experts` are state dicts by task, or in a row. `samples` are for methods that learn; `coefficients`, of AdaMerging,
-    stand for what it would learn. Raises `InputError` for an unknown method or setting, or if the state dicts do not
+    `experts` are state dicts by task, or a sequence of them. Methods that learn need a `stream` of images; AdaMerging
+    takes `coefficients` instead. Raises `InputError` for an unknown method or setting, or if the state dicts do not
     have the same keys.
     """
     if method not in METHODS:
         raise unknown("merge", method, METHODS)
     row = METHODS[method]
     if row.function is None:
-        raise InputError(f"{method} is a checkpoint of its own and no merge of experts")
+        raise InputError(f"{method} is a checkpoint, not a merge of experts; choose another method")
     if not isinstance(experts, Mapping):
         experts = {str(index): expert for index, expert in enumerate(experts)}
     if not experts:
-        raise InputError("cannot merge: no expert was given")
+        raise InputError("no expert was given to merge; give one or more")
     settings = row.checked(method, settings)
     if coefficients is not None and not row.takes_coefficients:
         raise InputError(f"{method} takes no coefficients; AdaMerging's methods do")
-    if row.learns and samples is None and coefficients is None:
-        raise InputError(f"{method} learns from images; give it samples")
-    learned = [samples, coefficients] if row.takes_coefficients else [samples] if row.learns else []
+    if row.learns and stream is None and coefficients is None:
+        raise InputError(f"{method} learns from images; give it a stream")
+    inputs = [stream, coefficients] if row.takes_coefficients else [stream] if row.learns else []
     with torch.set_grad_enabled(row.learns):
-        return row.function(pretrained, experts, *learned, **settings)
+        return row.function(pretrained, experts, *inputs, **settings)

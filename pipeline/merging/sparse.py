@@ -1,4 +1,4 @@
-"""Task vectors of which only some entries stay: TIES, DARE, Breadcrumbs.
+"""Sparsified task vectors: TIES, DARE, Breadcrumbs.
 
 DARE and Breadcrumbs hold theta_0 and the sum, 2 P; TIES holds theta_0 and two sums, 3 P.
 """
@@ -28,14 +28,14 @@ def ties(pretrained: StateDict, experts: Experts, *, scale: float, keep: float) 
     """theta_0 + scale * (trimmed, sign-elected, disjointly summed task vectors) (Yadav et al., NeurIPS 2023).
 
     Trim: keep the `keep` share of each tau_t that is largest by magnitude, over the whole vector. Elect: per entry, the
-    sign of the sum over tasks. Merge: sum the entries that have that sign. Where the sum is exactly zero nothing is
-    added; the reference gives such an entry the majority sign of all others.
+    sign of the sum over tasks. Merge: sum the entries of that sign. Departure: where the sum is exactly zero, nothing
+    is added; the reference gives such an entry the majority sign of all others.
     """
     positive, negative = _sums_by_sign(pretrained, _trimmed(pretrained, experts, keep))
     update = {}
     for name in pretrained:
         plus, minus = positive.pop(name), negative.pop(name)
-        # Agreeing entries of one sign have been summed apart from the other's, so electing picks one of the two sums.
+        # Positive and negative entries were summed separately, so electing a sign selects one of the two sums.
         elected = (plus + minus).sign_()
         minus.mul_(elected.clamp(max=0).neg_())
         update[name] = plus.mul_(elected.clamp_(min=0)).add_(minus)
@@ -43,7 +43,7 @@ def ties(pretrained: StateDict, experts: Experts, *, scale: float, keep: float) 
 
 
 def ties_vectors(pretrained: StateDict, experts: Experts, keep: float) -> Iterator[Vector]:
-    """Each tau_t trimmed, and without the entries whose sign was not elected; their sum is what `ties` adds."""
+    """Each tau_t, trimmed, with only the entries of the elected sign. Their sum is what `ties` adds."""
     positive, negative = _sums_by_sign(pretrained, _trimmed(pretrained, experts, keep))
     signs = {name: (positive.pop(name) + negative.pop(name)).sign().to(torch.int8) for name in pretrained}
     for vector in _trimmed(pretrained, experts, keep):
@@ -51,10 +51,10 @@ def ties_vectors(pretrained: StateDict, experts: Experts, keep: float) -> Iterat
 
 
 def _trimmed(pretrained: StateDict, experts: Experts, keep: float) -> Iterator[Vector]:
-    """Entries equal to the smallest one that is kept stay too."""
+    """Each tau_t, trimmed. Ties with the smallest kept magnitude are kept too."""
     for expert in experts.values():
-        least = magnitude_at(lambda expert=expert: task_vector(pretrained, expert), keep)
-        yield ((n, torch.where(tau.abs() >= least, tau, 0)) for n, tau in task_vector(pretrained, expert))
+        threshold = magnitude_threshold(lambda expert=expert: task_vector(pretrained, expert), keep)
+        yield ((n, torch.where(tau.abs() >= threshold, tau, 0)) for n, tau in task_vector(pretrained, expert))
 
 
 def _sums_by_sign(pretrained: StateDict, vectors: Iterator[Vector]) -> tuple[StateDict, StateDict]:
@@ -66,45 +66,45 @@ def _sums_by_sign(pretrained: StateDict, vectors: Iterator[Vector]) -> tuple[Sta
     return positive, negative
 
 
-def magnitude_at(vector: Callable[[], Vector], keep: float) -> float:
-    """The k-th largest magnitude of a whole vector, for the k that are the `keep` share of its entries, and 1 or more.
+def magnitude_threshold(vector: Callable[[], Vector], keep: float) -> float:
+    """The k-th largest magnitude of a whole vector, where k is the `keep` share of its entries, at least 1.
 
-    Exact, without the vector in memory: the bits of non-negative floats are in the order of the floats, so counting
-    the upper and then the lower half of the bits finds it. `vector()` is gone through once for each.
+    Exact, without the vector in memory: non-negative floats sort like their bits, so a histogram of the upper and then
+    of the lower half of the bits finds it. `vector()` is called once for each.
     """
-    counts = _counts(vector, lambda bits: bits >> 16)
-    wanted = max(1, round(keep * int(counts.sum())))
-    upper, larger = _where(counts, wanted)
-    lower, _ = _where(_counts(vector, lambda bits: bits[bits >> 16 == upper] & 0xFFFF), wanted - larger)
+    counts = _histogram(vector, lambda bits: bits >> 16)
+    rank = max(1, round(keep * int(counts.sum())))
+    upper, larger = _value_at(counts, rank)
+    lower, _ = _value_at(_histogram(vector, lambda bits: bits[bits >> 16 == upper] & 0xFFFF), rank - larger)
     return torch.tensor((upper << 16) | lower, dtype=torch.int32).view(torch.float32).item()
 
 
-def _counts(vector: Callable[[], Vector], half: Callable[[Tensor], Tensor]) -> Tensor:
-    """How often each value of half of the bits of a magnitude comes."""
+def _histogram(vector: Callable[[], Vector], half: Callable[[Tensor], Tensor]) -> Tensor:
+    """How often each value (2^16,) occurs in one half of the magnitudes' bits."""
     counts = torch.zeros(1 << 16, dtype=torch.int64)
     for _, tau in vector():
         counts += torch.bincount(half(tau.abs().flatten().view(torch.int32)), minlength=1 << 16)
     return counts
 
 
-def _where(counts: Tensor, wanted: int) -> tuple[int, int]:
-    """The value at which the wanted rank from above lies, and how many are larger."""
+def _value_at(counts: Tensor, rank: int) -> tuple[int, int]:
+    """The value of the rank-th largest entry, and how many entries are larger."""
     at_least = counts.flip(0).cumsum(0).flip(0)
-    value = int((at_least >= wanted).nonzero().max())
+    value = int((at_least >= rank).nonzero().max())
     return value, int(at_least[value] - counts[value])
 
 
 def dare(pretrained: StateDict, experts: Experts, *, scale: float, drop: float, seed: int) -> Merged:
-    """theta_0 + scale * sum of tau_t, each entry dropped with probability `drop`, or else divided by 1 - drop.
+    """theta_0 + scale * sum tau_t, each entry dropped with probability `drop` and otherwise divided by 1 - drop.
 
-    Yu et al., ICML 2024, with task arithmetic after it. What is dropped depends on the seed and the task's name, and
-    not on the order of the experts.
+    DARE (Yu et al., ICML 2024) followed by task arithmetic. What is dropped depends on the seed and the task's name,
+    and not on the order of the experts.
     """
 
     def dropped() -> Iterator[Vector]:
         for task, expert in experts.items():
-            own = int.from_bytes(hashlib.sha256(f"{seed} {task}".encode()).digest()[:7], "little")
-            generator = torch.Generator().manual_seed(own)
+            task_seed = int.from_bytes(hashlib.sha256(f"{seed} {task}".encode()).digest()[:7], "little")
+            generator = torch.Generator().manual_seed(task_seed)
             yield (
                 (name, torch.where(torch.rand(tau.shape, generator=generator) >= drop, tau / (1 - drop), 0))
                 for name, tau in task_vector(pretrained, expert)
@@ -114,10 +114,10 @@ def dare(pretrained: StateDict, experts: Experts, *, scale: float, drop: float, 
 
 
 def breadcrumbs(pretrained: StateDict, experts: Experts, *, scale: float, small: float, large: float) -> Merged:
-    """theta_0 + scale * sum of tau_t without the smallest and the largest entries of each tensor.
+    """theta_0 + scale * sum tau_t without the smallest and largest entries (Davari and Belilovsky, ECCV 2024).
 
-    Davari and Belilovsky, ECCV 2024: of each tensor, the `small` share of entries that is smallest by magnitude is
-    dropped, and the `large` share that is largest. Equal entries go the same way.
+    In each tensor, the `small` share of entries with the smallest magnitudes is dropped, and the `large` share with
+    the largest. Equal magnitudes are treated alike.
     """
 
     def masked(tau: Tensor) -> Tensor:
@@ -125,10 +125,10 @@ def breadcrumbs(pretrained: StateDict, experts: Experts, *, scale: float, small:
         first, last = round(small * tau.numel()), tau.numel() - round(large * tau.numel())
         if first >= last:
             return torch.zeros_like(tau)
-        kept = magnitudes <= magnitudes.kthvalue(last).values
+        mask = magnitudes <= magnitudes.kthvalue(last).values
         if first:
-            kept &= magnitudes > magnitudes.kthvalue(first).values
-        return tau * kept.view_as(tau)
+            mask &= magnitudes > magnitudes.kthvalue(first).values
+        return tau * mask.view_as(tau)
 
     vectors = (((name, masked(tau)) for name, tau in vector) for vector in task_vectors(pretrained, experts))
     return Merged(add(pretrained, total(pretrained, vectors), scale))

@@ -1,8 +1,8 @@
-"""Task vectors, tensor by tensor, and what all merges share.
+"""Task vectors, and the types that all merging methods share.
 
-Notation: theta_0 pre-trained, theta_t the expert of task t of T, tau_t = theta_t - theta_0 its task vector. P is the
-size of one model in float32. Experts may be read from disk as they are asked for; every function here goes through
-them one at a time and holds one tensor of one expert, unless it says otherwise.
+Notation: theta_0 are the pre-trained weights, theta_t those of the expert of task t out of T, and
+tau_t = theta_t - theta_0 is a task vector. P is the size of one model in float32. Experts may be read from disk on
+access; every function here iterates over them and holds one tensor of one expert, unless its docstring says otherwise.
 """
 
 from __future__ import annotations
@@ -15,30 +15,31 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from probsurgery.pipeline.errors import InputError
+from probsurgery.pipeline.merging.coefficients import Coefficients
+from probsurgery.pipeline.progress import Progress, no_progress
 
 StateDict = dict[str, Tensor]
 Experts = Mapping[str, Mapping[str, Tensor]]
 """State dicts by task."""
 Vector = Iterable[tuple[str, Tensor]]
-"""A task vector, or what was made of one: names and tensors in the pre-trained model's order."""
+"""A task vector, possibly processed: names and tensors in the pre-trained model's order."""
 
 
 @dataclass(frozen=True)
-class Samples:
-    """What merges that learn are given, beside the weights: the encoder as a function, and images of each task."""
+class ImageStream:
+    """An image stream that merges learn from: the encoder as a function, classifiers and endless batches of images."""
 
     forward: Callable[[Mapping[str, Tensor], Tensor], Tensor]
-    """Weights and images (B, 3, size, size) -> features (B, d)."""
+    """Maps weights and images (B, 3, size, size) to features (B, d)."""
     classifiers: Mapping[str, Tensor]
-    """By task, (C, d), on the device."""
+    """Zero-shot classifiers (C, d) by task, on the device."""
     batches: Callable[[str, str, int, int], Iterator[tuple[Tensor, Tensor]]]
-    """Task, split, batch size B and seed -> batches without end, in random order: images on the device, labels (B,)."""
+    """Maps task, split, batch size B and seed to endless batches in random order: images on the device, labels (B,)."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    progress: Callable[[int, int, str], None] = lambda done, total, what: None
-    """Told how much is done, of how much, and what there is to say of it."""
+    progress: Progress = no_progress
 
     def take(self, task: str, split: str, count: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of `count` images in all, and their labels; some come again if the task has fewer."""
+        """Batches with `count` images in total, and their labels. Images repeat if the task has fewer."""
         size = min(count, 64)
         for images, labels in self.batches(task, split, size, seed):
             yield images[:count], labels[:count]
@@ -57,16 +58,17 @@ class Samples:
 
 @dataclass(frozen=True)
 class Merged:
-    """A merged model, and what is worth keeping of how it was made."""
+    """A merged model, with diagnostics of methods that learn: entropy per step, learned coefficients."""
 
     state: StateDict
     """Float32, on the CPU."""
-    about: dict = field(default_factory=dict)
-    """What a learned merge has to say for itself: its course, its coefficients."""
+    entropy: tuple[float, ...] = ()
+    """Mean entropy of the predictions before each step, in nats."""
+    coefficients: Coefficients | None = None
 
 
 def task_vector(pretrained: StateDict, expert: Mapping[str, Tensor]) -> Vector:
-    """tau_t, in float32. Raises `InputError` if the two have not the same names."""
+    """tau_t in float32. Raises `InputError` unless both state dicts have the same keys."""
     if expert.keys() != pretrained.keys():
         name = min(expert.keys() ^ pretrained.keys())
         raise InputError(f"cannot merge: an expert and the pre-trained model differ in the key {name!r}")
@@ -74,12 +76,12 @@ def task_vector(pretrained: StateDict, expert: Mapping[str, Tensor]) -> Vector:
 
 
 def task_vectors(pretrained: StateDict, experts: Experts) -> Iterator[Vector]:
-    """tau_t of each expert."""
+    """The task vector of each expert."""
     return (task_vector(pretrained, expert) for expert in experts.values())
 
 
 def zeros(pretrained: StateDict) -> StateDict:
-    """Where vectors are to be summed; made before any of them, so that what is freed leaves no holes between."""
+    """A zero for each tensor, to sum into. Allocated before any vector, so that memory does not fragment."""
     return {name: torch.zeros(theta.shape, device=theta.device) for name, theta in pretrained.items()}
 
 
@@ -93,22 +95,22 @@ def total(pretrained: StateDict, vectors: Iterable[Vector]) -> StateDict:
 
 
 def add(pretrained: StateDict, update: StateDict, scale: float = 1.0) -> StateDict:
-    """theta_0 + scale * update, in the update's own memory."""
+    """theta_0 + scale * update, computed in place in `update`."""
     return {name: update[name].mul_(scale).add_(theta) for name, theta in pretrained.items()}
 
 
 def add_to(sums: StateDict, name: str, tensor: Tensor) -> None:
-    """Add a tensor, which may be kept, to the sum of its name."""
+    """Add a tensor to the sum under this name. The first tensor becomes the sum and is changed by later calls."""
     sums[name] = sums[name].add_(tensor) if name in sums else tensor
 
 
-def on_device(state: Mapping[str, Tensor], samples: Samples) -> StateDict:
-    """Weights where they are computed with; copies only if that is elsewhere."""
-    return {name: tensor.to(samples.device, torch.float32) for name, tensor in state.items()}
+def on_device(state: Mapping[str, Tensor], stream: ImageStream) -> StateDict:
+    """Weights in float32 on the stream's device, copied only where needed."""
+    return {name: tensor.to(stream.device, torch.float32) for name, tensor in state.items()}
 
 
 def stack(pretrained: StateDict, vectors: Iterable[Vector], count: int, device: torch.device) -> StateDict:
-    """All task vectors side by side: each tensor (T, ...). Holds T * P."""
+    """All task vectors, stacked: each tensor (T, ...). Holds T * P."""
     stacked = {n: torch.empty(count, *theta.shape, device=device) for n, theta in pretrained.items()}
     for index, vector in enumerate(vectors):
         for name, tau in vector:

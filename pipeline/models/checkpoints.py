@@ -1,4 +1,4 @@
-"""Published checkpoint formats -> state dicts with open_clip's names, without executing anything in the files."""
+"""Published checkpoint formats to state dicts with open_clip's names, without executing anything in the files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from probsurgery.pipeline.errors import InputError, first_line
-from probsurgery.pipeline.models import pickles
+from probsurgery.pipeline.models.pickles import named_tensors, read_stream, read_zip
+from probsurgery.pipeline.models.unpickler import CutOffError, PickledObject, UnreadableError
 
 StateDict = dict[str, Tensor]
 
@@ -22,7 +23,7 @@ _HF_NAMES = {
     "embeddings.patch_embedding.weight": "conv1.weight",
     "embeddings.token_embedding.weight": "token_embedding.weight",
     "embeddings.position_embedding.weight": "positional_embedding",
-    "pre_layrnorm": "ln_pre",  # spelt so in transformers
+    "pre_layrnorm": "ln_pre",  # spelt like this in transformers
     "post_layernorm": "ln_post",
     "final_layer_norm": "ln_final",
     "encoder.layers": "transformer.resblocks",
@@ -33,24 +34,22 @@ _HF_NAMES = {
     "mlp.fc2": "mlp.c_proj",
 }
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
-"""Under these names training scripts keep the model beside their own records."""
-_STRANGERS = {
-    b"<": "an HTML or XML page, which is what a download that wanted a confirmation or a login leaves",
+"""Keys under which training scripts save the model next to their own data."""
+_OTHER_FORMATS = {
+    b"<": "an HTML or XML page, which a download leaves that needed a confirmation or a login",
     b"version https://git-lfs": "a Git LFS pointer; fetch the file itself with `git lfs pull`",
     b"\x1f\x8b": "a gzip archive; unpack it first",
     b"\x89HDF": "an HDF5 file",
     b"{": "a JSON file",
-    b"\x00" * 16: "a file that begins with zeros, as a download does that reserved its space and did not finish",
+    b"\x00" * 16: "a file that begins with zeros, which a download leaves that did not finish",
 }
-_FORMATS = "safetensors, torch.save and pickle files are read"
 
 
 def read_tensors(path: Path) -> Mapping[str, Tensor]:
-    """Named tensors of a checkpoint, its format recognised by content: safetensors, `torch.save`, or a plain pickle.
+    """Named tensors of a checkpoint: safetensors, `torch.save` or a plain pickle, recognised by content.
 
-    Those of safetensors are read when they are asked for, one at a time. Pickled objects are read at once, as what they
-    are made of (see `pickles`). Raises `InputError` if the file is missing, cut
-    off, of another format, holds no tensors, or would call something when unpickled by others.
+    Those of safetensors are read on access, one at a time; a pickle is read as a whole. Raises `InputError` if the file
+    is missing, cut off or of another format, has no tensors, or would call something when unpickled by other tools.
     """
     if not path.is_file():
         raise InputError(f"no checkpoint at {path}")
@@ -62,31 +61,31 @@ def read_tensors(path: Path) -> Mapping[str, Tensor]:
         if start[8:9] == b"{" and header < 2**32:
             state = _read_safetensors(path, header, size)
         elif start[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
-            state = _pickled_tensors(pickles.read_zip(path), size)
+            state = _pickled_tensors(read_zip(path), size)
         elif start[:1] == b"\x80":
-            state = _pickled_tensors(pickles.read_stream(path), size)
+            state = _pickled_tensors(read_stream(path), size)
+        elif not size:
+            raise InputError(f"{path} is empty: its download did not begin")
         else:
-            what = next((what for magic, what in _STRANGERS.items() if start.lstrip().startswith(magic)), None)
+            other = next((name for magic, name in _OTHER_FORMATS.items() if start.lstrip().startswith(magic)), None)
             raise InputError(
-                f"{path} is empty: its download did not begin"
-                if not size
-                else f"{path} is not a checkpoint but {what}"
-                if what
-                else f"{path} is not a checkpoint of a known format; {_FORMATS}"
+                f"{path} is not a checkpoint but {other}"
+                if other
+                else f"{path} is not a checkpoint of a known format; safetensors, torch.save and pickle files are read"
             )
-    except pickles.CutOffError as error:
+    except CutOffError as error:
         raise InputError(f"{path} is cut off: {error}; download or copy it again") from None
-    except pickles.UnreadableError as error:
+    except UnreadableError as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     except (OSError, MemoryError) as error:
         raise InputError(f"{path} cannot be read: {first_line(error)}") from None
     if not state:
-        raise InputError(f"{path} holds no named tensors: it is not a state dict and not a model")
+        raise InputError(f"{path} holds no named tensors: it is not a state dict or a model")
     return state
 
 
-class _Streamed(Mapping):
-    """Tensors of a safetensors file, each read when it is asked for; none is kept, nor the file held open."""
+class _SafetensorsFile(Mapping):
+    """Tensors of a safetensors file, each read on access. No tensor is cached, and the file is not kept open."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -111,56 +110,56 @@ class _Streamed(Mapping):
 
 def _read_safetensors(path: Path, header: int, size: int) -> Mapping[str, Tensor]:
     try:
-        return _Streamed(path)
+        return _SafetensorsFile(path)
     except Exception as error:  # the library raises its own and the OS's
         if 8 + header > size:
-            raise pickles.CutOffError("it ends in the middle of its safetensors header") from None
+            raise CutOffError("it ends in the middle of its safetensors header") from None
         try:
             with path.open("rb") as file:
                 entries = json.loads(file.read(8 + header)[8:])
             end = 8 + header + max(e["data_offsets"][1] for n, e in entries.items() if n != "__metadata__")
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
-            raise pickles.UnreadableError("its safetensors header is damaged") from None
+            raise UnreadableError("its safetensors header is damaged") from None
         if end > size:
-            raise pickles.CutOffError(f"it has {size:,} of {end:,} bytes") from None
-        raise pickles.UnreadableError(f"its safetensors header is damaged ({first_line(error)})") from None
+            raise CutOffError(f"it has {size:,} of {end:,} bytes") from None
+        raise UnreadableError(f"its safetensors header is damaged ({first_line(error)})") from None
 
 
 def _pickled_tensors(value: object, size: int) -> StateDict:
     for wrapper in _WRAPPERS:
-        if isinstance(value, dict) and isinstance(value.get(wrapper), dict | pickles.Record):
+        if isinstance(value, dict) and isinstance(value.get(wrapper), dict | PickledObject):
             value = value[wrapper]
-    return pickles.named_tensors(value, size)
+    return named_tensors(value, size)
 
 
 class VisualState(Mapping):
-    """State dict of open_clip's visual tower in float32, made tensor by tensor from any of the layouts met in the wild.
+    """State dict of open_clip's visual tower in float32, built tensor by tensor from any published layout:
 
     - open_clip's visual tower itself;
     - a whole CLIP model of open_clip or OpenAI, or a wrapper of one, whose tower is under `visual.` (the rest is
       dropped);
     - Hugging Face `CLIPVisionModel` (keys with `vision_model.`, or without as transformers >= 5 writes them), which
-      lacks the visual projection: `projection` (width, d), the pre-trained model's, stands in;
-    - Hugging Face `CLIPModel` and `CLIPVisionModelWithProjection`, which hold it.
+      lacks the visual projection: `projection` (width, d) of the pre-trained model replaces it;
+    - Hugging Face `CLIPModel` and `CLIPVisionModelWithProjection`, which have it.
     """
 
-    def __init__(self, held: Mapping[str, Tensor], projection: Tensor | None = None) -> None:
-        self._held, self._projection = held, projection
-        self._sources = _visual_sources(held)
-        if projection is not None and lacks_projection(held):
+    def __init__(self, checkpoint: Mapping[str, Tensor], projection: Tensor | None = None) -> None:
+        self._checkpoint, self._projection = checkpoint, projection
+        self._sources = _visual_sources(checkpoint)
+        if projection is not None and lacks_projection(checkpoint):
             self._sources["proj"] = ()
 
     def raw(self, name: str) -> Tensor:
-        """A tensor in the type in which the checkpoint has it."""
+        """A tensor in the checkpoint's own type."""
         sources = self._sources[name]
         if not sources:
             return self._projection
-        parts = [self._held[source] for source in sources]
-        if len(parts) > 1:
-            if len({part.shape for part in parts}) > 1:
+        tensors = [self._checkpoint[source] for source in sources]
+        if len(tensors) > 1:
+            if len({tensor.shape for tensor in tensors}) > 1:
                 raise InputError(f"the shapes of the q, k, v projections of {name} differ in the checkpoint")
-            return torch.cat(parts)
-        return parts[0].T.contiguous() if sources[0].endswith("visual_projection.weight") else parts[0]
+            return torch.cat(tensors)
+        return tensors[0].T.contiguous() if sources[0].endswith("visual_projection.weight") else tensors[0]
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.raw(name)
@@ -174,40 +173,40 @@ class VisualState(Mapping):
 
 
 def to_visual(state: Mapping[str, Tensor], projection: Tensor | None = None) -> StateDict:
-    """What `VisualState` describes, all of it, in the types in which the checkpoint has it."""
+    """All tensors of a `VisualState`, in the checkpoint's own types."""
     view = VisualState(state, projection)
     return {name: view.raw(name) for name in view}
 
 
 def to_text(state: Mapping[str, Tensor]) -> StateDict | None:
-    """The text tower of a whole CLIP model, in open_clip's names; None if there is none."""
+    """The text tower of a whole CLIP model, with open_clip's names; None if there is none."""
     if _is_hugging_face(state):
-        sources = _from_hugging_face(_under(state, "text_model."))
-        text = {name: torch.cat([state[source] for source in its]) for name, its in sources.items()}
-        kept = {"text_projection": state.get("text_projection.weight"), "logit_scale": state.get("logit_scale")}
-        if not text or None in kept.values():
+        tower = _from_hugging_face(_under(state, "text_model."))
+        text = {name: torch.cat([state[source] for source in sources]) for name, sources in tower.items()}
+        projection, scale = state.get("text_projection.weight"), state.get("logit_scale")
+        if not text or projection is None or scale is None:
             return None
-        return text | {"text_projection": kept["text_projection"].T.contiguous(), "logit_scale": kept["logit_scale"]}
-    last = "token_embedding.weight"
-    where = next((name.removesuffix(last) for name in state if name.endswith(last)), None)
+        return text | {"text_projection": projection.T.contiguous(), "logit_scale": scale}
+    embedding = "token_embedding.weight"
+    prefix = next((name.removesuffix(embedding) for name in state if name.endswith(embedding)), None)
     names = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection", "logit_scale")
-    if where is None or not any(n.startswith(f"{where}transformer.") for n in state):
+    if prefix is None or not any(n.startswith(f"{prefix}transformer.") for n in state):
         return None
-    return {n.removeprefix(where): t for n, t in state.items() if n.startswith(tuple(where + name for name in names))}
+    return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(tuple(prefix + name for name in names))}
 
 
 def to_classifier(state: Mapping[str, Tensor]) -> Tensor:
-    """Weights (C, d) of a pickled `ClassificationHead`. Raises `InputError` if it is something else, or has a bias."""
+    """Weights (C, d) of a pickled `ClassificationHead`. Raises `InputError` for anything else, or a non-zero bias."""
     weight, bias = state.get("weight"), state.get("bias")
     if weight is None or weight.ndim != 2 or state.keys() - {"weight", "bias"}:
-        raise InputError(f"it is not a classification head; it looks like {looks_like(state)}")
+        raise InputError(f"it is not a classification head; it looks like {describe(state)}")
     if bias is not None and bias.any():
         raise InputError("its bias is not zero, so it is not a zero-shot classifier")
     return weight.float()
 
 
 def _visual_sources(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Which of a checkpoint's tensors make up each one of open_clip's visual tower: one, or q, k and v."""
+    """The checkpoint's names for each tensor of open_clip's visual tower: one name, or those of q, k and v."""
     if not _is_hugging_face(names):
         return {name: (source,) for name, source in (_under(names, "visual.") or {n: n for n in names}).items()}
     tower = _from_hugging_face(_under(names, "vision_model.") or {name: name for name in names})
@@ -217,9 +216,9 @@ def _visual_sources(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _under(names: Iterable[str], module: str) -> dict[str, str]:
-    """Names of what is under a module of this name, wherever it first is: without its prefix -> whole."""
-    found = [match.group() for n in names if (match := re.match(rf"(?:\w+\.)*?{re.escape(module)}", n))]
-    prefix = min(found, key=len, default=None)
+    """Names inside the outermost module of this name: without and with their prefix."""
+    prefixes = [match.group() for n in names if (match := re.match(rf"(?:\w+\.)*?{re.escape(module)}", n))]
+    prefix = min(prefixes, key=len, default=None)
     return {n.removeprefix(prefix): n for n in names if prefix is not None and n.startswith(prefix)}
 
 
@@ -228,7 +227,7 @@ def _is_hugging_face(names: Iterable[str]) -> bool:
 
 
 def lacks_projection(names: Iterable[str]) -> bool:
-    """Whether these are a Hugging Face `CLIPVisionModel`'s tensors, which leave the visual projection out."""
+    """Whether these name a Hugging Face `CLIPVisionModel`, which has no visual projection."""
     return _is_hugging_face(names) and not any(name.endswith("visual_projection.weight") for name in names)
 
 
@@ -236,26 +235,26 @@ def _from_hugging_face(names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     tower: dict[str, tuple[str, ...]] = {}
     attention: dict[str, dict[str, str]] = {}
     for name, source in names.items():
-        if name.endswith("position_ids"):  # 0, 1, 2, ..., which older releases kept
+        if name.endswith("position_ids"):  # 0, 1, 2, ..., which older releases saved
             continue
-        for theirs, ours in _HF_NAMES.items():
-            name = name.replace(theirs, ours)
-        block, found, rest = name.partition("self_attn.")
-        if found:
-            which, _, kind = rest.partition("_proj.")
-            attention.setdefault(f"{block}attn.in_proj_{kind}", {})[which] = source
+        for hugging_face, open_clip in _HF_NAMES.items():
+            name = name.replace(hugging_face, open_clip)
+        block, is_attention, rest = name.partition("self_attn.")
+        if is_attention:
+            letter, _, kind = rest.partition("_proj.")
+            attention.setdefault(f"{block}attn.in_proj_{kind}", {})[letter] = source
         else:
             tower[name] = (source,)
-    for name, parts in attention.items():
-        if parts.keys() != {"q", "k", "v"}:
+    for name, projections in attention.items():
+        if projections.keys() != {"q", "k", "v"}:
             raise InputError(f"the checkpoint lacks one of the q, k, v projections of {name}")
-        tower[name] = tuple(parts[which] for which in "qkv")
+        tower[name] = tuple(projections[letter] for letter in "qkv")
     return tower
 
 
 def check_state(state: Mapping[str, Tensor], expected: dict[str, torch.Size], where: str, arch: str) -> None:
-    """Raise `InputError`, naming the first key that differs, unless names and shapes are exactly these."""
-    bad = None
+    """Raise `InputError`, naming the first key that differs, unless names and shapes are as expected and all finite."""
+    not_finite = None
     for name, shape in expected.items():
         if name not in state:
             problem = f"lacks the key {name!r}"
@@ -264,18 +263,18 @@ def check_state(state: Mapping[str, Tensor], expected: dict[str, torch.Size], wh
         elif tensor.is_complex() or (name.endswith(("weight", "bias")) and not tensor.is_floating_point()):
             problem = f"has {name!r} in {str(tensor.dtype).removeprefix('torch.')}, and not in real numbers"
         else:
-            bad = bad or (None if tensor.isfinite().all() else name)
+            not_finite = not_finite or (None if tensor.isfinite().all() else name)
             continue
-        raise InputError(f"{where} {problem}: it is no checkpoint of {arch}; it looks like {looks_like(state)}")
+        raise InputError(f"{where} {problem}: it is not a checkpoint of {arch}; it looks like {describe(state)}")
     extra = next((name for name in state if name not in expected), None)
     if extra is not None:
-        raise InputError(f"{where} has a key {extra!r} that {arch} has not; it looks like {looks_like(state)}")
-    if bad is not None:
-        raise InputError(f"{where}: {bad!r} holds NaN or infinite weights")
+        raise InputError(f"{where} has a key {extra!r} that {arch} does not have; it looks like {describe(state)}")
+    if not_finite is not None:
+        raise InputError(f"{where}: {not_finite!r} holds NaN or infinite weights")
 
 
-def looks_like(state: Mapping[str, Tensor]) -> str:
-    """A few words on what a state dict is of, for errors."""
+def describe(state: Mapping[str, Tensor]) -> str:
+    """A few words on which model a state dict belongs to, for errors."""
     conv = next((t for n, t in state.items() if n.endswith(("conv1.weight", "patch_embedding.weight"))), None)
     blocks = {int(m.group(1)) for n in state if (m := re.search(r"(?:resblocks|encoder\.layers)\.(\d+)\.", n))}
     if conv is not None and conv.ndim == 4 and blocks:
@@ -291,7 +290,7 @@ def looks_like(state: Mapping[str, Tensor]) -> str:
 
 
 def digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, shapes and values: the same for the same weights, whatever file they came in."""
+    """SHA-256 of names, shapes, types and values, whatever file they were read from."""
     total = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].contiguous()

@@ -10,7 +10,7 @@ from probsurgery.pipeline.analysis.study import STUDIES, study
 from probsurgery.pipeline.config import LOSSES, ProbSettings, SurgerySettings, SweepConfig
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.fitting.fit import fit_all
-from probsurgery.pipeline.heads.head import parameter_count
+from probsurgery.pipeline.heads.kinds import parameter_count
 from probsurgery.pipeline.store.results import read_results
 from support import refused, write_cache
 

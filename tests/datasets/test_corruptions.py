@@ -18,7 +18,7 @@ FEW = ("--arch", "mini", "--tasks", "mnist,fruit", "--limit", 20)
 @pytest.fixture(scope="module")
 def image():
     (task,) = select_tasks("mini", ["fruit"])
-    return open_images(task, "test").get(0).convert("RGB").resize((64, 64))
+    return open_images(task, "test").decode(0).convert("RGB").resize((64, 64))
 
 
 def off(a, b):

@@ -25,7 +25,7 @@ def opened(task, folder, split="test"):
     """Labels, and the shade of each image."""
     images = open_images(TASKS[task], split, str(folder), any_rows=True)
     return images.labels.tolist(), [
-        np.asarray(images.get(i).convert("RGB"))[0, 0, 0].item() for i in range(len(images))
+        np.asarray(images.decode(i).convert("RGB"))[0, 0, 0].item() for i in range(len(images))
     ]
 
 
@@ -72,7 +72,9 @@ def test_class_folders_that_are_strange_or_missing_are_named(tmp_path):
     with pytest.raises(InputError, match=r"no folder for 1 classes, such as 'annual crop land'"):
         opened("eurosat", tmp_path)
     picture(base / "Meadow" / "x.png", 1)
-    with pytest.raises(InputError, match=r"a class 'Meadow' that eurosat has not; its classes are: annual crop land"):
+    with pytest.raises(
+        InputError, match=r"a class 'Meadow' that eurosat does not have; its classes are: annual crop land"
+    ):
         opened("eurosat", tmp_path)
 
 
@@ -88,7 +90,7 @@ def test_sun397s_archive_with_its_partition(tmp_path):
     assert opened("sun397", tmp_path) == (expected, [1, 2])
     assert opened("sun397", tmp_path, "train") == ([names.index("abbey")], [0])
     (root / lines[2][1:]).unlink()
-    with pytest.raises(InputError, match=r"lists b/bazaar/outdoor/sun_c.png, which is not there"):
+    with pytest.raises(InputError, match=r"lists b/bazaar/outdoor/sun_c.png, which does not exist"):
         opened("sun397", tmp_path)
 
 

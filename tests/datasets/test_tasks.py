@@ -58,7 +58,7 @@ def test_a_folder_of_parquet_is_read_like_the_hubs(eurosat):
     (task,) = select_tasks("clip8", ["eurosat"])
     images = open_images(task, "test", str(folder), any_rows=True)
     assert images.labels.tolist() == [3, 1, 4, 1, 5]
-    assert np.asarray(images.get(2))[0, 0].tolist() == [20, 0, 14]
+    assert np.asarray(images.decode(2))[0, 0].tolist() == [20, 0, 14]
     first = open_images(task, "test", str(folder), limit=2, any_rows=True)
     assert len(first) == 2
     assert first.fingerprint != images.fingerprint

@@ -39,7 +39,7 @@ SCRIPT = textwrap.dedent(
     for number, (kind, settings) in enumerate(requests):
         config = FitConfig(cache, head_settings(kind, **settings), workers=0, results=f"{sys.argv[5]}/{number}")
         rows.append(fit.fit(config).rows)
-    print(json.dumps(rows))
+    print(json.dumps([[row.to_json() for row in result] for result in rows]))
     """
 )
 REQUESTS = [
@@ -113,7 +113,7 @@ def test_heads_are_kept_one_task_at_a_time_too(tmp_path, monkeypatch):
     for settings in (ProbSettings(hidden=4, steps=20), SurgerySettings(steps=20), RidgeSettings()):
         result = fit.fit(FitConfig(path, settings))
         assert result.head.tasks == ("a", "b")
-        assert [row["task"] for row in result.rows] == ["a", "b"]
+        assert [row.task for row in result.rows] == ["a", "b"]
 
 
 def test_a_full_scratch_folder_is_one_line(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
+from msgspec import structs
 
 from probsurgery import cli
 from probsurgery.pipeline.analysis.report import report
@@ -19,10 +20,10 @@ from probsurgery.pipeline.config import FitConfig, ProbSettings, RidgeSettings, 
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.fitting import fit as fit_module
 from probsurgery.pipeline.fitting import sweep as sweep_module
-from probsurgery.pipeline.fitting.fit import fit
+from probsurgery.pipeline.fitting.fit import FitResult, fit
 from probsurgery.pipeline.fitting.sweep import sweep
 from probsurgery.pipeline.heads.head import load_head
-from probsurgery.pipeline.store.results import read_results
+from probsurgery.pipeline.store.results import Bias, read_results
 from support import refused, write_cache
 
 GRID = {"hidden": (4, 8), "kl_weight": (0.0, 1e-2), "steps": (60,)}
@@ -55,11 +56,11 @@ def test_a_line_is_what_single_fits_give_over_seeds(small_cache, tmp_path):
     assert (result.heads, result.fitted, result.failures) == (24, 24, ())
     assert result.varied == {"hidden": (4, 8), "kl_weight": (0.0, 1e-2)}
     assert len(result.lines) == 4
-    line = next(one for one in result.lines if one.setting == {"hidden": 8, "kl_weight": 1e-2})
+    line = next(line for line in result.lines if line.setting == {"hidden": 8, "kl_weight": 1e-2})
     settings = ProbSettings(hidden=8, kl_weight=1e-2, steps=60)
     fits = [fit(FitConfig(small_cache.path, settings, seed=seed, results=tmp_path)).rows for seed in range(3)]
-    accuracy = np.array([[100 * row["accuracy"]["head"] for row in rows] for rows in fits])
-    bias = np.array([[row["bias"]["after"] for row in rows] for rows in fits])
+    accuracy = np.array([[100 * row.accuracy.head for row in rows] for rows in fits])
+    bias = np.array([[row.bias.after for row in rows] for rows in fits])
     for t, task in enumerate(("a", "b")):
         assert line.accuracy[task].mean == pytest.approx(accuracy[:, t].mean())
         assert line.accuracy[task].sd == pytest.approx(accuracy[:, t].std(ddof=1))
@@ -67,7 +68,7 @@ def test_a_line_is_what_single_fits_give_over_seeds(small_cache, tmp_path):
     assert line.average_accuracy.mean == pytest.approx(accuracy.mean())
     assert line.average_accuracy.sd == pytest.approx(accuracy.mean(1).std(ddof=1))
     assert line.average_bias.mean == pytest.approx(bias.mean(), rel=1e-5)
-    assert result.baselines["merged"]["b"] == pytest.approx(100 * fits[0][1]["accuracy"]["merged"])
+    assert result.baselines["merged"]["b"] == pytest.approx(100 * fits[0][1].accuracy.merged)
 
 
 @pytest.mark.parametrize("other", [{}, {"holdout": 0.3}, {"fit_split": "train"}], ids=str)
@@ -75,18 +76,18 @@ def test_heads_of_a_sweep_see_and_are_judged_on_the_rows_of_their_own_fraction_a
     path = write_cache(tmp_path / "cache", {"a": 90, "b": 30}, splits=("test", "train"))
     values = {"rank": (2,), "steps": (60,)}
     sweep(SweepConfig(path, ("surgery",), values, fraction=(0.3, 0.6, 1.0), seed=(0, 1), **other))
-    found = {(row["protocol"], row["seed"], row["task"]): row for row in read_results(path)}
+    found = {(row.protocol, row.seed, row.task): row for row in read_results(path)}
     assert len(found) == 12
     for fraction in (0.3, 0.6, 1.0):
         for seed in (0, 1):
             settings = SurgerySettings(rank=2, steps=60)
             config = FitConfig(path, settings, fraction=fraction, seed=seed, results=tmp_path / "alone", **other)
             for row in fit(config).rows:
-                same = found[row["protocol"], seed, row["task"]]
-                assert same["fit_rows"] == row["fit_rows"]
-                assert same["bias"] == pytest.approx(row["bias"], rel=1e-5)
-                assert same["accuracy"] == row["accuracy"]
-    assert len({row["bias"]["after"] for row in found.values()}) == 12
+                same = found[row.protocol, seed, row.task]
+                assert same.fit_rows == row.fit_rows
+                assert structs.asdict(same.bias) == pytest.approx(structs.asdict(row.bias), rel=1e-5)
+                assert same.accuracy == row.accuracy
+    assert len({row.bias.after for row in found.values()}) == 12
 
 
 def test_evaluation_in_parts_is_that_of_all_rows(small_cache, tmp_path, monkeypatch):
@@ -108,15 +109,17 @@ def test_values_that_are_nearly_equal_are_told_apart(small_cache):
 
 def test_rows_are_those_of_a_fit_and_name_their_plan(small_cache, tmp_path):
     sweep(grid(small_cache, seed=(1,)))
-    row = next(row for row in read_results(small_cache.path) if row["head"] == "prob-h4-steps60-kl0-seed1")
+    row = next(row for row in read_results(small_cache.path) if row.head == "prob-h4-steps60-kl0-seed1")
     same = fit(FitConfig(small_cache.path, ProbSettings(hidden=4, steps=60, kl_weight=0), seed=1, results=tmp_path))
-    theirs = next(one for one in same.rows if one["task"] == row["task"])
-    assert row.keys() == theirs.keys()
-    changing = ("seconds", "plan", "bias", "accuracy")
-    assert {k: v for k, v in row.items() if k not in changing} == {k: v for k, v in theirs.items() if k not in changing}
-    assert row["bias"]["after"] == pytest.approx(theirs["bias"]["after"], rel=1e-5)
-    assert row["plan"].keys() == {"stack", "workers", "graph", "precision"}
-    assert row["plan"]["stack"] == 4
+    expected = next(other for other in same.rows if other.task == row.task)
+    values, expected_values = row.to_json(), expected.to_json()
+    assert values.keys() == expected_values.keys()
+    assert values["plan"].keys() == {"stack", "workers", "graph", "precision"}
+    for changing in ("seconds", "plan", "bias", "accuracy"):
+        del values[changing], expected_values[changing]
+    assert values == expected_values
+    assert row.bias.after == pytest.approx(expected.bias.after, rel=1e-5)
+    assert row.plan.stack == 4
     assert not (small_cache.path / "heads").exists()
 
 
@@ -213,18 +216,41 @@ def test_the_best_so_far_is_by_bias_and_knows_no_label(tmp_path):
     assert accuracies[0] != accuracies[1]
 
 
-def test_best_so_far_waits_for_every_task():
-    best = sweep_module._Best()
-    config = FitConfig(cache=None, tasks=("a", "b"))
-    row = {"head": "one", "task": "a", "bias": {"after": 0.1}, "accuracy": {"head": 0.9}}
-    best.note(config, row)
+def result_of(small_cache, head, biases):
+    """A result with these biases after the head, by task."""
+    (row,) = fit(FitConfig(small_cache.path, SurgerySettings(steps=1), tasks=("a",))).rows
+    rows = [
+        structs.replace(row, head=head, task=task, bias=Bias(before=1.0, after=bias)) for task, bias in biases.items()
+    ]
+    return FitResult(FitConfig(cache=None, tasks=("a", "b")), rows)
+
+
+def test_the_best_so_far_has_every_task(small_cache):
+    best = sweep_module._BestSoFar()
+    best.note(result_of(small_cache, "one", {"a": 0.1}))
     assert best.text == ""
-    best.note(config, row | {"task": "b", "bias": {"after": 0.3}})
+    best.note(result_of(small_cache, "one", {"a": 0.1, "b": 0.3}))
     assert best.text == "least bias so far 0.200 (one)"
-    other = FitConfig(cache=None, tasks=("a", "b"), seed=1)
-    for task in ("a", "b"):
-        best.note(other, {"head": "two", "task": task, "bias": {"after": 0.25}, "accuracy": {"head": 1.0}})
+    best.note(result_of(small_cache, "two", {"a": 0.25, "b": 0.25}))
     assert best.text == "least bias so far 0.200 (one)"
+
+
+def test_settings_are_finished_one_by_one(small_cache):
+    """Those that exist come first, and each as soon as its last head is evaluated."""
+    configs = grid(small_cache, seed=(0,)).expand()
+    fit_module.fit_all(configs[-1:], keep_heads=False)
+    events = []
+    results = fit_module.fit_all(
+        configs,
+        keep_heads=False,
+        progress=lambda done, total, *_: events.append((done, total)),
+        finished=lambda result: events.append(result),
+    )
+    finished = [event for event in events if isinstance(event, FitResult)]
+    assert finished[0] == results[-1]
+    assert sorted(map(id, (r.config.head for r in finished))) == sorted(map(id, (r.config.head for r in results)))
+    assert all(len(result.rows) == 2 for result in finished)
+    assert events.index(finished[1]) < len(events) - 2
 
 
 def test_the_command_prints_a_table_and_a_grid(small_cache, run):
@@ -337,12 +363,12 @@ def test_a_full_scratch_folder_is_one_line(small_cache, run, monkeypatch):
     refused(run("sweep", "--cache", small_cache.path, "--workers", "1", "--hidden", "4,8"), "TMPDIR", status=1)
 
 
-def test_a_line_with_a_garbled_request_is_passed_over(small_cache):
+def test_a_line_with_a_malformed_request_is_skipped(small_cache):
     sweep(grid(small_cache))
     file = small_cache.path / "results.jsonl"
     row = json.loads(file.read_text().splitlines()[0])
     with file.open("a") as out:
-        out.writelines(json.dumps(row | {"request": garbled}) + "\n" for garbled in (["x"], {}, 7))
+        out.writelines(json.dumps(row | {"request": request}) + "\n" for request in (["x"], {}, 7))
     assert sweep(grid(small_cache)).fitted == 0
 
 
@@ -353,7 +379,7 @@ def test_ridge_beside_heads_that_take_steps(small_cache, run, monkeypatch):
     code, out, err = run("sweep", "--cache", small_cache.path, "--head", "ridge", "--penalty", "0.1,0.2,0.3")
     assert code == 0, err
     assert "6 of 6 heads fitted" in out
-    assert {row["plan"]["precision"] for row in read_results(small_cache.path)} == {"fp64"}
+    assert {row.plan.precision for row in read_results(small_cache.path)} == {"fp64"}
 
 
 def test_a_narrow_character_set_gets_its_table(small_cache):
@@ -376,7 +402,7 @@ def test_a_head_that_fails_is_named_and_the_others_are_kept(tmp_path, run):
     assert "prob-h4-steps100-lossmse of b, prob-h8-steps100-lossmse of b: the loss is" in err
     assert "2 of 4 heads fitted" in out
     assert "2 failed" in out
-    assert {row["task"] for row in read_results(path)} == {"a"}
+    assert {row.task for row in read_results(path)} == {"a"}
     code, out, _ = run(*command)
     assert code == 1
     assert "0 of 4 heads fitted" in out
@@ -385,12 +411,12 @@ def test_a_head_that_fails_is_named_and_the_others_are_kept(tmp_path, run):
 def test_a_dead_workers_heads_are_named_and_the_others_are_kept(small_cache, run, monkeypatch):
     real = fit_module.execute
 
-    def with_a_kill(jobs, plan, pool, progress):
+    def with_a_kill(jobs, plan, pool, advance):
         def kill(head_steps):
             if head_steps and not killed:
                 killed.append(pool._workers[0])
                 killed[0].process.kill()
-            progress(head_steps)
+            advance(head_steps)
 
         yield from real(jobs, plan, pool, kill)
 
@@ -418,14 +444,13 @@ def test_a_sweep_over_steps_is_one_run_whose_heads_are_those_of_runs_of_their_ow
     assert [(job.settings.steps, job.stops) for job in trained] == [(90, (30, 60))] * 4
     for number, steps in enumerate((30, 60, 90)):
         sweep(replace(config, values={"rank": (2, 3), "steps": (steps,)}, results=tmp_path / str(number)))
-        own = {(row["request"], row["task"]): row for row in read_results(tmp_path / str(number))}
-        rows = [row for row in read_results(tmp_path / "one") if row["settings"]["steps"] == steps]
+        own = {(row.request, row.task): row for row in read_results(tmp_path / str(number))}
+        rows = [row for row in read_results(tmp_path / "one") if row.settings["steps"] == steps]
         assert len(rows) == len(own) == 4
         for row in rows:
-            assert (row["accuracy"], row["bias"]) == tuple(
-                own[row["request"], row["task"]][k] for k in ("accuracy", "bias")
-            )
-            assert row.get("from_run_of") == (90 if steps < 90 else None)
+            alone = own[row.request, row.task]
+            assert (row.accuracy, row.bias) == (alone.accuracy, alone.bias)
+            assert row.from_run_of == (90 if steps < 90 else None)
     assert sweep(config).fitted == 0
 
 
@@ -434,7 +459,7 @@ def test_a_long_run_that_fails_does_not_take_the_short_ones_with_it(small_cache)
     result = sweep(SweepConfig(small_cache.path, values=values))
     assert len(result.failures) == 2
     assert all("the loss is" in reason for _, reason in result.failures)
-    assert {row["settings"]["steps"] for row in read_results(small_cache.path)} == {1}
+    assert {row.settings["steps"] for row in read_results(small_cache.path)} == {1}
     assert result.fitted == 2
 
 
@@ -451,5 +476,5 @@ def test_online_is_a_protocol_of_its_own_and_sees_every_row_once(small_cache, mo
         (60, 1, True),
     ]
     rows = read_results(small_cache.path)
-    assert {row["protocol"] for row in rows} == {"transductive, online", "transductive, online, fraction 0.5"}
-    assert {row["settings"]["steps"] for row in rows} == {1}
+    assert {row.protocol for row in rows} == {"transductive, online", "transductive, online, fraction 0.5"}
+    assert {row.settings["steps"] for row in rows} == {1}

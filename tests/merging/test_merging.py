@@ -9,9 +9,10 @@ from probsurgery.pipeline.merging.adamerging import blend
 from probsurgery.pipeline.merging.concrete import Mask
 from probsurgery.pipeline.merging.entropy import add_gradients, entropy
 from probsurgery.pipeline.merging.fisher import add_squares
-from probsurgery.pipeline.merging.registry import METHODS, Coefficients, Samples, merge
+from probsurgery.pipeline.merging.registry import METHODS, Coefficients, ImageStream, merge
 from probsurgery.pipeline.merging.regmean import InputGrams
-from probsurgery.pipeline.merging.sparse import magnitude_at, ties_vectors
+from probsurgery.pipeline.merging.sparse import magnitude_threshold, ties_vectors
+from probsurgery.pipeline.progress import no_progress
 
 D_IN, HIDDEN, D, CLASSES = 6, 10, 5, 4
 SHAPES = {"up.weight": (HIDDEN, D_IN), "up.bias": (HIDDEN,), "proj": (HIDDEN, D)}
@@ -62,16 +63,16 @@ def batches(task, split, size, seed):
         yield images[rows], labels[rows]
 
 
-def samples(tasks=EXPERTS, run=forward, dtype=torch.float32, progress=lambda done, total, what: None):
+def stream(tasks=EXPERTS, run=forward, dtype=torch.float32, progress=no_progress):
     g = torch.Generator().manual_seed(99)
     classifiers = {task: 4 * F.normalize(torch.randn(CLASSES, D, generator=g), dim=-1).to(dtype) for task in EXPERTS}
-    return Samples(run, {task: classifiers[task] for task in tasks}, batches, torch.device("cpu"), progress)
+    return ImageStream(run, {task: classifiers[task] for task in tasks}, batches, torch.device("cpu"), progress)
 
 
 def merged(method, base, experts, **settings):
     row = METHODS[method]
     brief = {k: v for k, v in BRIEF.items() if k in row.settings}
-    given = samples(experts) if row.learns else None
+    given = stream(experts) if row.learns else None
     return merge(method, base, experts, given, **(brief | settings))
 
 
@@ -148,7 +149,7 @@ def test_the_threshold_is_the_one_that_sorting_gives(keep, kind):
     change = {"many equal": lambda t: t.round(), "zeros": lambda t: t * (t > 1), "tiny": lambda t: t * 1e-42}
     tau = {n: change.get(kind, lambda t: t)(t) for n, t in tau.items()}
     magnitudes = flat(tau).abs().sort(descending=True).values
-    assert magnitude_at(tau.items, keep) == magnitudes[max(1, round(keep * len(magnitudes))) - 1].item()
+    assert magnitude_threshold(tau.items, keep) == magnitudes[max(1, round(keep * len(magnitudes))) - 1].item()
 
 
 def test_ties_on_identical_task_vectors_is_their_trimmed_sum():
@@ -209,13 +210,13 @@ def test_entropy_by_hand():
 @pytest.mark.parametrize("layerwise", [False, True])
 @pytest.mark.parametrize("images", [3, 7], ids=["together", "one after the other"])
 def test_the_gradient_of_coefficients_is_that_of_finite_differences(layerwise, images, monkeypatch):
-    monkeypatch.setattr("probsurgery.pipeline.merging.entropy._PASS", 40)
+    monkeypatch.setattr("probsurgery.pipeline.merging.entropy._PASS_SIZE", 40)
     double = {n: t.double() for n, t in BASE.items()}
     stacked = {n: torch.stack([e[n] - BASE[n] for e in EXPERTS.values()]).double() for n in BASE}
     g = torch.Generator().manual_seed(5)
     free = 0.1 + 0.3 * torch.rand(len(EXPERTS), len(BASE) if layerwise else 1, generator=g, dtype=torch.float64)
     free[0, 0] = -0.2  # beyond the clamp: no gradient
-    given = samples(dtype=torch.float64)
+    given = stream(dtype=torch.float64)
     batch = {task: images_of(task, images, torch.float64)[0] for task in EXPERTS}
 
     def total(values):
@@ -251,7 +252,7 @@ def test_a_step_holds_one_copy_of_the_merged_model_and_no_gradients():
             )
         return forward(weights, images)
 
-    add_gradients(blend(BASE, stacked, free), BASE, samples(run=watched), {"task1": images_of("task1", 4)[0]})
+    add_gradients(blend(BASE, stacked, free), BASE, stream(run=watched), {"task1": images_of("task1", 4)[0]})
     assert {name for name, _ in held} == set(BASE)
     assert all(others == [] for _, others in held)
 
@@ -259,10 +260,10 @@ def test_a_step_holds_one_copy_of_the_merged_model_and_no_gradients():
 @pytest.mark.parametrize("method", ["tw-adamerging", "lw-adamerging", "lw-adamerging++", "concrete-ta", "concrete-am"])
 def test_entropy_falls(method):
     seen = []
-    given = samples(progress=lambda done, total, what: seen.append((done, total, what)))
+    given = stream(progress=lambda done, total, what, **_: seen.append((done, total, what)))
     steps = 150 if method == "concrete-am" else 300
     found = merge(method, BASE, EXPERTS, given, steps=steps, lr=0.02)
-    course = found.about["entropy"]
+    course = found.entropy
     assert len(course) == (300 if method != "concrete-am" else 2 * steps)
     assert sum(course[-20:]) / 20 < 0.9 * sum(course[:20]) / 20
     assert seen[-1][:2] == (steps, steps)
@@ -287,7 +288,7 @@ def test_equal_coefficients_are_task_arithmetic(method, plain):
 @pytest.mark.parametrize("method", ["tw-adamerging", "lw-adamerging++"])
 def test_learned_coefficients_given_back_give_the_same_bytes(method):
     learned = merged(method, BASE, EXPERTS, steps=20, lr=0.05)
-    coefficients = learned.about["coefficients"]
+    coefficients = learned.coefficients
     assert coefficients.values.shape == ((len(EXPERTS),) if method.startswith("tw") else (len(EXPERTS), len(BASE)))
     assert ((coefficients.values >= 0) & (coefficients.values <= 1)).all()
     assert coefficients.values.std() > 0
@@ -302,7 +303,7 @@ def test_an_entropy_that_is_no_number_ends_the_merge():
         return forward(weights, images) * float("nan")
 
     with pytest.raises(ProbsurgeryError, match="the entropy is nan in step 0; try a smaller lr"):
-        merge("tw-adamerging", BASE, EXPERTS, samples(run=broken), steps=2)
+        merge("tw-adamerging", BASE, EXPERTS, stream(run=broken), steps=2)
 
 
 # Concrete masks
@@ -310,7 +311,7 @@ def test_an_entropy_that_is_no_number_ends_the_merge():
 
 def test_a_mask_is_the_same_within_a_step_and_another_in_the_next():
     mask = Mask({"w": torch.zeros(300, 30)}, 0.5, 0, torch.device("cpu"))
-    first, again, second, other = (mask.draw("w", step).detach() for step in (0, 0, 1, None))
+    first, again, second, other = (mask.sample("w", step).detach() for step in (0, 0, 1, None))
     assert torch.equal(first, again)
     assert not torch.allclose(first, second)
     assert torch.equal(other, torch.ones(300, 30))
@@ -327,8 +328,8 @@ def test_fisher_information_of_a_linear_softmax_is_the_closed_form():
     """For logits W x: E[(d log p(y|x) / d W_ij)^2] = p_i (1 - p_i) x_j^2, the sum over y weighted with p(y|x)."""
     torch.manual_seed(0)
     weight, x = torch.randn(CLASSES, D_IN), torch.randn(7, D_IN)
-    given = samples(["task1"])
-    given = Samples(lambda weights, images: images @ weights["w"].T, given.classifiers, batches)
+    given = stream(["task1"])
+    given = ImageStream(lambda weights, images: images @ weights["w"].T, given.classifiers, batches)
     object.__setattr__(given, "logits", lambda weights, task, images: images @ weights["w"].T)
     p = (x @ weight.T).softmax(-1)
     expected = torch.einsum("ni,nj->ij", p * (1 - p), x**2)
@@ -348,7 +349,7 @@ def test_fisher_information_of_a_linear_softmax_is_the_closed_form():
 def test_fisher_merging_weighs_each_parameter_by_its_information():
     """Against per-sample gradients from torch.func, and the formula."""
     experts = {t: EXPERTS[t] for t in ("task1", "task2")}
-    given = samples(experts)
+    given = stream(experts)
     found = merge("fisher", BASE, experts, given, images=20, labels=True, normalise=False, floor=0.0, seed=4).state
     weighted, total = (dict.fromkeys(BASE, 0) for _ in range(2))
     for task, expert in experts.items():
@@ -376,7 +377,9 @@ def test_regmean_of_one_linear_layer_is_the_least_squares_answer():
     experts = {
         t: {"w": torch.randn(D, D_IN, generator=torch.Generator().manual_seed(i))} for i, t in enumerate(EXPERTS)
     }
-    given = Samples(lambda weights, x: F.linear(x, weights["w"]), dict.fromkeys(experts, torch.zeros(2, D)), batches)
+    given = ImageStream(
+        lambda weights, x: F.linear(x, weights["w"]), dict.fromkeys(experts, torch.zeros(2, D)), batches
+    )
     found = merge("regmean", base, experts, given, images=100, off_diagonal=1.0).state["w"]  # batches of 64 and 36
     inputs = {t: torch.cat([x for x, _ in given.take(t, "test", 100, 0)]) for t in experts}
     x = torch.cat([inputs[t] for t in experts]).double()
@@ -399,7 +402,7 @@ def test_grams_are_seen_for_linear_layers_and_for_plain_products_alone():
         x @ torch.ones(D_IN, 2)  # not a weight
     inner = F.relu(F.linear(x, BASE["up.weight"], BASE["up.bias"])).double()
     assert watch.grams.keys() == {"up.weight", "proj"}
-    assert watch.turned == {"up.weight"}
+    assert watch.transposed == {"up.weight"}
     assert torch.allclose(watch.grams["up.weight"], x.double().T @ x.double())
     assert torch.allclose(watch.grams["proj"], inner.T @ inner, atol=1e-6)
 
@@ -414,7 +417,7 @@ def test_regmean_finds_every_linear_map_of_the_tower():
         architectures.functional("mini")(weights, torch.randn(2, 3, 48, 48))
     expected = {n for n, t in weights.items() if t.ndim == 2 and n not in ("class_embedding", "positional_embedding")}
     assert watch.grams.keys() == expected
-    assert watch.turned == expected - {"proj"}
+    assert watch.transposed == expected - {"proj"}
     assert all(len(watch.grams[n]) == weights[n].shape[n != "proj"] for n in expected)
 
 
@@ -432,11 +435,11 @@ def test_bad_requests_are_refused():
         merge("wa", BASE, [])
     with pytest.raises(InputError, match="differ in the key 'proj'"):
         merge("wa", BASE, [{n: BASE[n] for n in ("up.weight", "up.bias")}])
-    with pytest.raises(InputError, match="fisher learns from images; give it samples"):
+    with pytest.raises(InputError, match="fisher learns from images; give it a stream"):
         merge("fisher", BASE, EXPERTS)
     with pytest.raises(InputError, match="ta takes no coefficients"):
         merge("ta", BASE, EXPERTS, coefficients=Coefficients(None, None, torch.ones(5)))
-    with pytest.raises(InputError, match="traditional-mtl is a checkpoint of its own"):
+    with pytest.raises(InputError, match="traditional-mtl is a checkpoint, not a merge"):
         merge("traditional-mtl", BASE, EXPERTS)
 
 

@@ -8,6 +8,7 @@ from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.models import architectures
 from probsurgery.pipeline.models.architectures import ARCHS, expected_shapes, image_transform, model_config
 from probsurgery.pipeline.models.checkpoints import to_text
+from probsurgery.pipeline.models.text_classifiers import build_classifiers
 from support import tiny_clip
 
 
@@ -59,7 +60,7 @@ def test_text_classifiers_average_normalised_prompts_and_carry_the_scale(tiny):
 
     model = tiny_clip()
     task = Task("t", "clip8", ("cat", "dog"), templates=("a {}.", "the {}!", "{}"))
-    made = architectures.text_classifiers("tiny", to_text(model.state_dict()), [task], torch.device("cpu"))["t"]
+    made = build_classifiers("tiny", to_text(model.state_dict()), [task], torch.device("cpu"))["t"]
     tokenizer = open_clip.get_tokenizer("ViT-B-32-quickgelu")
     for row, name in zip(made, task.class_names, strict=True):
         tokens = tokenizer([template.format(name) for template in task.templates])[:, :77]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from probsurgery.pipeline.datasets.tasks import select_tasks
 from probsurgery.pipeline.errors import InputError
-from probsurgery.pipeline.models import pickles
+from probsurgery.pipeline.models import unpickler
 from probsurgery.pipeline.models.architectures import build_visual, expected_shapes, model_config
 from probsurgery.pipeline.models.checkpoints import check_state, digest, read_tensors, to_visual
 from probsurgery.pipeline.models.sources import Weights
@@ -216,7 +216,7 @@ def test_no_opcode_calls_or_changes_anything(tmp_path, monkeypatch, code):
     with pytest.raises(InputError, match=r"x\.pt (cannot be read|is cut off)"):
         read_tensors(tmp_path / "x.pt")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.pt"]
-    assert pickles._rebuild_tensor.__defaults__ is None
+    assert unpickler._rebuild_tensor.__defaults__ is None
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -390,7 +390,7 @@ def test_the_first_differing_key_is_named(model):
     with pytest.raises(InputError, match=f"x.pt lacks the key '{first}'"):
         check_state({n: t for n, t in state.items() if n != first}, shapes, "x.pt", "mini")
     with pytest.raises(
-        InputError, match=r"has 'proj' of shape \(3, 4\) instead of \(.*: it is no checkpoint of mini; it looks"
+        InputError, match=r"has 'proj' of shape \(3, 4\) instead of \(.*: it is not a checkpoint of mini; it looks"
     ):
         check_state(state | {"proj": torch.zeros(3, 4)}, shapes, "x.pt", "mini")
     with pytest.raises(InputError, match="has a key 'extra'"):

@@ -131,7 +131,7 @@ def test_features_are_those_of_the_checkpoints_on_the_hub(hub, command, tmp_path
     hub_copy.mkdir()
     (hub_copy / "mnist").symlink_to(hub.root / "datasets" / DATA["mnist"])
     images = open_images(task, "test", str(hub_copy), any_rows=True)
-    batch = torch.stack([image_transform("mini")(images.get(row)) for row in range(40)])
+    batch = torch.stack([image_transform("mini")(images.decode(row)) for row in range(40)])
     with torch.no_grad():
         expected = build_visual("mini", to_visual(expert, projection))(batch)
     held = Cache(tmp_path / "cache" / "tiny_ta_eurosat+svhn+mnist").features("mnist", "expert")

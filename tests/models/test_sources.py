@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from probsurgery.pipeline import hub
 from probsurgery.pipeline.datasets.tasks import select_tasks
 from probsurgery.pipeline.errors import InputError
-from probsurgery.pipeline.models import architectures, sources
+from probsurgery.pipeline.models import architectures, text_classifiers
 from probsurgery.pipeline.models.architectures import model_config
 from probsurgery.pipeline.models.checkpoints import digest, to_text, to_visual
 from probsurgery.pipeline.models.sources import Weights
+from probsurgery.pipeline.models.text_classifiers import build_classifiers, load_classifiers
 from support import TINY, hugging_face_config, pickled_like_task_vectors, tiny_clip
 
 CPU = torch.device("cpu")
@@ -59,7 +60,7 @@ def test_hugging_face_folders_are_found_by_any_name(tmp_path, tiny, clip, expert
     found = Weights("tiny", tmp_path)
     assert digest(found.pretrained()) == digest(to_visual(clip.state_dict()))
     assert digest(found.expert(EUROSAT)) == digest(expert_state(clip, expert))
-    assert found.files["eurosat"]["source"] == f"{its}/model.safetensors"
+    assert found.files["eurosat"].source == f"{its}/model.safetensors"
 
 
 @pytest.mark.parametrize("inner", ["", "ViT-T"])
@@ -73,14 +74,14 @@ def test_the_task_vectors_layout_is_read_whole(tmp_path, tiny, clip, expert, inn
     found = Weights("tiny", tmp_path)
     assert digest(found.pretrained()) == digest(to_visual(clip.state_dict()))
     assert digest(found.expert(EUROSAT)) == digest(state)
-    assert torch.equal(found.classifiers([EUROSAT], CPU)["eurosat"], head)
-    assert found.files["classifier eurosat"]["source"].endswith("head_EuroSAT.pt")
+    assert torch.equal(load_classifiers(found, [EUROSAT], CPU)["eurosat"], head)
+    assert found.files["classifier eurosat"].source.endswith("head_EuroSAT.pt")
     monkeypatch.setitem(architectures.ARCHS, "tiny", replace(TINY, pretrained_repo=None))
     found = Weights("tiny", tmp_path)
     with pytest.raises(
         InputError, match=r"no text tower, and .* holds neither classifiers.safetensors nor head_SVHN.pt"
     ):
-        found.classifiers([EUROSAT, SVHN], CPU)
+        load_classifiers(found, [EUROSAT, SVHN], CPU)
 
 
 def test_heads_that_are_no_classifiers_are_refused(tmp_path, tiny, clip):
@@ -94,36 +95,37 @@ def test_heads_that_are_no_classifiers_are_refused(tmp_path, tiny, clip):
     ]:
         torch.save(value, path)
         with pytest.raises(InputError, match=words) as caught:
-            Weights("tiny", tmp_path).classifiers([EUROSAT], CPU)
+            load_classifiers(Weights("tiny", tmp_path), [EUROSAT], CPU)
         assert "head_EuroSAT.pt" in str(caught.value)
 
 
 def test_classifiers_are_made_from_the_pretrained_text_tower_once(tmp_path, tiny, clip, monkeypatch):
     clip.save_pretrained(tmp_path / "pretrained")
-    expected = architectures.text_classifiers("tiny", to_text(clip.state_dict()), [EUROSAT, SVHN], CPU)
-    first = Weights("tiny", tmp_path).classifiers([EUROSAT, SVHN], CPU)
+    expected = build_classifiers("tiny", to_text(clip.state_dict()), [EUROSAT, SVHN], CPU)
+    first = load_classifiers(Weights("tiny", tmp_path), [EUROSAT, SVHN], CPU)
     assert all(torch.equal(first[name], expected[name]) for name in expected)
-    asked = []
-    make = architectures.text_classifiers
+    built = []
     monkeypatch.setattr(
-        architectures, "text_classifiers", lambda a, t, tasks, d: asked.append(tasks) or make(a, t, tasks, d)
+        text_classifiers,
+        "build_classifiers",
+        lambda a, t, tasks, d: built.append(tasks) or build_classifiers(a, t, tasks, d),
     )
-    again = Weights("tiny", tmp_path).classifiers([EUROSAT, SVHN], CPU)
-    assert asked == []
+    again = load_classifiers(Weights("tiny", tmp_path), [EUROSAT, SVHN], CPU)
+    assert built == []
     assert all(torch.equal(again[name], expected[name]) for name in expected)
-    kept = sorted((sources._user_cache() / "classifiers").iterdir())
-    assert len(kept) == 2
-    kept[0].write_bytes(b"torn")
-    kept[1].unlink()
-    assert torch.equal(Weights("tiny", tmp_path).classifiers([SVHN], CPU)["svhn"], expected["svhn"])
-    assert len(asked) == 1
+    files = sorted((text_classifiers.user_cache() / "classifiers").iterdir())
+    assert len(files) == 2
+    files[0].write_bytes(b"torn")
+    files[1].unlink()
+    assert torch.equal(load_classifiers(Weights("tiny", tmp_path), [SVHN], CPU)["svhn"], expected["svhn"])
+    assert len(built) == 1
 
 
 def test_a_home_that_cannot_be_written_costs_no_classifier(tmp_path, tiny, clip, monkeypatch):
     clip.save_pretrained(tmp_path / "pretrained")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert Weights("tiny", tmp_path).classifiers([SVHN], CPU)["svhn"].shape[0] == 10
+    assert load_classifiers(Weights("tiny", tmp_path), [SVHN], CPU)["svhn"].shape[0] == 10
 
 
 def test_classifiers_come_from_the_folder_if_it_has_them(tmp_path):
@@ -138,9 +140,9 @@ def test_classifiers_come_from_the_folder_if_it_has_them(tmp_path):
     ]:
         save_file(held, tmp_path / "classifiers.safetensors")
         with pytest.raises(InputError, match=words):
-            Weights("mini", tmp_path).classifiers(tasks, CPU)
+            load_classifiers(Weights("mini", tmp_path), tasks, CPU)
     save_file({"mnist": torch.ones(10, dim).half()}, tmp_path / "classifiers.safetensors")
-    assert Weights("mini", tmp_path).classifiers(tasks, CPU)["mnist"].dtype == torch.float32
+    assert load_classifiers(Weights("mini", tmp_path), tasks, CPU)["mnist"].dtype == torch.float32
 
 
 def test_a_missing_expert_is_named_with_where_it_was_looked_for(tmp_path):
@@ -156,7 +158,7 @@ def test_a_missing_expert_is_named_with_where_it_was_looked_for(tmp_path):
 def test_a_checkpoint_of_another_architecture_is_described(tmp_path, clip):
     clip.save_pretrained(tmp_path / "pretrained")
     with pytest.raises(
-        InputError, match=r"it is no checkpoint of vitb32; it looks like a CLIP ViT of width \d+, patch"
+        InputError, match=r"it is not a checkpoint of vitb32; it looks like a CLIP ViT of width \d+, patch"
     ):
         Weights("vitb32", tmp_path).pretrained()
 
@@ -168,7 +170,7 @@ def test_the_activation_that_transformers_notes_is_checked(tmp_path, tiny, clip)
     config = json.loads(path.read_text())
     config["vision_config"]["hidden_act"] = "gelu"
     path.write_text(json.dumps(config))
-    with pytest.raises(InputError, match="was trained with gelu, which tiny has not"):
+    with pytest.raises(InputError, match="was trained with gelu, which tiny does not have"):
         Weights("tiny", tmp_path).pretrained()
 
 
@@ -176,7 +178,7 @@ def test_a_file_that_differs_from_the_hubs_digest_is_refused(tmp_path, tiny, cli
     """The client names a file in its cache by its digest, and notes it beside a file in a local folder."""
     clip.save_pretrained(tmp_path / "plain")
     file = tmp_path / "plain" / "model.safetensors"
-    sha256 = hub.checked_digest(file)["sha256"]
+    sha256 = hub.checked_digest(file).sha256
     blobs, snapshot = tmp_path / "m" / "blobs", tmp_path / "m" / "snapshots" / "1"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
@@ -189,14 +191,14 @@ def test_a_file_that_differs_from_the_hubs_digest_is_refused(tmp_path, tiny, cli
         shutil.copy(file, tmp_path / "local" / "model.safetensors")
         (notes / "model.safetensors.metadata").write_text(f"commit\n{known}\n1700000000.0\n")
         for path in (snapshot / "model.safetensors", tmp_path / "local" / "model.safetensors"):
-            assert hub.checked_digest(path)["hub_digest"] == "agrees"
+            assert hub.checked_digest(path).hub_digest == "agrees"
             changed = bytearray(path.read_bytes())
             changed[-5] ^= 1
             path.resolve().write_bytes(changed)
             load_file(path)  # a flipped byte of a weight is no error of the format
             with pytest.raises(InputError, match="is damaged: its digest is"):
                 hub.checked_digest(path)
-    assert hub.checked_digest(file)["hub_digest"] == "unknown"
+    assert hub.checked_digest(file).hub_digest == "unknown"
 
 
 def test_architectures_without_published_experts_need_a_folder():

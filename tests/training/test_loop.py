@@ -11,7 +11,8 @@ import torch
 from autograd_loop import DIM, assert_same, plain_loop, rows
 from probsurgery.pipeline.config import LOSSES, ProbSettings, RidgeSettings, SurgerySettings
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
-from probsurgery.pipeline.training.loop import Job, Rows, Stream, train_stack
+from probsurgery.pipeline.training.batches import Job, Rows, Stream
+from probsurgery.pipeline.training.loop import train_stack
 from probsurgery.pipeline.training.plan import fit_heads
 
 
@@ -166,13 +167,13 @@ def test_a_head_sees_the_rows_that_it_may_see():
 
 @pytest.mark.parametrize("tasks", [1, 3])
 def test_heads_on_the_way_are_those_of_shorter_runs_and_leave_the_run_as_it_is(tasks):
-    its_rows = tuple(rows(name, 50, seed) for seed, name in enumerate("abc"[:tasks]))
+    all_rows = tuple(rows(name, 50, seed) for seed, name in enumerate("abc"[:tasks]))
     settings = ProbSettings(steps=150, hidden=8)
-    job = Job(its_rows, settings, stops=(10, 64, 100))
+    job = Job(all_rows, settings, stops=(10, 64, 100))
     whole, (fitted,) = fit_heads([replace(job, stops=())])[0], fit_heads([job])
     assert list(fitted.earlier) == [10, 64, 100]
     for steps, there in (*fitted.earlier.items(), (150, fitted)):
-        alone = fit_heads([Job(its_rows, replace(settings, steps=steps))])[0]
+        alone = fit_heads([Job(all_rows, replace(settings, steps=steps))])[0]
         assert all(torch.equal(there.params[n], alone.params[n]) for n in alone.params), steps
         assert not any(torch.equal(there.params[n], whole.params[n]) for n in whole.params) or steps == 150
     assert fitted.curve == whole.curve

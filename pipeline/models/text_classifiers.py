@@ -1,0 +1,160 @@
+"""Zero-shot classifiers: a checkpoint folder's own, or made from the pre-trained text tower and cached for the user."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from probsurgery.pipeline import hub
+from probsurgery.pipeline.datasets.tasks import Task
+from probsurgery.pipeline.errors import InputError
+from probsurgery.pipeline.files import SourceFile, replaced
+from probsurgery.pipeline.fingerprints import fingerprint
+from probsurgery.pipeline.models.architectures import model_config
+from probsurgery.pipeline.models.checkpoints import StateDict, check_state, digest, read_tensors, to_classifier, to_text
+from probsurgery.pipeline.models.sources import Weights
+
+
+def load_classifiers(weights: Weights, tasks: Sequence[Task], device: torch.device) -> dict[str, Tensor]:
+    """Zero-shot classifiers (C, d) by task: the folder's if it has them, else from the pre-trained text tower.
+
+    A folder holds them as `classifiers.safetensors`, or as the task-vectors code's `head_<Task>.pt`.
+    """
+    classifiers: dict[str, Tensor] = {}
+    for task in tasks:
+        classifier = _from_folder(weights, task)
+        if classifier is None:
+            continue
+        shape = (len(task.class_names), model_config(weights.arch)["embed_dim"])
+        if classifier.shape != shape:
+            raise InputError(
+                f"{weights.files[f'classifier {task.name}'].source}: the classifier of {task.name!r} has shape "
+                f"{tuple(classifier.shape)}, not (C, d) = {shape}"
+            )
+        if not classifier.isfinite().all():
+            raise InputError(f"the classifier of {task.name!r} in {weights.folder} holds NaN or infinite weights")
+        classifiers[task.name] = classifier.float().contiguous()
+    missing = [task for task in tasks if task.name not in classifiers]
+    return classifiers | (_from_text_tower(weights, missing, device) if missing else {})
+
+
+def _from_folder(weights: Weights, task: Task) -> Tensor | None:
+    for place in weights.places:
+        path = place / "classifiers.safetensors"
+        tensors = read_tensors(path) if path.is_file() else {}
+        if task.name in tensors:
+            weights.record(f"classifier {task.name}", path, str(path.relative_to(weights.folder)))
+            return tensors[task.name]
+        for title in (task.title, f"{task.title}Val") if task.title else ():
+            path = place / f"head_{title}.pt"
+            if path.is_file():
+                weights.record(f"classifier {task.name}", path, str(path.relative_to(weights.folder)))
+                try:
+                    return to_classifier(read_tensors(path))
+                except InputError as error:
+                    raise InputError(f"{path}: {str(error).removeprefix(f'{path} ')}") from None
+    return None
+
+
+def _from_text_tower(weights: Weights, tasks: Sequence[Task], device: torch.device) -> dict[str, Tensor]:
+    """Classifiers from the pre-trained text tower, cached in the user's cache folder because they take minutes."""
+    if not all(task.templates for task in tasks):
+        raise InputError(
+            f"{weights.folder} holds no classifier of {tasks[0].name!r} (classifiers.safetensors), and the task has "
+            "no prompts to make one from"
+        )
+    path = weights.pretrained_file
+    text = to_text(read_tensors(path))
+    if text is None and weights.folder is not None and weights.row.pretrained_repo is not None:
+        path = hub.download(weights.row.pretrained_repo, "--checkpoints")
+        text = to_text(read_tensors(path))
+    if text is None:
+        raise InputError(
+            f"{path} has no text tower, and {weights.folder} holds neither classifiers.safetensors nor "
+            f"head_{tasks[0].title}.pt; put one of them there"
+        )
+    check_state(text, text_shapes(weights.arch), f"the text tower of {path}", weights.arch)
+    text = {name: tensor.float() for name, tensor in text.items()}
+    tower, dim = digest(text), text["text_projection"].shape[1]
+    files, classifiers = {}, {}
+    for task in tasks:
+        weights.files[f"classifier {task.name}"] = SourceFile(source="text tower", sha256=tower)
+        key = fingerprint([weights.row.open_clip, tower, task.class_names, task.templates])
+        files[task.name] = user_cache() / "classifiers" / f"{key}.safetensors"
+        cached = _read_cached(files[task.name], (len(task.class_names), dim))
+        if cached is not None:
+            classifiers[task.name] = cached
+    missing = [task for task in tasks if task.name not in classifiers]
+    if missing:
+        built = build_classifiers(weights.arch, text, missing, device)
+        for name, classifier in built.items():
+            _write_cached(files[name], classifier)
+        classifiers |= built
+    return classifiers
+
+
+def user_cache() -> Path:
+    """The user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "probsurgery"
+
+
+def _read_cached(path: Path, shape: tuple[int, int]) -> Tensor | None:
+    try:
+        classifier = load_file(path)["classifier"]
+    except Exception:  # missing or damaged: it is built again
+        return None
+    return classifier if classifier.shape == shape and classifier.isfinite().all() else None
+
+
+def _write_cached(path: Path, classifier: Tensor) -> None:
+    with suppress(OSError):  # on a full disk or in a read-only home, it is built again next time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(path, shared=True) as partial:
+            save_file({"classifier": classifier}, partial)
+
+
+def text_shapes(arch: str) -> dict[str, torch.Size]:
+    """Names and shapes of the text tower's parameters, including the logit scale."""
+    with torch.device("meta"):
+        return {n: t.shape for n, t in _clip(arch).state_dict().items() if not n.startswith("visual.")}
+
+
+@torch.no_grad()
+def build_classifiers(arch: str, text: StateDict, tasks: Sequence[Task], device: torch.device) -> dict[str, Tensor]:
+    """Zero-shot classifiers (C, d) from a text tower with the shapes of `text_shapes`.
+
+    Each class name in each of the task's templates is embedded and normalised; the mean over templates is normalised
+    again, and multiplied by exp(logit_scale).
+    """
+    import open_clip
+
+    model = _clip(arch)
+    missing, unexpected = model.load_state_dict(text, strict=False)  # of the whole model, only the text tower is used
+    assert not unexpected
+    assert all(name.startswith("visual.") for name in missing)
+    model.to(device).eval()
+    length = model_config(arch)["text_cfg"].get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
+    tokenizer = open_clip.SimpleTokenizer(context_length=length)  # OpenAI's, which every `CLIP` was trained with
+    scale = model.logit_scale.exp()
+    classifiers = {}
+    for task in tasks:
+        weights = open_clip.build_zero_shot_classifier(
+            model, tokenizer, task.class_names, task.templates, device=device
+        )
+        classifiers[task.name] = (scale * weights.T).float().cpu().contiguous()
+    return classifiers
+
+
+def _clip(arch: str) -> nn.Module:
+    import open_clip
+
+    config = model_config(arch)
+    if "hf_model_name" in config["text_cfg"] or config.get("custom_text"):
+        raise InputError(f"classifiers of {arch} cannot be made here; put classifiers.safetensors into --checkpoints")
+    return open_clip.CLIP(**config)
