@@ -68,7 +68,8 @@ class _Source:
 
     @property
     def merge(self) -> str:
-        return registry.label(self.cache.identity.merge.to_json())
+        merge = self.cache.identity.merge
+        return registry.merge_label(merge.method, merge.settings, merge.name)
 
 
 def report(

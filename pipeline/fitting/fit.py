@@ -306,7 +306,7 @@ def _evaluated(
     request: HeadRequest, fitted: Fitted, plan: TrainingPlan, loaded: LoadedTasks, device: torch.device
 ) -> _TrainedHead:
     """Evaluate a head, and put together what is recorded of it."""
-    config, cache = request.config, loaded.cache
+    config, cache, merge = request.config, loaded.cache, loaded.cache.identity.merge
     record = TrainingRecord(
         tasks=request.tasks,
         penalty=fitted.penalty,
@@ -330,7 +330,7 @@ def _evaluated(
             request=request.digest,
             cache=cache.task_fingerprint(task),
             arch=cache.identity.arch,
-            merge=registry.label(cache.identity.merge.to_json()),
+            merge=registry.merge_label(merge.method, merge.settings, merge.name),
             parameters=parameter_count(config.head, cache.dim),
             seconds=fitted.seconds,
             device=record.device,
