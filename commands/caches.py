@@ -46,12 +46,12 @@ def _described(listed: Listed) -> dict:
     described = {"path": str(listed.path), "bytes": listed.size}
     if listed.cache is None:
         return described | {"problem": listed.problem}
-    from probsurgery.pipeline.merging.registry import label
+    from probsurgery.pipeline.merging.registry import merge_label
 
     manifest, identity = listed.cache.manifest, listed.cache.identity
     return described | {
         "arch": identity.arch,
-        "merge": label(identity.merge.to_json()),
+        "merge": merge_label(identity.merge.method, identity.merge.settings, identity.merge.name),
         "tasks": identity.tasks,
         "rows": sum(split.rows for task in manifest.tasks.values() for split in task.splits.values()),
         "store": manifest.store,

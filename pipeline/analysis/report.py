@@ -22,7 +22,7 @@ from probsurgery.pipeline.analysis.summary import (
 from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, Line, Table
 from probsurgery.pipeline.config import HEAD_SETTINGS
 from probsurgery.pipeline.errors import InputError
-from probsurgery.pipeline.merging import registry
+from probsurgery.pipeline.merging.registry import merge_label
 from probsurgery.pipeline.models import architectures
 from probsurgery.pipeline.store.cache import Cache
 from probsurgery.pipeline.store.results import ResultRow, Spread, read_results, spread
@@ -69,7 +69,11 @@ class _Source:
     @property
     def merge(self) -> str:
         merge = self.cache.identity.merge
+<<<<<<< HEAD
         return registry.merge_label(merge.method, merge.settings, merge.name)
+=======
+        return merge_label(merge.method, merge.settings, merge.name)
+>>>>>>> dev
 
 
 def report(

@@ -34,7 +34,6 @@ from probsurgery.pipeline.extraction.merges import (
     store_learned,
 )
 from probsurgery.pipeline.extraction.run_plan import RunPlan, decoding_workers, plan_run, split_record
-from probsurgery.pipeline.files import SourceFile
 from probsurgery.pipeline.merging.vectors import ImageStream
 from probsurgery.pipeline.models import architectures
 from probsurgery.pipeline.models.checkpoints import digest
@@ -184,8 +183,7 @@ def _register(writer: CacheWriter, plan: RunPlan) -> None:
         splits = {split: split_record(opened) for split, opened in images.items()} | dict(record.splits)
         origins = {split: Origin(opened.source, opened.class_order) for split, opened in images.items()}
         tasks[task.name] = msgspec.structs.replace(record, splits=splits, origins={**record.origins, **origins})
-    files = {name: SourceFile(**file) for name, file in plan.weights.files.items()}
-    writer.update(files={**writer.manifest.files, **files}, tasks=tasks)
+    writer.update(files={**writer.manifest.files, **plan.weights.files}, tasks=tasks)
     writer.request([f"{split}/{name}" for split, name in plan.images])
     arrays = {f"classifiers/{task.name}": plan.classifiers[task.name].numpy() for task in plan.extracted}
     writer.declare({name: ArraySpec(values.shape, "float32") for name, values in arrays.items()})

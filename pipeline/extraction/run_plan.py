@@ -20,6 +20,7 @@ from probsurgery.pipeline.extraction.merges import MergeRequest, merge_requests
 from probsurgery.pipeline.models import architectures
 from probsurgery.pipeline.models.checkpoints import StateDict, digest
 from probsurgery.pipeline.models.sources import Weights
+from probsurgery.pipeline.models.text_classifiers import load_classifiers
 from probsurgery.pipeline.store.arrays import KINDS, ArraySpec
 from probsurgery.pipeline.store.manifest import Identity, MergeIdentity, SplitRecord, TaskRecord
 from probsurgery.pipeline.store.target import check_target
@@ -103,7 +104,8 @@ def plan_run(config: ExtractConfig, ranks: Ranks) -> RunPlan:
     weights = Weights(config.arch, config.checkpoints)
     pretrained = weights.pretrained()
     # A merge that learns needs the classifiers of all tasks.
-    classifiers = weights.classifiers(tasks if any(request.learns for request in requests) else extracted, device)
+    needed = tasks if any(request.learns for request in requests) else extracted
+    classifiers = load_classifiers(weights, needed, device)
     checkpoints = {"pretrained": digest(pretrained)}
     checkpoints |= {name: digest(expert) for name, expert in weights.experts(tasks).items()}
     images = {

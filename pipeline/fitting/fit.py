@@ -28,7 +28,7 @@ from probsurgery.pipeline.fitting.requests import (
 from probsurgery.pipeline.fitting.splits import LoadedTasks
 from probsurgery.pipeline.heads.head import FitRecord, Head, TrainingRecord, load_head
 from probsurgery.pipeline.heads.kinds import Params, parameter_count, stack_params
-from probsurgery.pipeline.merging import registry
+from probsurgery.pipeline.merging.registry import merge_label
 from probsurgery.pipeline.progress import Progress, no_progress
 from probsurgery.pipeline.store.cache import Cache
 from probsurgery.pipeline.store.lock import require_writable
@@ -306,7 +306,8 @@ def _evaluated(
     request: HeadRequest, fitted: Fitted, plan: TrainingPlan, loaded: LoadedTasks, device: torch.device
 ) -> _TrainedHead:
     """Evaluate a head, and put together what is recorded of it."""
-    config, cache, merge = request.config, loaded.cache, loaded.cache.identity.merge
+    config, cache = request.config, loaded.cache
+    merge = cache.identity.merge
     record = TrainingRecord(
         tasks=request.tasks,
         penalty=fitted.penalty,
@@ -330,7 +331,7 @@ def _evaluated(
             request=request.digest,
             cache=cache.task_fingerprint(task),
             arch=cache.identity.arch,
-            merge=registry.merge_label(merge.method, merge.settings, merge.name),
+            merge=merge_label(merge.method, merge.settings, merge.name),
             parameters=parameter_count(config.head, cache.dim),
             seconds=fitted.seconds,
             device=record.device,
