@@ -1,9 +1,10 @@
-"""How much memory does each merge take, in models, and does it grow with the number of experts?
+"""How much memory does each merge take, in models, and does it grow with the experts?
 
 The checkpoints are random ViT-B/32 image towers (P = 335 MiB in float32) in safetensors files. Each merge runs in a
-separate process. Its peak is the resident memory beyond that before the merge, plus theta_0, divided by P. Merges that
-learn take two steps on batches of two images of 224 x 224 (Fisher and RegMean: four images), so that activations are
-small. On a CPU all of it is in one memory; with CUDA, the docstrings of the modules say what is on the device.
+process of its own; its peak is what is resident beyond what the process held before it, plus theta_0, divided by P.
+Merges that learn take two steps on batches of two images of 224 x 224 (Fisher and RegMean four images), so that
+activations weigh little. On a CPU everything is in one memory; with CUDA, what the modules' docstrings place on the
+device is there.
 
     python benchmarks/merge_memory.py [--experts 2,8] [--merge NAME ...]
 """
@@ -23,7 +24,7 @@ BRIEF = {"steps": 2, "batch_size": 2, "images": 4}
 
 
 def write_checkpoints(folder: Path, count: int) -> None:
-    """Write a random pre-trained tower, and `count` experts that differ from it by small noise."""
+    """A pre-trained tower and `count` others near it."""
     import torch
     from safetensors.torch import save_file
 
@@ -38,7 +39,7 @@ def write_checkpoints(folder: Path, count: int) -> None:
 
 
 def measure(folder: Path, method: str, count: int) -> float:
-    """Peak memory of one merge in this process, in models (P)."""
+    """The peak of one merge, in this process."""
     import torch
 
     from probsurgery.pipeline.merging.registry import METHODS, Samples, merge
@@ -60,7 +61,7 @@ def measure(folder: Path, method: str, count: int) -> float:
     samples = Samples(functional("vitb32"), {task: torch.randn(10, 512) for task in experts}, batches)
     settings = {name: value for name, value in BRIEF.items() if name in row.settings}
     with torch.no_grad():
-        samples.forward(pretrained, next(batches("", "", 2, 0))[0])  # loads libraries before the measurement
+        samples.forward(pretrained, next(batches("", "", 2, 0))[0])  # libraries load
     _, peak = peak_of(lambda: merge(method, pretrained, experts, samples if row.learns else None, **settings))
     return 1 + peak / (4 * sum(tensor.numel() for tensor in pretrained.values()))
 

@@ -1,9 +1,9 @@
-"""How good is each merge on the mini suite, how much accuracy do heads recover, and what does the merge cost?
+"""How good is each merge on the mini suite, what do heads win back, and what does the merge cost?
 
-Every merge goes through `extract` and `fit`, with three seeds each: of the heads, and of the merge if it is random.
-Accuracies are averages over the tasks, mean and standard deviation over seeds. Seconds and memory are those of the
-merge alone, in a separate process. Memory is the peak in MiB beyond the memory in use before the merge, decoded images
-included.
+Every merge goes through `extract` and `fit` as the commands do, three seeds each: the seed of the heads, and of what
+the merge draws, if it draws anything. Accuracies are averages over the tasks, mean and standard deviation over seeds.
+Seconds and memory are of the merge alone, in a process of its own; the memory is what it takes at its peak beyond what
+the process held before it, in models (P, float32), decoded images included.
 
     python benchmarks/merges.py [--merge NAME ...] [--seeds 0,1,2]
 """
@@ -23,7 +23,7 @@ from peak import peak_of
 
 
 def measure(merge: str, seed: int, root: str) -> dict:
-    """Run one merge through both stages in this process; returns its figures."""
+    """One merge through both stages, in this process."""
     import torch
 
     import probsurgery

@@ -1,11 +1,11 @@
-"""How large are the differences between heads on the mini suite, and do they hold over seeds?
+"""How wide are the margins that the mini suite shows, and do they hold over seeds?
 
-Fits every head of the demo with each seed on one cache of the whole suite, and prints averages over tasks:
+Fits every head of the demo with each seed on one cache of the whole suite and prints the averages over tasks:
 
     python benchmarks/mini_margins.py [--cache cache/mini_ta] [--seeds 0,1,2]
 
-The cache is created if it is missing. Heads and results go to a temporary folder. The thresholds of the end-to-end test
-were chosen from this output, which is in RESULTS.md.
+The cache is made if it is not there. Heads and results go to a folder that is removed afterwards. The end-to-end test's
+thresholds were set from this output; RESULTS.md keeps it.
 """
 
 from __future__ import annotations

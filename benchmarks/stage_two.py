@@ -1,13 +1,13 @@
-"""How much faster is stage two than one autograd loop per head, and than the public code?
+"""How much faster is stage two than one autograd loop for each head, and than the public code's way?
 
-Trains heads on random features with the row counts of the eight tasks, and compares each time with the time that the
-naive loop would take, measured in the same run on the same machine:
+Trains heads on random features with the row counts of the eight tasks, and prints each time beside what the naive loop
+would take in the same run on the same machine:
 
     python benchmarks/stage_two.py [--device auto] [--quick]
 
 The naive loop (nn.Linear, autograd, torch's default Adam, with one thread or all, whichever is faster) is timed for
-some steps before and after each case, and extrapolated. So is the public code, which runs two encoders in every step.
-Times of stage two include starting workers and writing scratch files, but not evaluation.
+some steps before and after each case, and multiplied. So is the public code's way, which runs two encoders in every
+step. Times of stage two are whole: starting workers and writing scratch files is included. Evaluation is not.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ROWS |= {"svhn": 26_032, "gtsrb": 12_630, "mnist": 10_000, "dtd": 1_880}
 
 @dataclass(frozen=True)
 class Case:
-    """Settings, each of which is fitted on every task."""
+    """Every setting is fitted on every task."""
 
     title: str
     dim: int
@@ -84,7 +84,7 @@ class Naive(nn.Module):
 
 
 def naive_seconds(settings: HeadSettings, rows: Rows, device: torch.device, wanted: float) -> float:
-    """Seconds per step of the naive loop, timed for about `wanted` seconds."""
+    """Seconds of one step of the naive loop, timed for about `wanted` seconds."""
     merged, expert = rows.merged.to(device), rows.expert.to(device)
     head = Naive(settings, merged.shape[1]).to(device)
     optimizer = torch.optim.Adam(head.parameters(), lr=settings.lr)
@@ -112,8 +112,8 @@ def naive_seconds(settings: HeadSettings, rows: Rows, device: torch.device, want
 
 
 def reference_seconds(device: torch.device) -> float:
-    """Seconds of the two encoder passes that the public code runs in each step: ViT-B/32, 16 images."""
-    logging.getLogger().setLevel(logging.ERROR)  # no warning about random weights
+    """Seconds of the two encoder passes that the public code makes in each step: ViT-B/32, 16 images."""
+    logging.getLogger().setLevel(logging.ERROR)  # random weights will do, and need no warning
     towers = [open_clip.create_model("ViT-B-32-quickgelu", pretrained=None).visual.to(device).eval() for _ in range(2)]
     images = torch.randn(16, 3, 224, 224, device=device)
     with torch.no_grad():
@@ -142,7 +142,7 @@ def features(dim: int) -> list[Rows]:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second that a large copy reads and writes."""
+    """Bytes a second that a large copy reads and writes."""
     source = torch.empty(2**28, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
