@@ -104,13 +104,8 @@ def plan_run(config: ExtractConfig, ranks: Ranks) -> RunPlan:
     weights = Weights(config.arch, config.checkpoints)
     pretrained = weights.pretrained()
     # A merge that learns needs the classifiers of all tasks.
-<<<<<<< HEAD
     needed = tasks if any(request.learns for request in requests) else extracted
     classifiers = load_classifiers(weights, needed, device)
-=======
-    learns = any(request.learns for request in requests)
-    classifiers = load_classifiers(weights, tasks if learns else extracted, device)
->>>>>>> models
     checkpoints = {"pretrained": digest(pretrained)}
     checkpoints |= {name: digest(expert) for name, expert in weights.experts(tasks).items()}
     images = {
