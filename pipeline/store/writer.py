@@ -23,6 +23,7 @@ from probsurgery.pipeline.store.formats import FORMATS
 from probsurgery.pipeline.store.manifest import (
     Identity,
     Manifest,
+    RowNumber,
     check_form,
     new_manifest,
     read_manifest,
@@ -41,7 +42,7 @@ class JournalEntry(Record, omit_defaults=False):
     """Number of the shards."""
     shards: Mapping[str, ShardSeal] = {}
     """By array."""
-    skipped: Mapping[str, Mapping[str, str]] = {}
+    skipped: Mapping[str, Mapping[RowNumber, str]] = {}
     precision: Mapping[str, float] = {}
 
 

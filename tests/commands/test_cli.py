@@ -286,7 +286,7 @@ def test_tables_name_every_task_and_head(run, small_cache):
     out = run("fit", "--cache", small_cache.path, *FEW)[1]
     assert "2 heads" in out
     status, out, err = run("fit", "--cache", small_cache.path, *FEW)
-    assert (status, "is there already" in err) == (0, True)
+    assert (status, "exists with the same settings" in err) == (0, True)
     run("fit", "--cache", small_cache.path, "--head", "ridge")
     out = run("report", "--cache", small_cache.path)[1]
     for word in ("individual experts", "merged (ta)", "+ ridge", "+ ProbSurgery (h=8, 20 steps)", "Bias", " a ", " b "):

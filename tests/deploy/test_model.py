@@ -53,7 +53,7 @@ def images():
 def pictures(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
     for row in range(5):
-        images["fruit"].get(row).save(folder / f"{row}.png")
+        images["fruit"].decode(row).save(folder / f"{row}.png")
     return sorted(folder.iterdir())
 
 
@@ -65,7 +65,7 @@ def model(cache, tmp_path):
 
 
 def batch(model, images, task):
-    return torch.stack([model.transform(images[task].get(row)) for row in range(ROWS)])
+    return torch.stack([model.transform(images[task].decode(row)) for row in range(ROWS)])
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -165,7 +165,7 @@ def test_a_learned_merge_comes_from_the_cache(tmp_path, images):
         merged = model.encoder(batch(model, images, "fruit"))
     assert torch.allclose(merged, opened.features("fruit"), atol=1e-5, rtol=0)
     (path / "merged.safetensors").unlink()
-    with pytest.raises(InputError, match="merged.safetensors is gone or damaged; run the same"):
+    with pytest.raises(InputError, match="merged.safetensors is missing or damaged; run the same"):
         assemble(path, "it")
 
 

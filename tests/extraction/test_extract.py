@@ -62,7 +62,7 @@ def test_features_are_those_of_the_encoders(tmp_path, store):
     merged = merge("ta", weights.pretrained(), weights.experts(tasks)).state
     for task in tasks:
         images = open_images(task, "test", limit=LIMIT)
-        batch = torch.stack([architectures.image_transform("mini")(images.get(i)) for i in range(LIMIT)])
+        batch = torch.stack([architectures.image_transform("mini")(images.decode(i)) for i in range(LIMIT)])
         for kind, state in (("expert", weights.expert(task)), ("merged", merged), ("pretrained", weights.pretrained())):
             with torch.no_grad():
                 expected = architectures.build_visual("mini", state)(batch)
@@ -227,10 +227,10 @@ def test_features_that_overflow_are_an_error_that_names_them(tmp_path, checkpoin
 
 
 def test_an_image_that_cannot_be_decoded_is_named(tmp_path, monkeypatch):
-    def get(row):
+    def decode(row):
         raise OSError("broken data stream")
 
-    monkeypatch.setattr(run_plan, "open_images", lambda *a, **k: replace(open_images(*a, **k), get=get))
+    monkeypatch.setattr(run_plan, "open_images", lambda *a, **k: replace(open_images(*a, **k), decode=decode))
     for workers in (0, 1):
         with pytest.raises(
             ProbsurgeryError, match=r"^image 0 of test/digits8 cannot be decoded: broken data stream; .*--skip-bad$"
@@ -245,12 +245,12 @@ def test_images_that_cannot_be_decoded_can_be_left_out(tmp_path, monkeypatch, st
     def some_broken(task, *rest, **named):
         images = open_images(task, *rest, **named)
 
-        def get(row):
+        def decode(row):
             if task.name == "texture" and row in (3, 40, 41):
                 raise Image.DecompressionBombError("too large\nfor anyone")
-            return images.get(row)
+            return images.decode(row)
 
-        return replace(images, get=get)
+        return replace(images, decode=decode)
 
     monkeypatch.setattr(run_plan, "open_images", some_broken)
     request = config(tmp_path / "holes", store=store, skip_bad=True)
@@ -266,7 +266,7 @@ def test_images_that_cannot_be_decoded_can_be_left_out(tmp_path, monkeypatch, st
     assert cache.task_fingerprint("texture") != Cache(whole).task_fingerprint("texture")
     assert cache.task_fingerprint("digits8") == Cache(whole).task_fingerprint("digits8")
     rows = fit(FitConfig(cache.path, SurgerySettings(steps=30))).rows
-    assert [row["eval_rows"] for row in rows] == [LIMIT, LIMIT - 3]
+    assert [row.eval_rows for row in rows] == [LIMIT, LIMIT - 3]
     assert extract.extract(request).images == 0
 
 
@@ -339,7 +339,7 @@ def test_the_papers_tasks_are_extracted_from_files_in_the_published_formats(tmp_
     assert cache.features("eurosat", "pretrained").equal(cache.features("svhn", "pretrained"))
     assert not cache.features("eurosat", "expert").equal(cache.features("svhn", "expert"))
     rows = fit(FitConfig(path, SurgerySettings(steps=30))).rows
-    assert all(row["bias"]["after"] < row["bias"]["before"] for row in rows)
+    assert all(row.bias.after < row.bias.before for row in rows)
 
 
 def test_devices_that_are_not_there_are_refused():

@@ -166,7 +166,7 @@ def test_labels_play_no_part_in_what_is_learned(tmp_path, monkeypatch):
         def opened(*arguments, shuffle=shuffle, **other):
             images = open_images(*arguments, **other)
             labels = images.labels[::-1].copy() if shuffle else images.labels
-            return Images(labels, images.fingerprint, images.get)
+            return Images(labels, images.fingerprint, images.decode)
 
         monkeypatch.setattr(run_plan, "open_images", opened)
         for method in ("lw-adamerging++", "fisher", "regmean", "concrete-am"):
@@ -486,7 +486,7 @@ def test_samples_are_the_images_with_their_labels(monkeypatch, held):
         monkeypatch.setattr("probsurgery.pipeline.extraction.image_stream._HELD_BYTES", 0)
     (task,) = select_tasks("mini", ["texture"])
     images = open_images(task, "test", limit=30)
-    good = images.get
+    good = images.decode
 
     def broken(row):
         if row == 7:

@@ -190,12 +190,12 @@ def test_images_that_were_left_out_are_left_out_again(tmp_path, monkeypatch):
     def some_broken(task, *rest, **named):
         images = open_images(task, *rest, **named)
 
-        def get(row):
+        def decode(row):
             if task.name == "texture" and row == 40:
                 raise Image.DecompressionBombError("too large")
-            return images.get(row)
+            return images.decode(row)
 
-        return replace(images, get=get)
+        return replace(images, decode=decode)
 
     monkeypatch.setattr(run_plan, "open_images", some_broken)
     run_extract(config(tmp_path, skip_bad=True))
