@@ -25,7 +25,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest -q
 
 lint: .venv/installed
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports --no-cache
 
 clean:
 	rm -rf .venv build dist *.egg-info

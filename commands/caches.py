@@ -48,10 +48,10 @@ def _described(listed: Listed) -> dict:
         return described | {"problem": listed.problem}
     from probsurgery.pipeline.merging.registry import merge_label
 
-    manifest, identity = listed.cache.manifest, listed.cache.identity
+    manifest, identity, merge = listed.cache.manifest, listed.cache.identity, listed.cache.identity.merge
     return described | {
         "arch": identity.arch,
-        "merge": merge_label(identity.merge.method, identity.merge.settings, identity.merge.name),
+        "merge": merge_label(merge.method, merge.settings, merge.name),
         "tasks": identity.tasks,
         "rows": sum(split.rows for task in manifest.tasks.values() for split in task.splits.values()),
         "store": manifest.store,
@@ -152,7 +152,7 @@ def _split_row(cache: Cache, split: str, task: str) -> tuple[str, ...]:
 def verify_command(
     cache: CacheArgument,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Delete damaged shards, so that the same extract fills them again.")
+        bool, typer.Option("--repair", help="Drop damaged shards, so that the same extract fills them again.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -176,8 +176,8 @@ def verify_command(
     else:
         arrays = sum(check.shards > 0 for check in checks)
         shards = sum(check.shards - check.missing for check in checks)
-        deleted = " and deleted; run the same `probsurgery extract` again to fill them" if repair and damage else ""
-        counts = f"{arrays} arrays, {shards} shards checked, {len(damage)} damaged{deleted}"
+        dropped = " and dropped; run the same `probsurgery extract` again to fill them" if repair and damage else ""
+        counts = f"{arrays} arrays, {shards} shards checked, {len(damage)} damaged{dropped}"
         print(f"{cache}: {counts}; content {opened.content[:16]}")
     if damage:
         raise typer.Exit(1)
@@ -209,11 +209,11 @@ def remove_command(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Delete caches with their heads and results; caches that share files with them stay whole."""
-    from probsurgery.pipeline.store.maintenance import Listed, removable, remove, size_of
+    from probsurgery.pipeline.store.maintenance import Listed, remove, require_removable, size_of
 
     caches = list(dict.fromkeys(caches))
     for path in caches:
-        removable(path)
+        require_removable(path)
     for path in caches:
         if not yes:
             if not sys.stdin.isatty():

@@ -117,7 +117,10 @@ def merges_command(as_json: AsJson = False) -> None:
                     "title": method.title,
                     "paper": method.paper,
                     "learns": method.learns,
-                    "settings": {key: {"default": s.default, "about": s.about} for key, s in method.settings.items()},
+                    "settings": {
+                        key: {"default": setting.default, "about": setting.description}
+                        for key, setting in method.settings.items()
+                    },
                 }
                 for name, method in METHODS.items()
             }
@@ -127,4 +130,4 @@ def merges_command(as_json: AsJson = False) -> None:
         print(f"{name}: {method.title}{', learns from unlabelled images' if method.learns else ''}\n  {method.paper}")
         for key, setting in method.settings.items():
             default = number_text(setting.default) if isinstance(setting.default, float) else str(setting.default)
-            print(f"    {key + '=' + default:<20} {setting.about}")
+            print(f"    {key + '=' + default:<20} {setting.description}")
