@@ -1,10 +1,10 @@
-"""How much memory does each merge take, in models, and does it grow with the experts?
+"""How much memory does each merge take, in models, and does it grow with the number of experts?
 
 The checkpoints are random ViT-B/32 image towers (P = 335 MiB in float32) in safetensors files. Each merge runs in a
-process of its own; its peak is what is resident beyond what the process held before it, plus theta_0, divided by P.
+separate process; its peak is the resident memory beyond what the process held before, plus theta_0, divided by P.
 Merges that learn take two steps on batches of two images of 224 x 224 (Fisher and RegMean four images), so that
-activations weigh little. On a CPU everything is in one memory; with CUDA, what the modules' docstrings place on the
-device is there.
+activations are small. On a CPU all memory is counted; with CUDA, part of it is on the device, see the modules'
+docstrings.
 
     python benchmarks/merge_memory.py [--experts 2,8] [--merge NAME ...]
 """
@@ -24,7 +24,7 @@ BRIEF = {"steps": 2, "batch_size": 2, "images": 4}
 
 
 def write_checkpoints(folder: Path, count: int) -> None:
-    """A pre-trained tower and `count` others near it."""
+    """A pre-trained tower and `count` experts close to it."""
     import torch
     from safetensors.torch import save_file
 
@@ -39,10 +39,11 @@ def write_checkpoints(folder: Path, count: int) -> None:
 
 
 def measure(folder: Path, method: str, count: int) -> float:
-    """The peak of one merge, in this process."""
+    """The peak memory of one merge in models, in this process."""
     import torch
 
-    from probsurgery.pipeline.merging.registry import METHODS, Samples, merge
+    from probsurgery.pipeline.merging.registry import METHODS, merge
+    from probsurgery.pipeline.merging.vectors import ImageStream
     from probsurgery.pipeline.models.architectures import functional
     from probsurgery.pipeline.models.checkpoints import VisualState, read_tensors
     from probsurgery.pipeline.models.sources import OnRequest
@@ -58,11 +59,11 @@ def measure(folder: Path, method: str, count: int) -> float:
     row = METHODS[method]
     pretrained = {name: tensor.clone() for name, tensor in opened(0).items()}
     experts = OnRequest({f"task{i}": (lambda i=i: opened(i)) for i in range(1, count + 1)})
-    samples = Samples(functional("vitb32"), {task: torch.randn(10, 512) for task in experts}, batches)
+    stream = ImageStream(functional("vitb32"), {task: torch.randn(10, 512) for task in experts}, batches)
     settings = {name: value for name, value in BRIEF.items() if name in row.settings}
     with torch.no_grad():
-        samples.forward(pretrained, next(batches("", "", 2, 0))[0])  # libraries load
-    _, peak = peak_of(lambda: merge(method, pretrained, experts, samples if row.learns else None, **settings))
+        stream.forward(pretrained, next(batches("", "", 2, 0))[0])  # loads libraries
+    _, peak = peak_of(lambda: merge(method, pretrained, experts, stream if row.learns else None, **settings))
     return 1 + peak / (4 * sum(tensor.numel() for tensor in pretrained.values()))
 
 
@@ -73,10 +74,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--experts", default="2,8")
     parser.add_argument("--merge", nargs="+", default=merges)
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        folder, method, count = arguments.one
+    if arguments.measure:
+        folder, method, count = arguments.measure
         print(json.dumps(measure(Path(folder), method, int(count))))
         return
     counts = list(map(int, arguments.experts.split(",")))
@@ -86,7 +87,7 @@ def main() -> None:
         for method in arguments.merge:
             peaks = []
             for count in counts:
-                command = [sys.executable, __file__, "--one", folder, method, str(count)]
+                command = [sys.executable, __file__, "--measure", folder, method, str(count)]
                 done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
                 peaks.append(json.loads(done.stdout))
             print(f"{method:<18}" + "".join(f"{peak:>12.1f}" for peak in peaks), flush=True)

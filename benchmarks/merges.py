@@ -1,9 +1,9 @@
-"""How good is each merge on the mini suite, what do heads win back, and what does the merge cost?
+"""How accurate is each merge on the mini suite, how much do heads recover, and what does the merge cost?
 
-Every merge goes through `extract` and `fit` as the commands do, three seeds each: the seed of the heads, and of what
-the merge draws, if it draws anything. Accuracies are averages over the tasks, mean and standard deviation over seeds.
-Seconds and memory are of the merge alone, in a process of its own; the memory is what it takes at its peak beyond what
-the process held before it, in models (P, float32), decoded images included.
+Every merge goes through `extract` and `fit` as in the commands, with three seeds, which seed the heads and any
+randomness of the merge. Accuracies are averages over the tasks, as mean and standard deviation over seeds. Seconds and
+memory are of the merge only, in a separate process; memory is its peak in MiB beyond what the process held before,
+decoded images included.
 
     python benchmarks/merges.py [--merge NAME ...] [--seeds 0,1,2]
 """
@@ -23,33 +23,32 @@ from peak import peak_of
 
 
 def measure(merge: str, seed: int, root: str) -> dict:
-    """One merge through both stages, in this process."""
+    """Figures of one merge after both stages, in this process."""
     import torch
 
     import probsurgery
-    from probsurgery.pipeline.extraction import merges
+    from probsurgery.pipeline.extraction import extract
     from probsurgery.pipeline.merging.registry import METHODS
 
-    found, make = {}, merges.make
+    figures, make_merge = {}, extract.make_merge
 
-    def watched(request, weights, pretrained, *rest):
-        model, peak = peak_of(lambda: make(request, weights, pretrained, *rest))
-        found["memory"] = peak / 2**20
+    def measured(*arguments):
+        model, peak = peak_of(lambda: make_merge(*arguments))
+        figures["memory"] = peak / 2**20
         return model
 
-    merges.make = watched
-    drawn = {"seed": seed} if "seed" in METHODS[merge].settings else {}
-    config = probsurgery.ExtractConfig("mini", (merge,), drawn, root=Path(root))
-    run = probsurgery.extract(config)
-    found["seconds"] = run.seconds["merge"]
+    extract.make_merge = measured
+    settings = {"seed": seed} if "seed" in METHODS[merge].settings else {}
+    run = probsurgery.extract(probsurgery.ExtractConfig("mini", (merge,), settings, root=Path(root)))
+    figures["seconds"] = run.seconds["merge"]
     for head in ("surgery", "prob"):
         fit = probsurgery.FitConfig(run.caches[0], probsurgery.head_settings(head), seed=seed)
         rows = probsurgery.fit(fit).rows
-        found[head] = 100 * fmean(row["accuracy"]["head"] for row in rows)
+        figures[head] = 100 * fmean(row.accuracy.head for row in rows)
     for kind in ("merged", "individual"):
-        found[kind] = 100 * fmean(row["accuracy"][kind] for row in rows)
-    record = json.loads((run.caches[0] / "manifest.json").read_text()).get("merge", {})
-    return found | {"entropy": record.get("entropy"), "torch": torch.__version__, "threads": torch.get_num_threads()}
+        figures[kind] = 100 * fmean(getattr(row.accuracy, kind) for row in rows)
+    entropy = dict(probsurgery.open_cache(run.caches[0]).manifest.merge.entropy)
+    return figures | {"entropy": entropy, "torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
 def main() -> None:
@@ -58,10 +57,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--merge", nargs="+", default=list(METHODS))
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        merge, seed, root = arguments.one
+    if arguments.measure:
+        merge, seed, root = arguments.measure
         print(json.dumps(measure(merge, int(seed), root)))
         return
     seeds = list(map(int, arguments.seeds.split(",")))
@@ -70,7 +69,7 @@ def main() -> None:
         runs = []
         for seed in seeds:
             with tempfile.TemporaryDirectory() as root:
-                command = [sys.executable, __file__, "--one", merge, str(seed), root]
+                command = [sys.executable, __file__, "--measure", merge, str(seed), root]
                 done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=os.environ, text=True)
             runs.append(json.loads(done.stdout))
 

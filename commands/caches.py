@@ -116,8 +116,7 @@ def _info_lines(cache: Cache, size: int) -> Iterator[str]:
     yield f"{cache.path}: {identity.arch}, merged by {merge.name or merge.method}{settings}, d={cache.dim}"
     if identity.corruption:
         yield f"images corrupted by {identity.corruption}"
-    encoded = f"; encoded in {identity.precision}" if identity.precision else ""
-    yield f"stored in {manifest.store}, {identity.dtype}, {decimal(size)}{encoded}"
+    yield f"stored in {manifest.store}, {identity.dtype}, {decimal(size)}; encoded in {identity.precision}"
     yield f"identity {cache.fingerprint[:16]}, content {cache.content[:16]}"
     software = ", ".join(f"{name} {version}" for name, version in manifest.software.items())
     yield f"created {manifest.created} by {software}"

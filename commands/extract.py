@@ -15,7 +15,7 @@ from probsurgery.pipeline.config import DTYPES, PRECISIONS, STORES, ExtractConfi
 from probsurgery.pipeline.extraction.distributed import launched_rank
 
 if TYPE_CHECKING:
-    from probsurgery.pipeline.extraction.extract import ExtractResult
+    from probsurgery.pipeline.extraction.extract import Extraction
 
 default = ExtractConfig  # whose class attributes are the options' defaults
 
@@ -92,7 +92,7 @@ def extract_command(
         _print_result(result)
 
 
-def _print_result(result: ExtractResult) -> None:
+def _print_result(result: Extraction) -> None:
     encoding = sum(seconds for phase, seconds in result.seconds.items() if phase not in ("prepare", "merge"))
     if result.images:
         phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in result.seconds.items())

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from probsurgery.pipeline.analysis.labels import head_label
 from probsurgery.pipeline.errors import InputError
-from probsurgery.pipeline.files import MalformedError, decode
 from probsurgery.pipeline.heads.head import Head, load_head
 from probsurgery.pipeline.store.cache import Cache
 from probsurgery.pipeline.store.results import ResultRow
@@ -29,9 +28,9 @@ def kept_heads(cache: Cache, results: Path | None = None) -> Iterator[KeptHead]:
     for path in sorted(paths, key=lambda path: (path.name.count("-"), path.name)):
         try:
             head = load_head(path)
-            rows = decode(list[ResultRow], head.record.get("results"))
-        except (InputError, MalformedError):  # `fit` reports damaged heads
+        except InputError:  # `fit` reports damaged heads
             continue
+        rows = [*head.record.results] if head.record else []
         if rows and head.dim == cache.dim and current_rows(rows, cache) == rows:
             seed = f", seed {rows[0].seed}" if rows[0].seed else ""
             yield KeptHead(head_label(rows[0]) + seed, rows[0].protocol, head)

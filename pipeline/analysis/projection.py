@@ -34,21 +34,21 @@ def projection(cache: Cache, results: Path | None = None, method: str = "PCA") -
 
     The first `SHOWN_ROWS` rows of each task in a fixed random order. PCA, or t-SNE by scikit-learn.
     """
-    kept = next(kept_heads(cache, results), None)
-    if kept is None:
+    first = next(kept_heads(cache, results), None)
+    if first is None:
         return None
     features = {}
-    for task in kept.head.tasks:
+    for task in first.head.tasks:
         merged, expert = cache.features(task), cache.features(task, "expert")
         rows = torch.randperm(len(merged), generator=torch.Generator().manual_seed(0))[:SHOWN_ROWS]
         features[task, "merged"] = merged[rows]
-        features[task, "corrected"] = kept.head(merged[rows], task)
+        features[task, "corrected"] = first.head(merged[rows], task)
         features[task, "expert"] = expert[rows]
     plane = _project(torch.cat([*features.values()]), method).split([*map(len, features.values())])
-    points: dict[str, dict[str, Tensor]] = {task: {} for task in kept.head.tasks}
+    points: dict[str, dict[str, Tensor]] = {task: {} for task in first.head.tasks}
     for (task, kind), values in zip(features, plane, strict=True):
         points[task][kind] = values
-    return Projection(str(cache.path), kept.label, method, points)
+    return Projection(str(cache.path), first.label, method, points)
 
 
 def _project(values: Float[Tensor, "N d"], method: str) -> Float[Tensor, "N 2"]:

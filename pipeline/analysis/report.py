@@ -64,10 +64,11 @@ class _Source:
     """Where the results and heads are."""
     rows: list[ResultRow]
     name: str = ""
-    """Of the merge; with the folder's name where several caches have the same merge."""
+    """The merge's label; with the folder's name where several caches have the same merge."""
 
     @property
     def merge(self) -> str:
+        """The merge's label."""
         merge = self.cache.identity.merge
         return merge_label(merge.method, merge.settings, merge.name)
 
@@ -113,7 +114,7 @@ def _read(cache: Cache, results: str | Path | None) -> _Source:
 
 
 def _named(sources: Sequence[_Source]) -> list[_Source]:
-    """The same merge of other images, or in another type, is told apart by the cache's folder."""
+    """The sources with names. Caches of the same merge, of other images or in another type, get their folder's name."""
     counts = Counter(source.merge for source in sources)
     folders = [f", {source.cache.path.name}" if counts[source.merge] > 1 else "" for source in sources]
     return [replace(source, name=source.merge + folder) for source, folder in zip(sources, folders, strict=True)]

@@ -33,8 +33,10 @@ def head_figures(rows: Sequence[ResultRow], tasks: Sequence[str]) -> HeadFigures
 
 
 def encoder_accuracy(rows: Sequence[ResultRow], tasks: Sequence[str], encoder: str) -> dict[str, Spread]:
-    """Accuracy in percent of the `pretrained`, `individual` or `merged` encoder on the rows that the heads were
-    evaluated on; empty if it is unknown."""
+    """Accuracy in percent of the `pretrained`, `individual` or `merged` encoder, or nothing if it is unknown.
+
+    It is that of the rows on which the heads were evaluated.
+    """
 
     def percent(row: ResultRow) -> float | None:
         share = getattr(row.accuracy, encoder)

@@ -36,7 +36,7 @@ def transfer(cache: str | Path, on: Sequence[str | Path] = (), results: Path | N
                     f"{target.path} has {field} {shortened(given)}, but {source.path} has {shortened(expected)}; "
                     "heads do not fit it"
                 )
-    across_tasks = [_across_tasks(source, kept) for kept in heads]
+    across_tasks = [_across_tasks(source, kept_head) for kept_head in heads]
     return across_tasks + [_on_cache(target, source, heads) for target in targets]
 
 
@@ -52,30 +52,32 @@ def _encoders(cache: Cache, tasks: Sequence[str]) -> list[Line]:
     return lines
 
 
-def _across_tasks(cache: Cache, kept: KeptHead) -> Table:
+def _across_tasks(cache: Cache, kept_head: KeptHead) -> Table:
     """A line for each task that has a head, or one for a shared head; a column for each task."""
-    tasks, head = cache.tasks("test"), kept.head
+    tasks, head = cache.tasks("test"), kept_head.head
     lines = _encoders(cache, tasks)
     for fitted_on in [head.tasks] if head.shared else [(task,) for task in head.tasks]:
         values = {task: _percent(head(cache.features(task), fitted_on[0]), cache, task) for task in tasks}
         elsewhere = [value for task, value in values.items() if task not in fitted_on]
         values |= {"elsewhere": fmean(elsewhere)} if elsewhere else {}
         lines.append(Line(f"fitted on {'+'.join(fitted_on)}", values))
-    title = f"On every task: {kept.label} ({cache.path}: fitted {kept.protocol}, evaluated on all test images)"
+    fitted = f"{cache.path}: fitted {kept_head.protocol}"
+    title = f"Accuracy in %. On every task: {kept_head.label} ({fitted}, evaluated on all test images)"
     columns = dict.fromkeys([*tasks, AVERAGE, "elsewhere"], ".1f")
     notes = ("elsewhere: the mean over tasks that the head was not fitted on.",)
-    return Table(f"Accuracy in %. {title}", columns, tuple(lines), first="head", notes=notes)
+    return Table(title, columns, tuple(lines), first="head", notes=notes)
 
 
 def _on_cache(target: Cache, source: Cache, heads: Sequence[KeptHead]) -> Table:
     """Heads of a source cache on a target's features, beside those fitted there."""
-    tasks = [task for task in target.tasks("test") if any(task in kept.head.tasks for kept in heads)]
+    tasks = [task for task in target.tasks("test") if any(task in source_head.head.tasks for source_head in heads)]
     lines = _encoders(target, tasks)
-    for origin, kept in [(source, kept) for kept in heads] + [(target, kept) for kept in kept_heads(target)]:
-        fitted = [task for task in tasks if task in kept.head.tasks]
-        values = {task: _percent(kept.head(target.features(task), task), target, task) for task in fitted}
-        if len(values) == len(tasks):
-            values[AVERAGE] = fmean(values.values())
-        lines.append(Line(f"{kept.label}, fitted on {origin.path.name} ({kept.protocol})", values))
+    for origin, origin_heads in ((source, heads), (target, kept_heads(target))):
+        for kept_head in origin_heads:
+            fitted = [task for task in tasks if task in kept_head.head.tasks]
+            values = {task: _percent(kept_head.head(target.features(task), task), target, task) for task in fitted}
+            if len(values) == len(tasks):
+                values[AVERAGE] = fmean(values.values())
+            lines.append(Line(f"{kept_head.label}, fitted on {origin.path.name} ({kept_head.protocol})", values))
     title = f"Accuracy in %. On {target.path}, all test images: heads of {source.path.name}, and those fitted there"
     return Table(title, dict.fromkeys([*tasks, AVERAGE], ".1f"), tuple(lines), max, first="head")

@@ -35,21 +35,21 @@ def uncertainties(cache: Cache, results: Path | None = None) -> list[HeadUncerta
     return [
         HeadUncertainty(
             str(cache.path),
-            kept.label,
-            kept.protocol,
+            kept_head.label,
+            kept_head.protocol,
             {
                 task: measure(
-                    kept.head.params_of(task),
+                    kept_head.head.params_of(task),
                     cache.features(task),
                     cache.features(task, "expert"),
                     cache.classifier(task),
                     cache.labels(task),
                 )
-                for task in kept.head.tasks
+                for task in kept_head.head.tasks
             },
         )
-        for kept in kept_heads(cache, results)
-        if kept.head.settings.predicts_sigma
+        for kept_head in kept_heads(cache, results)
+        if kept_head.head.settings.predicts_sigma
     ]
 
 

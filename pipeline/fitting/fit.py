@@ -27,7 +27,7 @@ from probsurgery.pipeline.fitting.requests import (
 )
 from probsurgery.pipeline.fitting.splits import LoadedTasks
 from probsurgery.pipeline.heads.head import FitRecord, Head, TrainingRecord, load_head
-from probsurgery.pipeline.heads.kinds import Params, parameter_count, stack_params
+from probsurgery.pipeline.heads.kinds import parameter_count, stack_params
 from probsurgery.pipeline.merging.registry import merge_label
 from probsurgery.pipeline.progress import Progress, no_progress
 from probsurgery.pipeline.store.cache import Cache
@@ -36,7 +36,7 @@ from probsurgery.pipeline.store.manifest import software
 from probsurgery.pipeline.store.results import ResultRow, TrainingPlan, append_results
 from probsurgery.pipeline.training.batches import Job
 from probsurgery.pipeline.training.loop import Fitted
-from probsurgery.pipeline.training.plan import Plan, StepCounter, Workload, execute, make_plan
+from probsurgery.pipeline.training.plan import Plan, StepCounter, execute, make_plan
 from probsurgery.pipeline.training.workers import Pool
 
 
@@ -124,11 +124,10 @@ def failure_lines(failures: Sequence[tuple[str, str]]) -> list[str]:
 class _TrainedHead:
     """The head of one request, trained and evaluated."""
 
-    params: Params
+    fitted: Fitted
     record: TrainingRecord
     rows: dict[str, ResultRow]
     """By task."""
-    seconds: float
 
 
 class _Fit:
@@ -180,10 +179,10 @@ class _Fit:
             request=description(config, self._cache, config.tasks),
             results=tuple(self._rows[task] for task in config.tasks),
             fits=tuple(head.record for head in heads),
-            seconds=sum(head.seconds for head in heads),
+            seconds=sum(head.fitted.seconds for head in heads),
             software=software(),
         )
-        params = stack_params([head.params for head in heads])
+        params = stack_params([head.fitted.params for head in heads])
         self._trained.clear()
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -231,7 +230,7 @@ def _train(
     """Train and evaluate the head of every request. Yields each with its head or its error, as stacks finish."""
     runs = training_runs(requests)
     groups = _groups(list(runs), cache, device)
-    counter = StepCounter(sum(_workload(request, cache).head_steps for request in runs), progress)
+    counter = StepCounter(sum(request.workload.head_steps for request in runs), progress)
     retries = []
     workers = max(group.plan.workers for group in groups)
     # Workers take seconds to start, so they are started before features are read.
@@ -248,12 +247,12 @@ def _train(
                         yield request, outcome
                         retries += runs[request]  # a shorter run may succeed
                     else:
-                        recorded = plan.record(stacks[number], request.settings)
+                        recorded = plan.record(stacks[number], request.workload.settings)
                         yield request, _evaluated(request, outcome, recorded, loaded, device)
                         for shorter in runs[request]:
-                            fitted = outcome.earlier[shorter.settings.steps]
+                            fitted = outcome.earlier[shorter.workload.settings.steps]
                             yield shorter, _evaluated(shorter, fitted, recorded, loaded, device)
-                    counter()
+                    counter()  # ridge takes no step, and what is shown beside the steps may have changed
     if retries:
         yield from _train(retries, cache, device, progress)
 
@@ -271,7 +270,7 @@ def _groups(requests: Sequence[HeadRequest], cache: Cache, device: torch.device)
     common, groups = requests[0].config, []
     for group in by_tasks.values():
         plan = make_plan(
-            [_workload(request, cache) for request in group],
+            [request.workload for request in group],
             device,
             workers=common.workers,
             tf32=common.tf32,
@@ -291,15 +290,11 @@ def _tasks_of(requests: Sequence[HeadRequest]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(task for request in requests for task in request.tasks))
 
 
-def _workload(request: HeadRequest, cache: Cache) -> Workload:
-    return Workload(request.settings, len(request.tasks), cache.dim)
-
-
 def _job(request: HeadRequest, loaded: LoadedTasks, shorter: Sequence[HeadRequest]) -> Job:
     config = request.config
     rows = tuple(loaded.rows(config, task) for task in request.tasks)
-    stops = tuple(sorted(other.settings.steps for other in shorter))
-    return Job(rows, request.settings, config.seed, config.online, stops)
+    stops = tuple(sorted(other.workload.settings.steps for other in shorter))
+    return Job(rows, request.workload.settings, config.seed, config.online, stops)
 
 
 def _evaluated(
@@ -340,4 +335,4 @@ def _evaluated(
         )
         for task in request.tasks
     }
-    return _TrainedHead(fitted.params, record, rows, fitted.seconds)
+    return _TrainedHead(fitted, record, rows)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from probsurgery.pipeline.config import FitConfig, HeadSettings
+from probsurgery.pipeline.config import FitConfig
 from probsurgery.pipeline.datasets.tasks import check_names
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.fingerprints import differences, fingerprint
@@ -17,6 +17,7 @@ from probsurgery.pipeline.heads.head import Head, load_head
 from probsurgery.pipeline.store.cache import Cache
 from probsurgery.pipeline.store.lock import require_writable
 from probsurgery.pipeline.store.results import ResultRow, append_results, read_results
+from probsurgery.pipeline.training.plan import Workload
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +29,8 @@ class HeadRequest:
     name: str
     """Name of the configuration, and of the folder that heads are kept in."""
     tasks: tuple[str, ...]
-    settings: HeadSettings
-    """As it is trained: online, it takes one step for each row that it sees."""
+    workload: Workload
+    """With the settings as they are trained: online, one step for each row that the head sees."""
     digest: str
     """Digest of what determines the head; rows of results carry it as `request`."""
 
@@ -69,8 +70,8 @@ def head_requests(config: FitConfig, name: str, cache: Cache) -> tuple[HeadReque
         settings = config.head
         if config.online:
             settings = replace(settings, steps=seen_count(config, cache.rows(tasks[0], config.fit_split)))
-        digest = fingerprint(description(config, cache, tasks))
-        requests.append(HeadRequest(config, name, tasks, settings, digest))
+        workload = Workload(settings, len(tasks), cache.dim)
+        requests.append(HeadRequest(config, name, tasks, workload, fingerprint(description(config, cache, tasks))))
     return tuple(requests)
 
 

@@ -66,7 +66,7 @@ def sweep(config: SweepConfig, progress: Progress = no_progress) -> SweepResult:
     begun, best = time.perf_counter(), _BestSoFar()
 
     def show(done: int, total: int, what: str = "", *, unit: str | None = None) -> None:
-        progress(done, total, best.text, unit=unit)
+        progress(done, total, best.text)
 
     results = fit_all(config.expand(), keep_heads=config.keep_heads, progress=show, finished=best.note)
     tasks = results[0].config.tasks

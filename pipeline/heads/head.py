@@ -29,7 +29,7 @@ _MAX_HEADER_BYTES = 2**20
 """Of the header of head.safetensors."""
 
 
-class HeadDescription(Record, kw_only=True):
+class HeadDescription(Record):
     """What head.json holds of the head itself. A fit's record stands beside it, in the same JSON object."""
 
     schema: int
@@ -113,14 +113,8 @@ class Head:
             save_file({name: t.contiguous().cpu() for name, t in self.params.items()}, weights)
         except SafetensorError as error:
             raise ProbsurgeryError(f"cannot write {weights}: {first_line(error)}") from None
-        description = HeadDescription(
-            schema=SCHEMA,
-            head=self.settings.kind,
-            settings=asdict(self.settings),
-            tasks=self.tasks,
-            shared=self.shared,
-            dim=self.dim,
-        )
+        kind, settings = self.settings.kind, asdict(self.settings)
+        description = HeadDescription(SCHEMA, kind, settings, self.tasks, self.shared, self.dim)
         write_json(folder / "head.json", description.to_json() | (self.record.to_json() if self.record else {}))
 
 
@@ -157,7 +151,7 @@ def _read_description(folder: Path) -> tuple[HeadDescription, FitRecord | None]:
 
 
 def _load_params(folder: Path, settings: HeadSettings, dim: int, stack: int) -> Params:
-    """The parameters. They are read only if the file's size is theirs."""
+    """The parameters. They are read only if the file has the size that the settings imply."""
     expected = {name: (stack, *shape) for name, shape in HEADS[settings.kind].shapes(settings, dim).items()}
     file = folder / "head.safetensors"
     try:

@@ -24,7 +24,7 @@ from probsurgery.pipeline.store.manifest import (
     Identity,
     Manifest,
     RowNumber,
-    check_form,
+    checked_manifest,
     new_manifest,
     read_manifest,
     write_manifest,
@@ -233,7 +233,7 @@ class CacheWriter:
                         raise DamagedCacheError(f"{journal} is damaged; delete it and extract again") from None
                     changed = True
             if changed:
-                check_form(self.manifest, self.path / manifests.FILE)
+                checked_manifest(self.manifest.to_json(), self.path / manifests.FILE)
                 self.save()
 
     def finish(self) -> None:

@@ -199,6 +199,7 @@ class StepCounter:
         self._done, self._total, self._progress = 0, total, progress
 
     def __call__(self, head_steps: int = 0) -> None:
+        """`head_steps` more are done; 0 reports the same sum again."""
         self._done += head_steps
         self._progress(self._done, self._total)
 

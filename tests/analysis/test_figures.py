@@ -177,10 +177,10 @@ def test_colours_are_told_apart_by_colour_blind_readers():
 def test_without_matplotlib_the_error_says_what_to_install(results, run, tmp_path, monkeypatch):
     real = builtins.__import__
 
-    def no_matplotlib(name, *rest):
+    def no_matplotlib(name, *rest, **named):
         if name.split(".")[0] == "matplotlib":
             raise ImportError(name)
-        return real(name, *rest)
+        return real(name, *rest, **named)
 
     for name in [n for n in sys.modules if n.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)

@@ -205,7 +205,7 @@ def test_sweeps_are_curves_and_the_main_table_has_what_is_kept(small_cache, run)
     status, out, err = run("report", "--cache", small_cache.path)
     assert (status, err) == (
         0,
-        "5 more settings of sweeps are summed up against what varies; --all gives each a line\n",
+        "5 more settings of sweeps are only in the tables by setting; --all gives each a line\n",
     )
     assert "Accuracy in % against rank: Surgery (30 steps) (transductive)" in out
 

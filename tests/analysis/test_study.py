@@ -122,7 +122,7 @@ def test_bad_requests(run, small_cache, tmp_path):
     refused(run("study", "ranks", "--cache", small_cache.path), "unknown study 'ranks'", "rank, width, steps")
     refused(run("study", "rank"), "a study needs a cache", "--cache")
     refused(run("study", "rank", "--cache", tmp_path / "none"), "does not exist")
-    refused(run("study", "rank", "--cache", small_cache.path, "--seed", "x"), "--seed has 'x'")
+    refused(run("study", "rank", "--cache", small_cache.path, "--seed", "x"), "'--seed': 'x' is not a whole number")
     refused(run("study", "rank", "--cache", small_cache.path, "--format", "pdf"), "'pdf'", "markdown")
     refused(run("study", "rank", "--cache", small_cache.path, "--tasks", "z"), "'z'")
     assert not (small_cache.path / "results.jsonl").exists()

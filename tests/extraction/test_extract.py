@@ -266,7 +266,7 @@ def test_images_that_cannot_be_decoded_can_be_left_out(tmp_path, monkeypatch, st
     assert cache.task_fingerprint("texture") != Cache(whole).task_fingerprint("texture")
     assert cache.task_fingerprint("digits8") == Cache(whole).task_fingerprint("digits8")
     rows = fit(FitConfig(cache.path, SurgerySettings(steps=30))).rows
-    assert [row["eval_rows"] for row in rows] == [LIMIT, LIMIT - 3]
+    assert [row.eval_rows for row in rows] == [LIMIT, LIMIT - 3]
     assert extract.extract(request).images == 0
 
 

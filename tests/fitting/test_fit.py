@@ -1,6 +1,7 @@
 """Stage two: what a fit reads, writes and refuses."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,14 @@ from msgspec.structs import replace
 from safetensors.torch import load_file
 
 from probsurgery.pipeline.analysis.report import report
-from probsurgery.pipeline.config import FitConfig, ProbSettings, RidgeSettings, SurgerySettings
+from probsurgery.pipeline.config import (
+    ExtractConfig,
+    FitConfig,
+    ProbSettings,
+    RidgeSettings,
+    SurgerySettings,
+    SweepConfig,
+)
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.fitting import fit as fit_module
 from probsurgery.pipeline.fitting.fit import fit
@@ -73,9 +81,9 @@ def test_labels_change_the_accuracy_and_nothing_of_the_fit(tmp_path):
             assert [r.accuracy for r in first.rows] != [r.accuracy for r in second.rows]
 
 
-def test_results_of_other_data_are_not_taken_for_ones_own(tmp_path):
-    """Two caches of one identity, whose classifiers differ, with one folder of results."""
-    paths = [write_cache(tmp_path / name, {"a": 60}) for name in ("one", "two")]
+def test_results_of_other_data_are_not_reused(tmp_path):
+    """Two caches of the same identity, whose classifiers differ, share a folder of results."""
+    paths = [write_cache(tmp_path / name, {"a": 60}) for name in ("first", "second")]
     manifest = Cache(paths[1]).manifest
     changed = replace(manifest.tasks["a"], classifier="another")
     write_manifest(paths[1], replace(manifest, tasks={"a": changed}))
@@ -86,15 +94,15 @@ def test_results_of_other_data_are_not_taken_for_ones_own(tmp_path):
         report(paths[1], tmp_path / "results")
 
 
-def test_the_same_request_is_a_no_op_and_the_same_bytes_when_made_again(small_cache, tmp_path):
+def test_the_same_request_is_a_no_op_and_gives_the_same_bytes_elsewhere(small_cache, tmp_path):
     config = FitConfig(small_cache.path, PROB)
     first = fit(config)
-    kept = (small_cache.path / "results.jsonl").read_bytes()
+    before = (small_cache.path / "results.jsonl").read_bytes()
     again = fit(config)
     assert again.repeated
     assert not first.repeated
     assert again.rows == first.rows
-    assert (small_cache.path / "results.jsonl").read_bytes() == kept
+    assert (small_cache.path / "results.jsonl").read_bytes() == before
     elsewhere = fit(FitConfig(small_cache.path, PROB, results=tmp_path / "elsewhere"))
     assert not elsewhere.repeated
     assert head_bytes(elsewhere) == head_bytes(first)
@@ -152,7 +160,7 @@ def test_a_damaged_head_is_refused(small_cache, damage):
         fit(FitConfig(small_cache.path, PROB))
 
 
-def test_of_two_equal_fits_at_once_one_finds_the_others_head(small_cache, tmp_path, monkeypatch):
+def test_of_two_equal_fits_at_once_the_later_returns_the_earlier_head(small_cache, tmp_path, monkeypatch):
     real = fit_module.execute
 
     def meanwhile(*arguments):
@@ -291,3 +299,12 @@ def test_default_names_tell_settings_apart():
         "ridge-penalty0.5",
         "prob-h128-lr0.0001-kl0-shared-holdout0.2-fraction0.1-seed2",
     ]
+
+
+def test_paths_may_be_text(small_cache, tmp_path):
+    result = fit(FitConfig(str(small_cache.path), PROB, results=str(tmp_path / "results")))
+    assert result.path == tmp_path / "results" / "heads" / "prob-h8-steps60"
+    sweep = SweepConfig("cache/c", results="r")
+    assert (sweep.cache, sweep.results, sweep.expand()[0].cache) == (Path("cache/c"), Path("r"), Path("cache/c"))
+    extract = ExtractConfig("mini", root="r", coefficients="c.json")
+    assert (extract.root, extract.coefficients, extract.out) == (Path("r"), Path("c.json"), None)

@@ -1,4 +1,4 @@
-"""Sweeps: what they fit, what they skip, what they say, and what a failure or an interrupt leaves."""
+"""Sweeps: what they fit, skip and print, and what remains after a failure or an interrupt."""
 
 import json
 import os
@@ -72,31 +72,31 @@ def test_a_line_is_what_single_fits_give_over_seeds(small_cache, tmp_path):
 
 
 @pytest.mark.parametrize("other", [{}, {"holdout": 0.3}, {"fit_split": "train"}], ids=str)
-def test_heads_of_a_sweep_see_and_are_judged_on_the_rows_of_their_own_fraction_and_seed(tmp_path, other):
+def test_heads_of_a_sweep_are_fitted_and_evaluated_on_the_rows_of_their_own_fraction_and_seed(tmp_path, other):
     path = write_cache(tmp_path / "cache", {"a": 90, "b": 30}, splits=("test", "train"))
     values = {"rank": (2,), "steps": (60,)}
     sweep(SweepConfig(path, ("surgery",), values, fraction=(0.3, 0.6, 1.0), seed=(0, 1), **other))
-    found = {(row.protocol, row.seed, row.task): row for row in read_results(path)}
-    assert len(found) == 12
+    by_run = {(row.protocol, row.seed, row.task): row for row in read_results(path)}
+    assert len(by_run) == 12
     for fraction in (0.3, 0.6, 1.0):
         for seed in (0, 1):
             settings = SurgerySettings(rank=2, steps=60)
             config = FitConfig(path, settings, fraction=fraction, seed=seed, results=tmp_path / "alone", **other)
             for row in fit(config).rows:
-                same = found[row.protocol, seed, row.task]
+                same = by_run[row.protocol, seed, row.task]
                 assert same.fit_rows == row.fit_rows
                 assert structs.asdict(same.bias) == pytest.approx(structs.asdict(row.bias), rel=1e-5)
                 assert same.accuracy == row.accuracy
-    assert len({row.bias.after for row in found.values()}) == 12
+    assert len({row.bias.after for row in by_run.values()}) == 12
 
 
 def test_evaluation_in_parts_is_that_of_all_rows(small_cache, tmp_path, monkeypatch):
     whole = sweep(grid(small_cache)).lines
-    monkeypatch.setattr("probsurgery.pipeline.fitting.splits.EVALUATED_AT_ONCE", 7)
+    monkeypatch.setattr("probsurgery.pipeline.fitting.splits.EVALUATION_ROWS", 7)
     parts = sweep(grid(small_cache, results=tmp_path)).lines
-    for one, other in zip(whole, parts, strict=True):
-        assert one.average_accuracy == other.average_accuracy
-        assert one.average_bias.mean == pytest.approx(other.average_bias.mean, rel=1e-6)
+    for line, other in zip(whole, parts, strict=True):
+        assert line.average_accuracy == other.average_accuracy
+        assert line.average_bias.mean == pytest.approx(other.average_bias.mean, rel=1e-6)
 
 
 def test_values_that_are_nearly_equal_are_told_apart(small_cache):
@@ -123,20 +123,20 @@ def test_rows_are_those_of_a_fit_and_name_their_plan(small_cache, tmp_path):
     assert not (small_cache.path / "heads").exists()
 
 
-def test_what_is_there_is_not_fitted_again(small_cache):
+def test_existing_results_are_not_fitted_again(small_cache):
     assert sweep(grid(small_cache)).fitted == 24
-    kept = (small_cache.path / "results.jsonl").read_bytes()
+    before = (small_cache.path / "results.jsonl").read_bytes()
     again = sweep(grid(small_cache))
     assert (again.fitted, again.heads) == (0, 24)
-    assert (small_cache.path / "results.jsonl").read_bytes() == kept
+    assert (small_cache.path / "results.jsonl").read_bytes() == before
     assert len(again.lines) == 4
     assert again.lines[0].average_accuracy is not None
     wider = SweepConfig(small_cache.path, values=GRID | {"hidden": (4, 8, 16)}, seed=(0, 1, 2, 3))
     assert sweep(wider).fitted == 2 * (3 * 2 * 4 - 12)
-    assert (small_cache.path / "results.jsonl").read_bytes().startswith(kept)
+    assert (small_cache.path / "results.jsonl").read_bytes().startswith(before)
 
 
-def test_results_of_other_data_or_settings_are_not_taken_for_those_asked(small_cache, tmp_path):
+def test_results_of_other_data_or_settings_are_not_reused(small_cache, tmp_path):
     results = tmp_path / "results"
     sweep(grid(small_cache, results=results))
     other = write_cache(tmp_path / "other", {"a": 50, "b": 11})
@@ -151,8 +151,8 @@ def test_tasks_can_follow_later(small_cache):
     result = sweep(grid(small_cache))
     assert result.fitted == 12
     assert all(line.average_accuracy is not None for line in result.lines)
-    (one,) = report(small_cache.path)
-    assert all("Avg" in line.values for line in one.accuracy.lines)
+    (section,) = report(small_cache.path)
+    assert all("Avg" in line.values for line in section.accuracy.lines)
 
 
 def test_a_fit_is_a_sweep_of_one_and_each_knows_the_others_results(small_cache):
@@ -161,7 +161,7 @@ def test_a_fit_is_a_sweep_of_one_and_each_knows_the_others_results(small_cache):
     rows = read_results(small_cache.path)
     assert len(rows) == 24
     settings = ProbSettings(hidden=8, kl_weight=0, steps=60)
-    second = fit(FitConfig(small_cache.path, settings))  # its results are there, its head is not
+    second = fit(FitConfig(small_cache.path, settings))  # the results exist, the head does not
     assert not second.repeated
     assert load_head(second.path).settings == settings
     assert read_results(small_cache.path) == rows
@@ -170,19 +170,19 @@ def test_a_fit_is_a_sweep_of_one_and_each_knows_the_others_results(small_cache):
 
 def test_heads_are_kept_on_request(small_cache):
     sweep(grid(small_cache, seed=(0,)))
-    kept = grid(small_cache, seed=(0, 1), keep_heads=True)
-    assert sweep(kept).fitted == 16
+    config = grid(small_cache, seed=(0, 1), keep_heads=True)
+    assert sweep(config).fitted == 16
     names = sorted(path.name for path in (small_cache.path / "heads").iterdir())
     assert len(names) == 8
     head = load_head(small_cache.path / "heads" / "prob-h8-steps60-kl0.01-seed1")
     alone = fit(FitConfig(small_cache.path, head.settings, seed=1))
     assert alone.repeated
-    assert sweep(kept).fitted == 0
+    assert sweep(config).fitted == 0
     assert len(read_results(small_cache.path)) == 16
 
 
 def test_an_interrupt_keeps_every_finished_head(small_cache):
-    """The heads are those of two shapes, so that one stack is done while the other is not."""
+    """The heads have two shapes, so one stack is done while the other is not."""
     seen = []
 
     def interrupt(done, total, best):
@@ -197,22 +197,22 @@ def test_an_interrupt_keeps_every_finished_head(small_cache):
     assert sweep(grid(small_cache)).fitted == 12
 
 
-def test_the_best_so_far_is_by_bias_and_knows_no_label(tmp_path):
+def test_the_best_so_far_is_by_bias_and_does_not_depend_on_labels(tmp_path):
     def permute(task, arrays):
         return arrays | {"labels": np.random.default_rng(1).permutation(arrays["labels"])}
 
-    said, accuracies = [], []
+    shown, accuracies = [], []
     for name, change in (("straight", lambda task, arrays: arrays), ("permuted", permute)):
         path = write_cache(tmp_path / name, {"a": 200, "b": 80}, change=change)
         texts = []
         result = sweep(SweepConfig(path, values=GRID), lambda done, total, best, texts=texts: texts.append(best))
-        said.append(texts)
+        shown.append(texts)
         accuracies.append([line.average_accuracy.mean for line in result.lines])
         least = min(result.lines, key=lambda line: line.average_bias.mean)
         assert f"{least.average_bias.mean:.3f}" in texts[-1]
         assert f"h{least.setting['hidden']}-" in texts[-1]
-    assert said[0] == said[1]
-    assert said[0][0] == ""
+    assert shown[0] == shown[1]
+    assert shown[0][0] == ""
     assert accuracies[0] != accuracies[1]
 
 
@@ -265,10 +265,10 @@ def test_the_command_prints_a_table_and_a_grid(small_cache, run):
     code, out, _ = run(*common, "--hidden", "4,8")
     assert "0 of 8 heads fitted" not in out
     code, out, _ = run(*common, "--hidden", "4,8", "--kl-weight", "0,1e-2", "--json")
-    found = json.loads(out)
-    assert found["fitted"] == 0
-    assert len(found["lines"]) == 4
-    assert found["lines"][0]["accuracy"]["a"].keys() == {"mean", "sd", "seeds"}
+    printed = json.loads(out)
+    assert printed["fitted"] == 0
+    assert len(printed["lines"]) == 4
+    assert printed["lines"][0]["accuracy"]["a"].keys() == {"mean", "sd", "seeds"}
 
 
 def test_several_kinds_of_head_in_one_table(small_cache, run):
@@ -292,7 +292,7 @@ def test_several_kinds_of_head_in_one_table(small_cache, run):
         (("--kl-weight", "1e-4,0.0001"), ["--kl-weight names 0.0001 2 times"]),
         (("--tasks", "a,a"), ["a task is named twice"]),
         (("--tasks", "a,z"), ["unknown task 'z'", "a, b"]),
-        (("--hidden", "64,wide"), ["'--hidden'", "'wide' is not a whole number"]),
+        (("--hidden", "64,wide"), ["--hidden", "'wide' is not a whole number"]),
         (("--hidden", "64,0"), ["--hidden is 0", "from 1 to"]),
         (("--lr", "0.1,-1"), ["--lr is -1.0"]),
         (("--kl-weight", "0,nan"), ["--kl-weight is nan"]),
@@ -454,7 +454,7 @@ def test_a_sweep_over_steps_is_one_run_whose_heads_are_those_of_runs_of_their_ow
     assert sweep(config).fitted == 0
 
 
-def test_a_long_run_that_fails_does_not_take_the_short_ones_with_it(small_cache):
+def test_a_long_run_that_fails_does_not_fail_the_short_ones(small_cache):
     values = {"steps": (1, 2_000), "lr": (10.0,), "kl_weight": (1e6,)}
     result = sweep(SweepConfig(small_cache.path, values=values))
     assert len(result.failures) == 2
@@ -467,8 +467,8 @@ def test_online_is_a_protocol_of_its_own_and_sees_every_row_once(small_cache, mo
     trained = []
     real = fit_module.execute
     monkeypatch.setattr(fit_module, "execute", lambda jobs, *rest: trained.extend(jobs) or real(jobs, *rest))
-    fitted = sweep(SweepConfig(small_cache.path, ("surgery",), fraction=(0.5, 1.0), online=True))
-    assert fitted.protocol == "transductive, online"
+    result = sweep(SweepConfig(small_cache.path, ("surgery",), fraction=(0.5, 1.0), online=True))
+    assert result.protocol == "transductive, online"
     assert sorted((job.settings.steps, job.settings.batch_size, job.online) for job in trained) == [
         (6, 1, True),
         (11, 1, True),

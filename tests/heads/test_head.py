@@ -87,7 +87,7 @@ def test_heads_without_a_record_and_with_keys_of_other_versions_are_read(tmp_pat
     assert load_head(tmp_path).record is None
 
 
-def test_a_lone_head_needs_no_task():
+def test_a_single_head_needs_no_task():
     head, z = random_head(SurgerySettings(), tasks=("a",)), torch.randn(2, DIM)
     assert torch.equal(head(z), head(z, "a"))
 

@@ -88,14 +88,14 @@ def test_extract_fit_and_report_from_the_hub_and_then_without_it(hub, command, t
     assert cache.rows("svhn") == 40
     assert cache.rows("svhn", "train") == 20
     assert cache.labels("mnist").tolist() == [i % 10 for i in range(40)]
-    files = cache.manifest["files"]
-    assert {name: files[name]["source"] for name in ("pretrained", "svhn")} == {
+    files = cache.manifest.files
+    assert {name: files[name].source for name in ("pretrained", "svhn")} == {
         "pretrained": "someone/clip-tiny",
         "svhn": "someone/clip-tiny_svhn",
     }
-    assert all(files[name]["hub_digest"] == "agrees" for name in ("pretrained", *TASKS))
-    assert files["classifier svhn"]["source"] == "text tower"
-    assert cache.manifest["tasks"]["svhn"]["origins"]["test"]["class_order"] == "checked"
+    assert all(files[name].hub_digest == "agrees" for name in ("pretrained", *TASKS))
+    assert files["classifier svhn"].source == "text tower"
+    assert cache.manifest.tasks["svhn"].origins["test"].class_order == "checked"
     for arguments in (("fit", "--steps", "30"), ("report",)):
         done = command(*arguments, "--cache", path)
         assert done.returncode == 0, done.stderr
@@ -115,10 +115,10 @@ def test_a_merge_learns_from_images_of_the_hub(hub, command, tmp_path):
     asked = ("--merge", "lw-adamerging++", "--merge", "regmean", "--merge-arg", "images=8", "--only", "svhn")
     done = command(*EXTRACT, *asked, *brief, "--workers", "2")
     assert done.returncode == 0, done.stderr
-    caches = {Cache(path).identity["merge"]["method"]: Cache(path) for path in (tmp_path / "cache").iterdir()}
+    caches = {Cache(path).identity.merge.method: Cache(path) for path in (tmp_path / "cache").iterdir()}
     assert caches.keys() == {"lw-adamerging++", "regmean"}
     for cache in caches.values():
-        assert cache.manifest["merge"]["images"].keys() == set(TASKS)
+        assert cache.manifest.merge.images.keys() == set(TASKS)
         assert cache.tasks() == ("svhn",)
 
 
@@ -181,8 +181,8 @@ def test_a_download_that_stopped_half_way_goes_on(hub, command, tmp_path):
     blobs.mkdir(parents=True)
     (blobs / f"{hashlib.sha256(content).hexdigest()}.incomplete").write_bytes(content[: len(content) // 2])
     assert command(*EXTRACT, "--only", "mnist").returncode == 0
-    held = Cache(tmp_path / "cache" / "tiny_ta_eurosat+svhn+mnist").manifest["files"]["mnist"]
-    assert held["hub_digest"] == "agrees"
+    file = Cache(tmp_path / "cache" / "tiny_ta_eurosat+svhn+mnist").manifest.files["mnist"]
+    assert file.hub_digest == "agrees"
 
 
 def test_local_copies_of_the_hubs_repositories_need_no_network(hub, command, tmp_path):

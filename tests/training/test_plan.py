@@ -1,4 +1,4 @@
-"""Whatever the plan, a head's result is that of the plain loop; what a plan chooses; what a dead worker leaves."""
+"""Whatever the plan, a head is that of the plain loop; what a plan chooses; what happens if a worker dies."""
 
 import contextlib
 import os
@@ -73,13 +73,13 @@ def test_at_the_papers_steps_metrics_are_those_of_the_plain_loop_within_seed_noi
         return (data.merged - correction - data.expert).abs().mean().item()
 
     settings = ProbSettings(steps=5_000, hidden=8)
-    ours = [fit_heads([Job((data,), settings, seed)])[0].params for seed in range(3)]
-    found = [bias({name: weight[0] for name, weight in params.items()}) for params in ours]
-    spread = torch.tensor(found).std().item()
+    heads = [fit_heads([Job((data,), settings, seed)])[0].params for seed in range(3)]
+    biases = [bias({name: weight[0] for name, weight in params.items()}) for params in heads]
+    spread = torch.tensor(biases).std().item()
     start = (data.merged - data.expert).abs().mean().item()
-    assert max(found) < 0.8 * start
+    assert max(biases) < 0.8 * start
     assert spread > 0
-    assert abs(found[0] - bias(plain_loop(Job((data,), settings, 0)))) < spread
+    assert abs(biases[0] - bias(plain_loop(Job((data,), settings, 0)))) < spread
 
 
 def test_other_heads_in_a_sweep_change_a_head_by_float_noise_at_most():
@@ -90,7 +90,7 @@ def test_other_heads_in_a_sweep_change_a_head_by_float_noise_at_most():
         assert all(torch.allclose(alone[n], among[number].params[n], atol=1e-5, rtol=0) for n in alone)
 
 
-def test_a_head_that_fails_leaves_those_of_its_stack_as_they_are():
+def test_a_head_that_fails_does_not_affect_the_others_of_its_stack():
     settings, huge = ProbSettings(steps=128, hidden=8, loss="mse"), rows("a", 50).merged * 1e25
     wild, tame = Job((Rows("a", huge, -huge),), settings), Job((rows("b", 50, 1),), settings)
     plan = make_plan([Workload.of(job) for job in (wild, tame)], CPU)
@@ -104,7 +104,7 @@ def test_a_head_that_fails_leaves_those_of_its_stack_as_they_are():
         fit_heads([tame, wild])
 
 
-def test_what_goes_wrong_in_one_stack_leaves_the_others(monkeypatch):
+def test_a_stack_that_fails_does_not_affect_the_others(monkeypatch):
     def fails_when_narrow(stack, *batch):
         if stack.weights[0].shape[1] == 4:
             raise RuntimeError("out of memory\nand more")
@@ -215,7 +215,7 @@ def test_a_worker_that_dies_costs_its_own_heads_only(tmp_path):
 
 
 def test_a_worker_that_dies_in_the_middle_of_a_message_costs_its_own_heads_only(tmp_path, monkeypatch):
-    """Its result is larger than a pipe holds, and it is killed while the parent has read a part."""
+    """The result is larger than a pipe holds, and the worker is killed when the parent has read part of it."""
     wide = ProbSettings(steps=1, hidden=8_192, batch_size=1)
     all_jobs = [Job((rows("a", 50),), wide), Job((rows("b", 50),), PROB)]
     real, torn = workers._receive, []
@@ -267,13 +267,13 @@ from probsurgery.pipeline.config import (ProbSettings)
 from probsurgery.pipeline.training.plan import fit_heads
 from probsurgery.pipeline.training.batches import Job, Rows
 z = torch.randn(50, 24)
-said = lambda done, total: done and print("training", flush=True)
-fit_heads([Job((Rows(t, z, z),), ProbSettings(steps=10**6, hidden=64)) for t in "ab"], workers=2, progress=said)
+show = lambda done, total: done and print("training", flush=True)
+fit_heads([Job((Rows(t, z, z),), ProbSettings(steps=10**6, hidden=64)) for t in "ab"], workers=2, progress=show)
 """
 
 
 def test_workers_end_when_their_parent_is_killed(tmp_path):
-    """The script has no guard for being imported again, which workers must not do."""
+    """The script has no `__main__` guard, so workers must not import it."""
     (script := tmp_path / "script.py").write_text(ORPHANS)
     parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     assert parent.stdout.readline() == "training\n"
@@ -299,12 +299,12 @@ class FakeGraph:
 
 @pytest.fixture
 def fake_graphs(monkeypatch):
-    capturing, made, real = [], [], Stack.step
+    capturing, captured, real = [], [], Stack.step
 
     @contextlib.contextmanager
     def capture(graph):
         capturing.append(graph)
-        made.append(graph)
+        captured.append(graph)
         yield
         capturing.pop()
 
@@ -317,12 +317,12 @@ def fake_graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(Stack, "step", step)
-    return made
+    return captured
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["drawn as needed", "drawn ahead"])
 def test_replayed_steps_are_those_of_the_plain_loop(fake_graphs, monkeypatch, ahead):
-    """What a CPU can tell of the path for CUDA: its buffers, its order of capture and replay, its drawing ahead."""
+    """The parts of the CUDA path that run on a CPU: buffers, order of capture and replay, drawing ahead."""
     monkeypatch.setattr(loop, "Feed", lambda jobs, device, **_: Feed(jobs, device, ahead=ahead))
     all_jobs = jobs()
     stacks = make_plan([Workload.of(job) for job in all_jobs], CPU).stacks
