@@ -41,11 +41,11 @@ class _Bar:
     """Progress as a bar that disappears when the work is done."""
 
     def __init__(self, bar: RichProgress, unit: str) -> None:
-        self._bar, self._unit = bar, unit
+        self._bar, self._default_unit, self._unit = bar, unit, unit
         self._task = bar.add_task("", total=None, rate="")
 
     def __call__(self, done: int, total: int, what: str = "", *, unit: str | None = None) -> None:
-        unit = unit or self._unit
+        unit = unit or self._default_unit
         if unit != self._unit:  # other work, with its own rate
             self._bar.remove_task(self._task)
             self._task, self._unit = self._bar.add_task("", total=None, rate=""), unit
