@@ -98,7 +98,7 @@ def whole(args: argparse.Namespace, folder: Path, data: str, number: int) -> tup
             any_rows=True,
         )
     )
-    seconds = {phase: s for phase, s in result.seconds.items() if phase != "prepare"}
+    seconds = {phase: s for phase, s in result.seconds.items() if phase not in ("prepare", "merge")}
     return result.images / sum(seconds.values()), seconds
 
 

@@ -50,8 +50,8 @@ def content(cache: str) -> str:
 
 
 def work(run: dict) -> float:
-    """Seconds of all phases except preparation."""
-    return sum(seconds for phase, seconds in run["seconds"].items() if phase != "prepare")
+    """Seconds of all phases but preparation and merging."""
+    return sum(seconds for phase, seconds in run["seconds"].items() if phase not in ("prepare", "merge"))
 
 
 def line(label: str, its: list[dict]) -> tuple[float, float]:

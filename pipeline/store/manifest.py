@@ -57,7 +57,7 @@ class SplitRecord(Record):
     """The images of one split of a task."""
 
     rows: Rows
-    fingerprint: str | None = None
+    fingerprint: str
     skipped: Mapping[RowNumber, str] = {}
     """Images that could not be decoded: row -> why. Their features are NaN, their labels -1."""
 
