@@ -1,4 +1,4 @@
-"""The command as a person uses it, the bad input above all: one line, exit status 2, nothing left behind."""
+"""The command as a person uses it, above all with wrong input: one line, exit status 2, nothing written."""
 
 import json
 import os
@@ -149,7 +149,7 @@ def test_bad_fit_requests(run, small_cache, arguments, words):
     "command",
     [["fit", "--cache"], ["report", "--cache"], ["cache", "info"], ["cache", "convert"], ["cache", "verify"]],
 )
-def test_no_command_takes_a_cache_that_is_none(run, here, command):
+def test_every_command_refuses_what_is_not_a_cache(run, here, command):
     refused(run(*command, "nothing"), "nothing does not exist", "probsurgery extract")
     (here / "folder").mkdir()
     refused(run(*command, "folder"), "folder is not a cache", "manifest.json")
@@ -215,7 +215,7 @@ def test_a_report_without_results_is_refused(run, small_cache):
 
 
 def test_no_permission_is_refused(run, small_cache, here, monkeypatch):
-    """The superuser may write anywhere, so the answer of the system is set here."""
+    """The superuser may write anywhere, so the test replaces the system's answer."""
     monkeypatch.setattr(lock, "os", SimpleNamespace(**vars(os) | {"access": lambda path, mode: False}))
     refused(run("fit", "--cache", small_cache.path, *FEW), "no permission", "--results")
     refused(run("extract", "--arch", "mini", "--tasks", "digits8", "--limit", 3), "no permission", "--root")
@@ -274,9 +274,9 @@ def test_json_is_all_that_standard_output_holds(run, small_cache):
     assert [row["task"] for row in fitted["results"]] == ["a", "b"]
     (table,) = json.loads(run("report", "--cache", small_cache.path, "--json")[1])
     assert table["tasks"] == ["a", "b"]
-    about = json.loads(run("cache", "info", small_cache.path, "--json")[1])
-    assert about["identity"]["dim"] == 16
-    merged = about["arrays"]["test/a/merged"]
+    info = json.loads(run("cache", "info", small_cache.path, "--json")[1])
+    assert info["identity"]["dim"] == 16
+    merged = info["arrays"]["test/a/merged"]
     assert (merged["shape"], merged["dtype"], merged["missing"]) == ([60, 16], "float32", 0)
     (listed,) = json.loads(run("cache", "ls", small_cache.path.parent, "--json")[1])
     assert listed["tasks"] == ["a", "b"]
@@ -340,7 +340,7 @@ def test_without_a_network_the_published_checkpoints_are_one_line(here):
     assert not list(here.iterdir())
 
 
-def test_a_closed_pipe_is_no_traceback(small_cache):
+def test_a_closed_pipe_prints_no_traceback(small_cache):
     command = f"{sys.executable} -m probsurgery cache verify {small_cache.path} | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert "Traceback" not in done.stderr

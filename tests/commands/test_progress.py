@@ -13,13 +13,13 @@ from probsurgery.pipeline.progress import no_progress
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Times at which progress is told, in seconds."""
+    """Seconds at which progress is called, in order."""
     times = []
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: times.pop(0)))
     return times
 
 
-def test_plain_progress_says_no_rate_before_there_is_one(capsys, clock):
+def test_plain_lines_show_no_rate_before_there_is_one(capsys, clock):
     clock += [100.0, 102.0, 120.0]
     show = PlainLines("head-steps")
     for done in (0, 0, 500):
@@ -30,7 +30,7 @@ def test_plain_progress_says_no_rate_before_there_is_one(capsys, clock):
     ]
 
 
-def test_another_unit_begins_with_its_own_rate(capsys, clock):
+def test_another_unit_starts_with_its_own_rate(capsys, clock):
     clock += [0.0, 10.0, 11.0, 13.0, 14.0]
     show = PlainLines("images")
     show(0, 100)
