@@ -15,65 +15,48 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from probsurgery.pipeline.analysis.report import report
-    from probsurgery.pipeline.config import ExtractConfig, FitConfig, SweepConfig, head_settings
-    from probsurgery.pipeline.deploy.model import load_model
-    from probsurgery.pipeline.errors import ProbsurgeryError
-    from probsurgery.pipeline.extraction.extract import extract
-    from probsurgery.pipeline.fitting.fit import fit
-    from probsurgery.pipeline.fitting.sweep import sweep
-    from probsurgery.pipeline.heads.head import Head, load_head
-    from probsurgery.pipeline.heads.metrics import accuracy, representation_bias
-    from probsurgery.pipeline.merging.registry import merge
-    from probsurgery.pipeline.store.cache import Cache as open_cache
+    from probsurgery.pipeline.analysis.report import report as report
+    from probsurgery.pipeline.config import ExtractConfig as ExtractConfig
+    from probsurgery.pipeline.config import FitConfig as FitConfig
+    from probsurgery.pipeline.config import SweepConfig as SweepConfig
+    from probsurgery.pipeline.config import head_settings as head_settings
+    from probsurgery.pipeline.deploy.model import load_model as load_model
+    from probsurgery.pipeline.errors import ProbsurgeryError as ProbsurgeryError
+    from probsurgery.pipeline.extraction.extract import extract as extract
+    from probsurgery.pipeline.fitting.fit import fit as fit
+    from probsurgery.pipeline.fitting.sweep import sweep as sweep
+    from probsurgery.pipeline.heads.head import Head as Head
+    from probsurgery.pipeline.heads.head import load_head as load_head
+    from probsurgery.pipeline.heads.metrics import accuracy as accuracy
+    from probsurgery.pipeline.heads.metrics import representation_bias as representation_bias
+    from probsurgery.pipeline.merging.registry import merge as merge
+    from probsurgery.pipeline.store.cache import open_cache as open_cache
+
 
 __version__ = "0.1.0"
 
 # Imported on first use, so that `probsurgery --help` does not wait for torch.
-_SOURCES = {
-    "ExtractConfig": ("config", "ExtractConfig"),
-    "FitConfig": ("config", "FitConfig"),
-    "Head": ("heads.head", "Head"),
-    "ProbsurgeryError": ("errors", "ProbsurgeryError"),
-    "SweepConfig": ("config", "SweepConfig"),
-    "accuracy": ("heads.metrics", "accuracy"),
-    "extract": ("extraction.extract", "extract"),
-    "fit": ("fitting.fit", "fit"),
-    "head_settings": ("config", "head_settings"),
-    "load_head": ("heads.head", "load_head"),
-    "load_model": ("deploy.model", "load_model"),
-    "merge": ("merging.registry", "merge"),
-    "open_cache": ("store.cache", "Cache"),
-    "report": ("analysis.report", "report"),
-    "representation_bias": ("heads.metrics", "representation_bias"),
-    "sweep": ("fitting.sweep", "sweep"),
+_MODULES = {
+    "analysis.report": ("report",),
+    "config": ("ExtractConfig", "FitConfig", "SweepConfig", "head_settings"),
+    "deploy.model": ("load_model",),
+    "errors": ("ProbsurgeryError",),
+    "extraction.extract": ("extract",),
+    "fitting.fit": ("fit",),
+    "fitting.sweep": ("sweep",),
+    "heads.head": ("Head", "load_head"),
+    "heads.metrics": ("accuracy", "representation_bias"),
+    "merging.registry": ("merge",),
+    "store.cache": ("open_cache",),
 }
-
-__all__ = [
-    "ExtractConfig",
-    "FitConfig",
-    "Head",
-    "ProbsurgeryError",
-    "SweepConfig",
-    "accuracy",
-    "extract",
-    "fit",
-    "head_settings",
-    "load_head",
-    "load_model",
-    "merge",
-    "open_cache",
-    "report",
-    "representation_bias",
-    "sweep",
-]
+__all__ = sorted(name for names in _MODULES.values() for name in names)
 
 
 def __getattr__(name: str) -> object:
-    if name not in _SOURCES:
-        raise AttributeError(f"module 'probsurgery' has no attribute {name!r}")
-    module, attribute = _SOURCES[name]
-    return getattr(importlib.import_module(f"probsurgery.pipeline.{module}"), attribute)
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"probsurgery.pipeline.{module}"), name)
+    raise AttributeError(f"module 'probsurgery' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

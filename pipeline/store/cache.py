@@ -228,3 +228,7 @@ class Cache:
             f"{self.file(name, number)} {problem}; the cache is damaged: drop the damaged parts with "
             f"`probsurgery cache verify --repair {self.path}`, and extract again"
         )
+
+
+open_cache = Cache
+"""The public name for opening a cache."""

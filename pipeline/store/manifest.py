@@ -219,13 +219,13 @@ def read_manifest(path: Path) -> Manifest:
     except MalformedError as error:
         raise DamagedCacheError(f"{file} is damaged ({error}); delete the folder and extract again") from None
     schema = plain.get("schema") if isinstance(plain, dict) else None
-    if type(schema) is not int or "identity" not in plain:
-        raise InputError(f"{file} is not a cache's manifest")
-    if schema > SCHEMA:
+    if type(schema) is int and schema > SCHEMA:
         raise InputError(
             f"{path} was written by a newer version (schema {schema}, this one reads up to {SCHEMA}); "
             "update probsurgery"
         )
+    if type(schema) is not int or "identity" not in plain:
+        raise InputError(f"{file} is not a cache's manifest")
     if plain.pop("digest", None) != fingerprint(plain):
         raise DamagedCacheError(f"{file} was changed since it was written (its digest differs); extract with --fresh")
     return checked_manifest(plain, file)
