@@ -208,14 +208,12 @@ Layout = Callable[[Path, str, ClassIndex], Listing | None]
 
 @dataclass(frozen=True)
 class TaskFolder:
-    """Where a task's data may be in a folder of data sets."""
+    """A task's data in a folder of data sets: folder names and a layout besides the usual ones."""
 
     names: tuple[str, ...] = ()
-    """Names of the folder, besides the task's own."""
     layout: Layout | None = None
-    """A layout besides class folders."""
     files: str = ""
-    """The files of that layout, for errors."""
+    """The files of the layout, for errors."""
 
 
 FOLDERS: dict[str, TaskFolder] = {

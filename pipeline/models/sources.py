@@ -14,16 +14,9 @@ from probsurgery.pipeline.datasets.tasks import Task
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.files import MalformedError, SourceFile, read_json
 from probsurgery.pipeline.models import architectures
-from probsurgery.pipeline.models.checkpoints import (
-    StateDict,
-    VisualState,
-    check_state,
-    lacks_projection,
-    read_tensors,
-)
+from probsurgery.pipeline.models.checkpoints import StateDict, VisualState, check_state, lacks_projection, read_tensors
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-_MAX_CONFIG_BYTES = 2**20
 
 
 class Weights:
@@ -118,7 +111,7 @@ class Weights:
     def _check_activation(self, path: Path) -> None:
         """A wrong activation loads without an error and gives wrong features; transformers records the right one."""
         try:
-            config = read_json(path.parent / "config.json", _MAX_CONFIG_BYTES)
+            config = read_json(path.parent / "config.json", architectures.MAX_CONFIG_BYTES)
             activation = config.get("vision_config", config).get("hidden_act")
         except (OSError, MalformedError, AttributeError):
             return

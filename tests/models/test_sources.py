@@ -89,7 +89,7 @@ def test_heads_that_are_no_classifiers_are_refused(tmp_path, tiny, clip):
     dim = model_config("tiny")["embed_dim"]
     path = tmp_path / "head_EuroSAT.pt"
     for value, words in [
-        ({"weight": torch.zeros(10, dim), "bias": torch.ones(10)}, "its bias is not zero"),
+        ({"weight": torch.zeros(10, dim), "bias": torch.ones(10)}, "the bias of .* is not zero"),
         ({"weight": torch.zeros(9, dim)}, rf"has shape \(9, {dim}\), not \(C, d\) = \(10, {dim}\)"),
         ({"conv1.weight": torch.zeros(3)}, "is not a classification head; it looks like tensors named 'conv1.weight'"),
     ]:
