@@ -1,4 +1,4 @@
-"""Published checkpoint formats to state dicts with open_clip's names, without executing anything in the files."""
+"""Reads published checkpoint formats as state dicts with open_clip's names. Nothing in the files is executed."""
 
 from __future__ import annotations
 

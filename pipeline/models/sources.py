@@ -70,7 +70,7 @@ class Weights:
 
     def experts(self, tasks: Sequence[Task]) -> Mapping[str, Mapping[str, Tensor]]:
         """The experts by task, each opened on access, so that no more than one needs to be in memory."""
-        return OnRequest({task.name: partial(self.expert, task) for task in tasks})
+        return LazyMapping({task.name: partial(self.expert, task) for task in tasks})
 
     def own(self, name: str) -> Mapping[str, Tensor]:
         """Another tower of the folder, such as `traditional-mtl`."""
@@ -152,7 +152,7 @@ class Weights:
         )
 
 
-class OnRequest(Mapping):
+class LazyMapping(Mapping):
     """Values that are built on each access."""
 
     def __init__(self, builders: dict[str, Callable[[], Mapping[str, Tensor]]]) -> None:
