@@ -1,4 +1,4 @@
-# Two commands do everything: `make demo` and `make test`. Both make .venv first, and reuse it afterwards.
+# `make demo` runs both stages, `make test` the tests. Both create .venv if it is missing.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -6,7 +6,7 @@ CACHE ?= cache/mini_ta
 
 .PHONY: demo test lint clean
 
-# Installed anew only when the dependencies change.
+# Reinstalls only when pyproject.toml changes.
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "probsurgery needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -25,7 +25,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest -q
 
 lint: .venv/installed
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports --no-cache
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -1,8 +1,8 @@
 """probsurgery: representation surgery for merged CLIP encoders.
 
-Stage one, `extract`, writes the features of the merged and the individual encoders to a cache. Stage two, `fit`,
-trains heads on the cache, and `sweep` many of them. `report` says what they won back. The command `probsurgery` does
-the same.
+Stage one, `extract`, writes the features of the merged and the individual encoders to a cache. Stage two trains heads
+on the cache: `fit` with one setting, `sweep` with many. `report` gives tables of the results. The command
+`probsurgery` does the same.
 
     cache = probsurgery.open_cache("cache/mini_ta")
     head = probsurgery.load_head("cache/mini_ta/heads/prob-h128")
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Loaded on first use, so that `probsurgery --help` does not wait for torch.
-_HOMES = {
+# Imported on first use, so that `probsurgery --help` does not wait for torch.
+_SOURCES = {
     "ExtractConfig": ("config", "ExtractConfig"),
     "FitConfig": ("config", "FitConfig"),
     "Head": ("heads.head", "Head"),
@@ -70,9 +70,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in _SOURCES:
         raise AttributeError(f"module 'probsurgery' has no attribute {name!r}")
-    module, attribute = _HOMES[name]
+    module, attribute = _SOURCES[name]
     return getattr(importlib.import_module(f"probsurgery.pipeline.{module}"), attribute)
 
 

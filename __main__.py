@@ -7,7 +7,7 @@ _INTERRUPTED = (130, 143)
 
 
 def main() -> None:
-    """Run the command line; an interruption while it is still being imported ends it as quietly as a later one."""
+    """Run the command line; an interruption during the imports ends as quietly as a later one."""
     try:
         from probsurgery import cli
 
@@ -17,7 +17,7 @@ def main() -> None:
     except SystemExit as ended:
         if ended.code not in _INTERRUPTED:
             raise
-        # Everything is cleaned up. Libraries would now complain on standard error of work that was cut short.
+        # Everything is cleaned up. At a normal exit, libraries would print warnings of interrupted work.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(ended.code)

@@ -4,8 +4,8 @@ Fits every head of the demo with each seed on one cache of the whole suite and p
 
     python benchmarks/mini_margins.py [--cache cache/mini_ta] [--seeds 0,1,2]
 
-The cache is made if it is not there. Heads and results go to a folder that is removed afterwards. The end-to-end test's
-thresholds were set from this output; RESULTS.md keeps it.
+The cache is extracted if it does not exist. Heads and results go to a folder that is removed afterwards. The
+thresholds of the end-to-end test were set from this output, which is in RESULTS.md.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for label, settings in HEADS.items():
             for seed in seeds:
-                rows = fit(FitConfig(options.cache, settings, seed=seed, results=Path(folder))).rows
-                average.setdefault(label, []).append(100 * fmean(row["accuracy"]["head"] for row in rows))
-                bias.setdefault(label, []).append(fmean(row["bias"]["after"] for row in rows))
-                seconds.setdefault(label, []).append(sum(row["seconds"] for row in rows))
-    fixed = {k: 100 * fmean(row["accuracy"][k] for row in rows) for k in ("pretrained", "individual", "merged")}
+                rows = fit(FitConfig(options.cache, settings, seed=seed, results=folder)).rows
+                average.setdefault(label, []).append(100 * fmean(row.accuracy.head for row in rows))
+                bias.setdefault(label, []).append(fmean(row.bias.after for row in rows))
+                seconds.setdefault(label, []).append(sum(row.seconds for row in rows))
+    fixed = {k: 100 * fmean(getattr(row.accuracy, k) for row in rows) for k in ("pretrained", "individual", "merged")}
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, seeds {options.seeds}, {len(rows)} tasks")
     for label, value in fixed.items():
         print(f"{label:<34}{value:6.1f}")
-    print(f"{'merged: bias':<34}{fmean(row['bias']['before'] for row in rows):6.3f}")
+    print(f"{'merged: bias':<34}{fmean(row.bias.before for row in rows):6.3f}")
     gap = fixed["individual"] - fixed["merged"]
     print(f"merging loses {gap:.1f} points")
     for label, values in average.items():

@@ -1,4 +1,4 @@
-"""The peak of what a process holds in memory, from Linux's own record."""
+"""Peak memory of a process, as Linux records it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def peak_of(action: Callable[[], object]) -> tuple[object, int]:
-    """What an action gives, and the bytes that are resident at its peak beyond those before it."""
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    """The result of an action, and its peak resident memory in bytes beyond the resident memory before it."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the recorded peak
     before = _resident("VmRSS")
     result = action()
     return result, _resident("VmHWM") - before

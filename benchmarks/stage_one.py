@@ -1,11 +1,11 @@
-"""How near does `extract` on JPEG files come to the bare forward passes of the same encoders on ready tensors?
+"""How fast is `extract` on JPEG files, compared with bare forward passes of the same encoders on prepared tensors?
 
     python benchmarks/stage_one.py [--arch vitb32] [--images 192] [--batch-size 64] [--device auto] [--precision fp32]
 
-The files are photographs that scikit-learn and scikit-image ship, cut to the sizes of SUN397's images; the encoders
-have random weights, which take as long as trained ones. Both sides run the merged, the expert's and the pre-trained
-encoder at the same batch size in the same process, in turn, three rounds; the ratio is of their medians. `extract`'s
-time is from its first batch to the end of its last write. A last line says whether memory grows with the data set.
+The files are photographs from scikit-learn and scikit-image, cropped to the sizes of SUN397's images. The encoders have
+random weights, which take as long as trained ones. Both sides run the merged, the expert and the pre-trained encoder at
+the same batch size in the same process, alternating for three rounds; the ratio is that of their medians. The time of
+`extract` is from its first batch to the end of its last write. The last line shows whether memory grows with the data.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ROUNDS = 3
 
 
 def write_images(folder: Path, count: int, classes: tuple[str, ...]) -> None:
-    """Crops of photographs, 400 to 600 pixels wide and high, as JPEGs of quality 90 in class folders."""
+    """Write crops of photographs, 400 to 600 pixels wide and high, as JPEGs of quality 90 in class folders."""
     photographs = [*load_sample_images().images, skimage.data.astronaut(), skimage.data.coffee(), skimage.data.rocket()]
     random = np.random.default_rng(0)
     for number in range(count):
@@ -51,7 +51,7 @@ def write_images(folder: Path, count: int, classes: tuple[str, ...]) -> None:
 
 
 def write_checkpoints(folder: Path, arch: str, tasks: Sequence[Task]) -> None:
-    """A pre-trained model, and an expert and a classifier for each task, all random."""
+    """Write a random pre-trained model, and a random expert and classifier for each task."""
     for name in ("pretrained", *(task.name for task in tasks)):
         state = open_clip.CLIP(**architectures.model_config(arch)).visual.state_dict()
         save_file({n: t.contiguous() for n, t in state.items()}, folder / f"{name}.safetensors")
@@ -61,7 +61,7 @@ def write_checkpoints(folder: Path, arch: str, tasks: Sequence[Task]) -> None:
 
 
 def bare(args: argparse.Namespace, device: torch.device, checkpoints: Path) -> float:
-    """Images per second of three encoders on tensors that are on the device already."""
+    """Images per second of three encoders on tensors that are already on the device."""
     state = Weights(args.arch, checkpoints).pretrained()
     towers = [architectures.build_visual(args.arch, state).to(device) for _ in range(3)]
     size = architectures.preprocessing(args.arch)["image_size"]
@@ -84,7 +84,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def whole(args: argparse.Namespace, folder: Path, data: str, number: int) -> tuple[float, dict[str, float]]:
-    """Images per second of `extract`, and where its main thread waited."""
+    """Images per second of `extract`, and the seconds that its main thread waited, by phase."""
     result = extract.extract(
         ExtractConfig(
             arch=args.arch,
@@ -98,7 +98,7 @@ def whole(args: argparse.Namespace, folder: Path, data: str, number: int) -> tup
             any_rows=True,
         )
     )
-    seconds = {phase: s for phase, s in result.seconds.items() if phase != "prepare"}
+    seconds = {phase: s for phase, s in result.seconds.items() if phase not in ("prepare", "merge")}
     return result.images / sum(seconds.values()), seconds
 
 

@@ -1,11 +1,11 @@
-"""What does a second merge cost beside the first, and what do two ranks gain over one?
+"""What does a second merge cost after the first, and how much faster are two ranks than one?
 
     python benchmarks/stage_one_again.py [--arch vitb32] [--images 128] [--ranks 2] [--rounds 1]
 
-Every run is the command itself, on two tasks of so many images with random weights, or on the whole mini suite. Work is
-what `extract` reports of reading, encoding, writing and waiting for other ranks; "in all" has start-up and checkpoints
-too. The baseline of the second merge is the same merge in an empty folder; the baseline of the ranks is one rank with
-as many threads as they have together. Figures are medians over the rounds.
+Every run is the command itself, on two tasks with the given number of images and random weights, or on the whole mini
+suite. Work is the time that `extract` reports for reading, encoding, writing and waiting for other ranks; "in all" also
+includes start-up and checkpoints. The second merge is compared with the same merge in an empty folder; the ranks are
+compared with one rank that has as many threads as they have together. Figures are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TASKS = ("resisc45", "eurosat")
 
 
 def extract(args: argparse.Namespace, root: Path, merge: str, ranks: int = 1, threads: int | None = None) -> dict:
-    """Run the command; gives what it reports, and its wall time."""
+    """Run the command; returns its JSON result with its wall time."""
     command = ["-m", "probsurgery", "extract", "--arch", args.arch, "--merge", merge, "--root", str(root), "--json"]
     if args.arch != "mini":
         command += ["--tasks", ",".join(TASKS), "--checkpoints", str(args.folder / "weights"), "--any-rows"]
@@ -44,18 +44,18 @@ def extract(args: argparse.Namespace, root: Path, merge: str, ranks: int = 1, th
 
 
 def content(cache: str) -> str:
-    """Digest of the cache's values."""
+    """Digest of the values in a cache."""
     command = [sys.executable, "-m", "probsurgery", "cache", "info", cache, "--json"]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["content"]
 
 
 def work(run: dict) -> float:
-    """Seconds of reading, encoding and writing."""
-    return sum(seconds for phase, seconds in run["seconds"].items() if phase != "prepare")
+    """Seconds of all phases but preparation and merging."""
+    return sum(seconds for phase, seconds in run["seconds"].items() if phase not in ("prepare", "merge"))
 
 
 def line(label: str, its: list[dict]) -> tuple[float, float]:
-    """Print one kind of run; gives its work and its time in all."""
+    """Print one kind of run; returns its median seconds of work and in all."""
     seconds = statistics.median(map(work, its)), statistics.median(run["wall"] for run in its)
     print(f"  {label:<28} {its[0]['passes']:>8,} passes {seconds[0]:7.1f} s of work {seconds[1]:7.1f} s in all")
     return seconds

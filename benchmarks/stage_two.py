@@ -1,4 +1,4 @@
-"""How much faster is stage two than one autograd loop for each head, and than the public code's way?
+"""How much faster is stage two than one autograd loop for each head, and than the public code?
 
 Trains heads on random features with the row counts of the eight tasks, and prints each time beside what the naive loop
 would take in the same run on the same machine:
@@ -6,8 +6,8 @@ would take in the same run on the same machine:
     python benchmarks/stage_two.py [--device auto] [--quick]
 
 The naive loop (nn.Linear, autograd, torch's default Adam, with one thread or all, whichever is faster) is timed for
-some steps before and after each case, and multiplied. So is the public code's way, which runs two encoders in every
-step. Times of stage two are whole: starting workers and writing scratch files is included. Evaluation is not.
+some steps before and after each case, and multiplied. So are the two encoder passes that the public code makes in every
+step. Times of stage two include starting workers and writing scratch files, but not evaluation.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from torch import nn
 
 from probsurgery.pipeline.config import HeadSettings, ProbSettings, SurgerySettings
 from probsurgery.pipeline.device import choose_device
-from probsurgery.pipeline.heads.head import parameter_count
-from probsurgery.pipeline.training.loop import Job, Rows
-from probsurgery.pipeline.training.plan import Wanted, fit_heads, make_plan
+from probsurgery.pipeline.heads.kinds import parameter_count
+from probsurgery.pipeline.training.batches import Job, Rows
+from probsurgery.pipeline.training.plan import Workload, fit_heads, make_plan
 
 ROWS = {"sun397": 19_850, "cars": 8_041, "resisc45": 6_300, "eurosat": 2_700}
 ROWS |= {"svhn": 26_032, "gtsrb": 12_630, "mnist": 10_000, "dtd": 1_880}
@@ -67,10 +67,10 @@ class Naive(nn.Module):
     def __init__(self, settings: HeadSettings, dim: int) -> None:
         super().__init__()
         self.settings = settings
-        width = settings.hidden if isinstance(settings, ProbSettings) else settings.rank
+        width = getattr(settings, settings.width_name)
         self.down = nn.Linear(dim, width, bias=False)
         self.up = nn.Linear(width, dim, bias=False)
-        self.log_var = nn.Linear(width, dim, bias=False) if isinstance(settings, ProbSettings) else None
+        self.log_var = nn.Linear(width, dim, bias=False) if settings.kind == "prob" else None
 
     def loss(self, z: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
         u = F.relu(self.down(z))
@@ -83,8 +83,8 @@ class Naive(nn.Module):
         return F.l1_loss(z - drawn, expert) + self.settings.kl_weight * kl
 
 
-def naive_seconds(settings: HeadSettings, rows: Rows, device: torch.device, wanted: float) -> float:
-    """Seconds of one step of the naive loop, timed for about `wanted` seconds."""
+def naive_seconds(settings: HeadSettings, rows: Rows, device: torch.device, duration: float) -> float:
+    """Seconds of one step of the naive loop, timed for about `duration` seconds."""
     merged, expert = rows.merged.to(device), rows.expert.to(device)
     head = Naive(settings, merged.shape[1]).to(device)
     optimizer = torch.optim.Adam(head.parameters(), lr=settings.lr)
@@ -103,7 +103,7 @@ def naive_seconds(settings: HeadSettings, rows: Rows, device: torch.device, want
     for threads in {1, all_threads}:
         torch.set_num_threads(threads)
         steps()
-        end = time.perf_counter() + wanted / 2
+        end = time.perf_counter() + duration / 2
         times[threads] = [steps()]
         while time.perf_counter() < end:
             times[threads].append(steps())
@@ -133,12 +133,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def features(dim: int) -> list[Rows]:
-    found = []
+    tasks = []
     for seed, (task, rows) in enumerate(ROWS.items()):
         g = torch.Generator().manual_seed(seed)
         merged = torch.randn(rows, dim, generator=g)
-        found.append(Rows(task, merged, merged + 0.3 * torch.randn(rows, dim, generator=g)))
-    return found
+        tasks.append(Rows(task, merged, merged + 0.3 * torch.randn(rows, dim, generator=g)))
+    return tasks
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -156,8 +156,8 @@ def copy_bandwidth(device: torch.device) -> float:
 
 def measure(case: Case, rows: list[Rows], device: torch.device) -> tuple[float, float, int]:
     """Seconds of stage two, seconds that the naive loop would take, and head-steps."""
-    jobs = [Job((its,), settings) for settings in case.settings for its in rows]
-    plan = make_plan([Wanted(job.settings, 1, case.dim) for job in jobs], device)
+    jobs = [Job((task_rows,), settings) for settings in case.settings for task_rows in rows]
+    plan = make_plan([Workload.of(job) for job in jobs], device)
     shapes = {parameter_count(s, case.dim): s for s in case.settings}
     naive = {shape: [naive_seconds(s, rows[0], device, 2)] for shape, s in shapes.items()}
     start = time.perf_counter()
@@ -168,17 +168,19 @@ def measure(case: Case, rows: list[Rows], device: torch.device) -> tuple[float, 
         naive[shape].append(naive_seconds(s, rows[0], device, 2))
     steps = dict.fromkeys(shapes, 0)
     for job in jobs:
-        steps[parameter_count(job.settings, case.dim)] += job.head_steps
-    theirs = sum(steps[shape] * sum(taken) / len(taken) for shape, taken in naive.items())
+        steps[parameter_count(job.settings, case.dim)] += Workload.of(job).head_steps
+    naive_sum = sum(steps[shape] * sum(taken) / len(taken) for shape, taken in naive.items())
     total = sum(steps.values())
-    busy = sum(one.seconds for one in fitted) / max(1, plan.workers)
+    busy = sum(head.seconds for head in fitted) / max(1, plan.workers)
     print(f"\n{case.title}, d={case.dim}: {len(jobs)} heads x {total // len(jobs):,} steps")
     sizes = [len(stack) for stack in plan.stacks]
     print(f"  plan: {len(sizes)} stacks of {min(sizes)} to {max(sizes)}, {plan.workers} workers, graph {plan.graph}")
-    print(f"  naive loop  {theirs:8.1f} s  {total / theirs:9,.0f} head-steps/s  (timed for some steps, multiplied)")
-    print(f"  stage two   {seconds:8.1f} s  {total / seconds:9,.0f} head-steps/s  {theirs / seconds:6.1f}x")
-    print(f"  of it training {busy:5.1f} s  {total / busy:9,.0f} head-steps/s  {theirs / busy:6.1f}x", flush=True)
-    return seconds, theirs, total
+    print(
+        f"  naive loop  {naive_sum:8.1f} s  {total / naive_sum:9,.0f} head-steps/s  (timed for some steps, multiplied)"
+    )
+    print(f"  stage two   {seconds:8.1f} s  {total / seconds:9,.0f} head-steps/s  {naive_sum / seconds:6.1f}x")
+    print(f"  training    {busy:8.1f} s  {total / busy:9,.0f} head-steps/s  {naive_sum / busy:6.1f}x", flush=True)
+    return seconds, naive_sum, total
 
 
 def main() -> None:
@@ -197,9 +199,9 @@ def main() -> None:
         seconds, naive, total = measure(case, held[case.dim], device)
         if case == cases(steps)[0]:
             encoders = total * reference_seconds(device)
-            theirs = naive + encoders
-            print(f"  two ViT-B/32 passes of 16 images in every step, as in the public code: {theirs:,.0f} s")
-            print(f"    (one step measured, and multiplied)  {theirs / seconds:,.0f}x the time of stage two")
+            reference = naive + encoders
+            print(f"  two ViT-B/32 passes of 16 images in every step, as in the public code: {reference:,.0f} s")
+            print(f"    (one step measured, and multiplied)  {reference / seconds:,.0f}x the time of stage two")
         if device.type == "cuda":
             traffic = 7 * 4 * sum(parameter_count(s, case.dim) * s.steps * len(ROWS) for s in case.settings)
             floor = traffic / copy_bandwidth(device)

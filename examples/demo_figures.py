@@ -3,7 +3,7 @@
     python examples/demo_figures.py [FOLDER]
 
 writes a cache, figures and a page into FOLDER (default: demo); needs `pip install 'probsurgery[mini,plots]'`. A second
-run finds everything there and only draws.
+run reuses the cache and its heads, and only draws.
 """
 
 import sys
@@ -11,17 +11,18 @@ from pathlib import Path
 
 import probsurgery
 from probsurgery.pipeline.analysis.figures import draw
-from probsurgery.pipeline.analysis.kept_heads import projection, uncertainties
 from probsurgery.pipeline.analysis.page import write_page
+from probsurgery.pipeline.analysis.projection import projection
 from probsurgery.pipeline.analysis.study import study
 from probsurgery.pipeline.analysis.tables import to_markdown
+from probsurgery.pipeline.analysis.uncertainty import uncertainties
 
 
 def main(folder: Path) -> None:
-    # Stage one: merged, expert and pre-trained encoders, once over every image.
+    # Stage one: each image goes once through the merged, the expert and the pre-trained encoders.
     (cache,) = probsurgery.extract(probsurgery.ExtractConfig("mini", root=folder)).caches
 
-    # Stage two: heads that are kept, as published; and Surgery with ProbSurgery's width and steps.
+    # Stage two: both heads as published, and Surgery with ProbSurgery's width and steps.
     for head in (
         probsurgery.head_settings("prob"),
         probsurgery.head_settings("surgery"),
@@ -29,7 +30,7 @@ def main(folder: Path) -> None:
     ):
         probsurgery.fit(probsurgery.FitConfig(cache, head))
 
-    # Two of the papers' analyses; a sweep over steps is one run.
+    # Two of the papers' analyses; the sweep over steps trains each head once.
     for name in ("rank", "steps"):
         study(name, probsurgery.SweepConfig(cache, seed=(0, 1, 2)))
 
@@ -37,10 +38,10 @@ def main(folder: Path) -> None:
     print(to_markdown([reports[0].accuracy, reports[0].bias, reports[0].costs]))
 
     opened = probsurgery.open_cache(cache)
-    features = uncertainties(opened), [projection(opened)]
-    for figure in draw(reports, folder / "figures", *features):
+    from_features = uncertainties(opened), [projection(opened)]
+    for figure in draw(reports, folder / "figures", *from_features):
         print(figure.path)
-    write_page(folder / "report.html", reports, *features)
+    write_page(folder / "report.html", reports, *from_features)
     print(folder / "report.html")
 
 

@@ -1,10 +1,11 @@
-"""What a run is asked to do: frozen dataclasses that hold every default."""
+"""What a run is asked to do: frozen dataclasses with every default. Paths may be given as text."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
@@ -21,12 +22,12 @@ SPLITS = ("test", "train")
 
 
 def number_text(value: float) -> str:
-    """The shortest text of a number that reads back as the same number."""
+    """The shortest text of a number that is read back as the same number."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
 
 
-def _choice(what: str, value: str, allowed: tuple[str, ...]) -> None:
+def _choice(what: str, value: str, allowed: Collection[str]) -> None:
     if value not in allowed:
         raise unknown(what, value, allowed)
 
@@ -42,29 +43,36 @@ def _number(option: str, value: float, low: float, high: float, *, above_low: bo
         raise InputError(f"{option} is {value}; it must be {span}")
 
 
-def _plain_name(name: str) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}", name):
+def _plain_name(name: str | None) -> None:
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}", name):
         raise InputError(f"--name {name[:80]!r} is not a plain folder name: letters, digits, and . _ + -")
+
+
+def _as_paths(config: object, *names: str) -> None:
+    """Convert fields of a frozen configuration to paths; None stays None."""
+    for name in names:
+        if (value := getattr(config, name)) is not None:
+            object.__setattr__(config, name, Path(value))
 
 
 @dataclass(frozen=True)
 class _HeadSettings:
-    """What every kind of head says of itself, so that nobody asks which kind it is."""
+    """Properties of a kind of head, so that callers need not check its type."""
 
     kind: ClassVar[str]
-    """The name under which this kind of head is asked for."""
+    """Name of the kind, as options and files have it."""
     title: ClassVar[str]
-    """Its name in tables."""
+    """Name in tables."""
     width_name: ClassVar[str | None] = None
-    """Name of the setting that gives its inner width."""
+    """Name of the setting for the inner width."""
     is_trained: ClassVar[bool] = True
-    """Whether it is trained step by step, and not solved in closed form."""
+    """Whether the head is trained step by step, and not solved in closed form."""
     draws: ClassVar[int] = 0
     """Noise samples in a training step."""
 
     @property
     def predicts_sigma(self) -> bool:
-        """Whether the head gives a standard deviation of its correction that was trained."""
+        """Whether the head predicts a standard deviation of its correction that was trained."""
         return self.draws > 0
 
 
@@ -119,7 +127,7 @@ class ProbSettings(_TrainedSettings):
     kl_weight: float = 1e-4
     """Weight lambda of the KL divergence to the standard normal."""
     samples: int = 1
-    """Draws of the correction in a step. The paper names 5, its public code draws 1. 0: no noise, the mean alone is
+    """Draws of the correction in a step. The paper names 5, its public code draws 1. 0: no noise, only the mean is
     trained; with a KL weight of 0 that is Surgery of this width."""
 
     @property
@@ -152,9 +160,7 @@ class RidgeSettings(_HeadSettings):
 
 
 HeadSettings = SurgerySettings | ProbSettings | RidgeSettings
-HEAD_SETTINGS: dict[str, type[HeadSettings]] = {
-    settings.kind: settings for settings in (ProbSettings, SurgerySettings, RidgeSettings)
-}
+HEAD_SETTINGS: dict[str, type[HeadSettings]] = {s.kind: s for s in (ProbSettings, SurgerySettings, RidgeSettings)}
 _ABBREVIATIONS = {"hidden": "h", "rank": "r", "kl_weight": "kl", "batch_size": "batch"}
 
 
@@ -163,8 +169,7 @@ def head_settings(head: str, **given: object) -> HeadSettings:
 
     Raises `InputError` for an unknown head, a setting that this kind does not have, or a value out of range.
     """
-    if head not in HEAD_SETTINGS:
-        raise unknown("head", head, HEAD_SETTINGS)
+    _choice("head", head, HEAD_SETTINGS)
     given = {name: value for name, value in given.items() if value is not None}
     for name in given:
         if name not in _names(head):
@@ -186,52 +191,53 @@ class ExtractConfig:
     """One run of stage one."""
 
     arch: str
-    """Architecture: a name in `encoders.ARCHS`, or any of open_clip's."""
+    """Architecture: a name in `models.architectures.ARCHS`, or any of open_clip's."""
     merges: tuple[str, ...] = ("ta",)
-    """Merging methods, each a name in `merging.METHODS` or the path of a merged checkpoint."""
+    """Merging methods, each a name in `merging.registry.METHODS` or the path of a merged checkpoint."""
     merge_args: dict[str, object] = field(default_factory=dict)
-    """Settings of the merges that have them (see `merging.METHODS`), as values or as texts."""
-    coefficients: Path | None = None
+    """Settings of the merges that have them (see `merging.registry.METHODS`), as values or as text."""
+    coefficients: str | Path | None = None
     """AdaMerging's coefficients, from a file instead of learned."""
     name: str | None = None
     """What a merged checkpoint is called in reports and in its cache's name; None: the file's name."""
     tasks: tuple[str, ...] | None = None
     """Tasks whose experts are merged, and which are extracted; None: all of the architecture's suite."""
     only: tuple[str, ...] | None = None
-    """Those of the tasks to extract now; the rest can follow."""
+    """Those of the tasks to extract now; the others can follow later."""
     checkpoints: str | None = None
-    """Folder of checkpoints (see `weights.Weights`); None: where the architecture's published ones are."""
+    """Folder of checkpoints; None: the architecture's published ones."""
     data: str | None = None
-    """Folder of data sets (see `folders.LAYOUTS`); None: where the suite's published ones are."""
+    """Folder of data sets (see `datasets.layouts`); None: the suite's published ones."""
     split: str = "test"
     """`test`, `train` or `both`."""
     limit: int | None = None
-    """Take the first rows of each task and split only."""
+    """Number of images to take from each task and split, the first ones; None: all."""
     store: str = "zarr"
     dtype: str = "float32"
-    """Type in which features are kept."""
+    """Type in which features are stored."""
     precision: str = "fp32"
     """Type in which the encoders compute."""
     batch_size: int = 128
     workers: int | None = None
-    """Processes that decode images; 0: the main one; None: as many as there are cores, for images in files."""
+    """Processes that decode images; 0: the main process; None: one for each core, for images in files."""
     device: str = "auto"
-    root: Path = Path("cache")
+    root: str | Path = Path("cache")
     """Folder in which caches get their default names."""
-    out: Path | None = None
-    """Exactly this cache."""
+    out: str | Path | None = None
+    """Folder of the one cache to write, instead of `root` and a default name."""
     pretrained: bool = True
-    """Keep the pre-trained encoder's features too, for the report."""
+    """Extract the pre-trained encoder's features too, for the report."""
     fresh: bool = False
     """Replace a cache that was written with other settings."""
     skip_bad: bool = False
-    """Go on past images that cannot be decoded, and keep a record of them."""
+    """Leave out images that cannot be decoded, and record them."""
     corrupt: str | None = None
-    """Corrupt every image so before it is encoded, as `noise:3` (see `corruption.CORRUPTIONS`)."""
+    """Corruption of every image before it is encoded, such as `noise:3` (see `datasets.corruptions`)."""
     any_rows: bool = False
-    """Take data sets that have another number of images than the papers'."""
+    """Accept data sets whose number of images is not the papers'."""
 
     def __post_init__(self) -> None:
+        _as_paths(self, "coefficients", "root", "out")
         _choice("split", self.split, (*SPLITS, "both"))
         _choice("store", self.store, STORES)
         _choice("dtype", self.dtype, DTYPES)
@@ -245,8 +251,7 @@ class ExtractConfig:
             raise InputError("no merge was asked for; give --merge at least once")
         if len(set(self.merges)) < len(self.merges):
             raise InputError(f"a merge is named twice: {', '.join(self.merges)}")
-        if self.name is not None:
-            _plain_name(self.name)
+        _plain_name(self.name)
         if self.out is not None and len(self.merges) > 1:
             raise InputError("--out names one cache, but several merges were asked for; use --root instead")
 
@@ -260,34 +265,33 @@ class ExtractConfig:
 class FitConfig:
     """One run of stage two: one head for each task, or one for all."""
 
-    cache: Path
+    cache: str | Path
     head: HeadSettings = ProbSettings()
     tasks: tuple[str, ...] | None = None
-    """Tasks to fit; None: all that the cache holds."""
+    """Tasks to fit; None: all tasks in the cache."""
     shared: bool = False
-    """One head for all tasks, their batches taken in turn; it takes `steps` updates for each task."""
+    """One head for all tasks: it takes their batches in turn, and `steps` updates for each task."""
     fraction: float = 1.0
     """Share of the rows that the fit may see."""
     holdout: float = 0.0
-    """Share of the test rows kept from the fit and evaluated on; 0: evaluate on the rows that were fitted,
-    which is the papers' transductive protocol."""
+    """Share of the test rows to evaluate on and not to fit; 0: evaluate on the fitted rows, as the papers do."""
     fit_split: str = "test"
     """Split whose images are fitted; evaluation is always on test images."""
     online: bool = False
-    """Each row once, in order of arrival, one at a time (Surgery, Tab. 5): one step a row, whatever the settings'
-    defaults."""
+    """Take each row once, in the order of the data, one row and one step at a time (Surgery, Tab. 5)."""
     seed: int = 0
     device: str = "auto"
     workers: int | None = None
-    """Processes that train on a CPU; 0: this one; None: as many as torch has threads, if the work is worth it."""
+    """Processes that train on a CPU; 0: this process; None: as many as torch has threads, if the work is worth it."""
     tf32: bool = False
     """Multiply in TF32 on CUDA: faster, and less exact."""
     name: str | None = None
     """Folder of the head under `heads/`; None: derived from the settings."""
-    results: Path | None = None
-    """Where heads and results go; None: into the cache."""
+    results: str | Path | None = None
+    """Folder of heads and results; None: the cache."""
 
     def __post_init__(self) -> None:
+        _as_paths(self, "cache", "results")
         _choice("fit split", self.fit_split, SPLITS)
         _number("--fraction", self.fraction, 0, 1, above_low=True)
         _integer("--seed", self.seed, 0, 2**31 - 1)
@@ -301,48 +305,37 @@ class FitConfig:
             raise InputError("--shared is for heads trained step by step: prob, surgery")
         if self.online:
             object.__setattr__(self, "head", self._one_step_a_row())
-        if self.name is not None:
-            _plain_name(self.name)
+        _plain_name(self.name)
 
     def _one_step_a_row(self) -> HeadSettings:
         if self.shared or not self.head.is_trained:
             raise InputError("--online is for heads of one task that are trained step by step: prob, surgery")
-        defaults = type(self.head)()
         for name in ("steps", "batch_size"):
-            if getattr(self.head, name) not in (1, getattr(defaults, name)):
+            if getattr(self.head, name) not in (1, getattr(type(self.head)(), name)):
                 raise InputError(f"--online takes every row once, one at a time; leave {_option(name)} out")
         return replace(self.head, steps=1, batch_size=1)
 
     @property
     def protocol(self) -> str:
-        """How fitted and evaluated rows relate; kept with every result."""
-        if self.fit_split == "train":
-            how = "train"
-        else:
-            how = f"holdout {number_text(self.holdout)}" if self.holdout else "transductive"
-        how += ", online" if self.online else ""
-        return how if self.fraction == 1 else f"{how}, fraction {number_text(self.fraction)}"
+        """How fitted and evaluated rows relate; recorded with every result."""
+        on_test = f"holdout {number_text(self.holdout)}" if self.holdout else "transductive"
+        protocol = ("train" if self.fit_split == "train" else on_test) + (", online" if self.online else "")
+        return protocol if self.fraction == 1 else f"{protocol}, fraction {number_text(self.fraction)}"
 
     def default_name(self) -> str:
-        """The head, its width, and whatever departs from the defaults."""
-        kind, defaults = self.head.kind, type(self.head)()
-        parts = [kind]
-        for name, value in sorted(asdict(self.head).items(), key=lambda item: item[0] not in ("hidden", "rank")):
-            if self.online and name in ("steps", "batch_size"):
-                continue
-            if name in ("hidden", "rank") or value != getattr(defaults, name):
+        """The kind of head, its width, and every setting that is not the default."""
+        defaults, width_name = type(self.head)(), self.head.width_name
+        fixed = ("steps", "batch_size") if self.online else ()
+        parts = [self.head.kind]
+        for name, value in sorted(asdict(self.head).items(), key=lambda item: item[0] != width_name):
+            if name == width_name or (value != getattr(defaults, name) and name not in fixed):
                 value = number_text(value) if isinstance(value, float) else str(value)
                 parts.append(_ABBREVIATIONS.get(name, name) + value)
-        if self.shared:
-            parts.append("shared")
-        if self.protocol != "transductive":
-            parts.append(self.protocol.replace(", ", "-").replace(" ", ""))
-        if self.tasks is not None:
-            parts.append("+".join(self.tasks))
-        if self.tf32:
-            parts.append("tf32")
-        if self.seed:
-            parts.append(f"seed{self.seed}")
+        parts += ["shared"] if self.shared else []
+        parts += [self.protocol.replace(", ", "-").replace(" ", "")] if self.protocol != "transductive" else []
+        parts += ["+".join(self.tasks)] if self.tasks is not None else []
+        parts += ["tf32"] if self.tf32 else []
+        parts += [f"seed{self.seed}"] if self.seed else []
         return "-".join(parts)
 
 
@@ -350,11 +343,11 @@ class FitConfig:
 class SweepConfig:
     """Many runs of stage two: every combination of the values given."""
 
-    cache: Path
+    cache: str | Path
     head: tuple[str, ...] = ("prob",)
     """Kinds of head."""
     values: dict[str, tuple] = field(default_factory=dict)
-    """Values of the heads' settings, by name; a kind of head takes those that it has."""
+    """Values of the heads' settings, by name; each kind of head takes the settings that it has."""
     fraction: tuple[float, ...] = (FitConfig.fraction,)
     seed: tuple[int, ...] = (FitConfig.seed,)
     tasks: tuple[str, ...] | None = None
@@ -365,11 +358,12 @@ class SweepConfig:
     device: str = FitConfig.device
     workers: int | None = FitConfig.workers
     tf32: bool = FitConfig.tf32
-    results: Path | None = FitConfig.results
+    results: str | Path | None = FitConfig.results
     keep_heads: bool = False
-    """Keep the fitted heads too, and not their results alone."""
+    """Keep the fitted heads, besides their results."""
 
     def __post_init__(self) -> None:
+        _as_paths(self, "cache", "results")
         for name, values in {"head": self.head, "fraction": self.fraction, "seed": self.seed, **self.values}.items():
             option = _option(name)
             if not values:
@@ -378,36 +372,29 @@ class SweepConfig:
             if times > 1:
                 raise InputError(f"{option} names {shortened(value)} {times} times; give each value once")
         for name in self.head:
-            if name not in HEAD_SETTINGS:
-                raise unknown("head", name, HEAD_SETTINGS)
+            _choice("head", name, HEAD_SETTINGS)
         for name in self.values:
             if not any(name in _names(head) for head in self.head):
-                # Of one kind of head, say what it takes; of several, none takes this one.
+                # No kind takes it: raise the error of the first, which lists its settings.
                 head_settings(self.head[0], **{name: self.values[name][0]})
 
     @property
     def size(self) -> int:
-        """Settings in the grid, each of which has a head for every task."""
-        return sum(math.prod(map(len, self._own(head).values())) for head in self.head) * self._repeats
+        """Number of runs in the grid, each of which has a head for every task."""
+        combinations = sum(math.prod(map(len, self._values_of(head).values())) for head in self.head)
+        return combinations * len(self.fraction) * len(self.seed)
 
-    @property
-    def _repeats(self) -> int:
-        return len(self.fraction) * len(self.seed)
-
-    def _own(self, head: str) -> dict[str, tuple]:
+    def _values_of(self, head: str) -> dict[str, tuple]:
         return {name: values for name, values in self.values.items() if name in _names(head)}
 
     def expand(self) -> list[FitConfig]:
-        """Every run of the grid, seeds innermost. Raises `InputError` for a value out of range."""
-        common = {f.name: getattr(self, f.name) for f in fields(FitConfig) if f.name in _COMMON}
+        """Every run of the grid; the seed varies fastest. Raises `InputError` for a value out of range."""
+        common = {f.name: getattr(self, f.name) for f in fields(FitConfig) if hasattr(self, f.name)}
         return [
-            FitConfig(head=settings, fraction=fraction, seed=seed, **common)
+            FitConfig(**common | {"head": settings, "fraction": fraction, "seed": seed})
             for head in self.head
-            for combination in product(*self._own(head).values())
-            for settings in [head_settings(head, **dict(zip(self._own(head), combination, strict=True)))]
+            for combination in product(*self._values_of(head).values())
+            for settings in [head_settings(head, **dict(zip(self._values_of(head), combination, strict=True)))]
             for fraction in self.fraction
             for seed in self.seed
         ]
-
-
-_COMMON = {f.name for f in fields(SweepConfig)} - {"head", "fraction", "seed"}

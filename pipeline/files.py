@@ -68,7 +68,7 @@ def replaced(path: Path, *, shared: bool = False) -> Iterator[Path]:
     A reader sees the old or the new content, never a part; after an error nothing is left. With `shared`, several
     processes may do this at once. A folder that exists is not replaced: renaming onto it raises an OSError.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial" if shared else f"{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial" if shared else f"{path.name}.partial")
     _remove(partial)  # a kill may have left one, and a stranger a link to somewhere else
     try:
         yield partial

@@ -1,12 +1,12 @@
-"""An independent trainer of one head in plain autograd, which the stacks are compared with."""
+"""An independent training loop for one head in plain autograd, which the stacks are compared with."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from probsurgery.pipeline.config import ProbSettings, SurgerySettings
-from probsurgery.pipeline.heads.head import HEADS
-from probsurgery.pipeline.training.loop import BLOCK, Rows, Stream, generator
+from probsurgery.pipeline.config import SurgerySettings
+from probsurgery.pipeline.heads.kinds import HEADS
+from probsurgery.pipeline.training.batches import BLOCK, Rows, Stream, generator
 
 DIM = 24
 
@@ -18,7 +18,7 @@ def rows(task, n, seed=0):
 
 
 class PlainHead(nn.Module):
-    """Modules and names of its own: a bias estimate from two or three bias-free linear layers."""
+    """A bias estimate from two or three linear layers without biases."""
 
     def __init__(self, start):
         super().__init__()
@@ -45,11 +45,10 @@ class PlainHead(nn.Module):
 
 def plain_loop(job, device="cpu"):
     """One head, one loop, torch's default Adam; rows and noise are injected from the documented streams."""
-    name = {SurgerySettings: "surgery", ProbSettings: "prob"}[type(job.settings)]
-    samples = getattr(job.settings, "samples", 0)
+    samples = job.settings.draws
     tasks = [r.task for r in job.rows]
     stream_name = tasks[0] if len(tasks) == 1 else "shared " + "+".join(tasks)
-    start = HEADS[name].init(job.settings, DIM, generator(stream_name, job.seed, "init"))
+    start = HEADS[job.settings.kind].init(job.settings, DIM, generator(stream_name, job.seed, "init"))
     head = PlainHead(start).to(device)
     optimizer = torch.optim.Adam(head.parameters(), lr=job.settings.lr)
     batch = job.settings.batch_size

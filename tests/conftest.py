@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from jaxtyping import install_import_hook
 
-CHECKED = ("heads.head", "heads.objectives", "heads.metrics", "heads.ridge", "training.adam_step", "training.loop")
+CHECKED = ("heads.head", "heads.kinds", "heads.objectives", "heads.metrics", "heads.ridge", "heads.uncertainty")
+CHECKED += ("training.adam_step", "training.batches", "training.loop")
 install_import_hook([f"probsurgery.pipeline.{module}" for module in CHECKED], "beartype.beartype")
 
 import numpy as np

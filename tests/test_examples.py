@@ -9,7 +9,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "demo_figures.py"
 
 
 def test_the_demo_from_python(tmp_path):
-    """On a copy that asks for less, as the whole takes a minute."""
+    """On a copy with fewer images and steps, because the whole example takes a minute."""
     text = EXAMPLE.read_text()
     less = text.replace('ExtractConfig("mini", ', 'ExtractConfig("mini", tasks=("mnist", "fruit"), limit=40, ')
     less = less.replace('head_settings("prob")', 'head_settings("prob", steps=50)')

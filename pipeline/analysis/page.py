@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import jinja2
 
 from probsurgery.pipeline.analysis.figures import draw, prepare
-from probsurgery.pipeline.analysis.kept_heads import HeadUncertainty, Projection, uncertainty_table
+from probsurgery.pipeline.analysis.labels import value_text
+from probsurgery.pipeline.analysis.projection import Projection
 from probsurgery.pipeline.analysis.report import Report
 from probsurgery.pipeline.analysis.tables import Table
-from probsurgery.pipeline.config import number_text
+from probsurgery.pipeline.analysis.uncertainty import HeadUncertainty, uncertainty_table
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.files import write_atomically
 from probsurgery.pipeline.store.cache import Cache
@@ -31,7 +32,7 @@ def write_page(
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.undefined = jinja2.StrictUndefined
     template = environment.from_string((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
-    caches = list(dict.fromkeys(cache for one in reports for cache in one.caches))
+    caches = list(dict.fromkeys(cache for report in reports for cache in report.caches))
     text = template.render(
         title="Representation surgery: " + ", ".join(Path(cache).name for cache in caches),
         version=software().get("probsurgery", ""),
@@ -50,43 +51,42 @@ def check_page(path: str | Path) -> None:
 
 
 def _sections(reports: Sequence[Report], uncertainties: Sequence[HeadUncertainty]) -> list[tuple[str, list[Table]]]:
-    sections = [(f"Results: {one.arch}, {one.protocol}", list(one.tables)) for one in reports]
+    sections = [(f"Results: {report.arch}, {report.protocol}", [*report.tables]) for report in reports]
     return sections + ([("Uncertainty", [*map(uncertainty_table, uncertainties)])] if uncertainties else [])
 
 
 def _figures(
     reports: Sequence[Report], uncertainties: Sequence[HeadUncertainty], projections: Sequence[Projection]
 ) -> list[tuple[str, str]]:
-    """Each figure's caption, and itself as an address that holds it."""
+    """The caption of each figure, and the figure as a data URL."""
     with TemporaryDirectory() as folder:
-        drawn = draw(reports, folder, uncertainties, projections)
-        svgs = [(one.title, one.path.with_suffix(".svg").read_bytes()) for one in drawn]
+        figures = draw(reports, folder, uncertainties, projections)
+        svgs = [(figure.title, figure.path.with_suffix(".svg").read_bytes()) for figure in figures]
     return [(title, "data:image/svg+xml;base64," + b64encode(svg).decode()) for title, svg in svgs]
 
 
 def _provenance(cache: Cache) -> list[tuple[str, str]]:
-    """What a cache was made from, as its manifest says."""
-    manifest, identity = cache.manifest, cache.identity
-    merge = identity["merge"]
-    settings = ", ".join(f"{k}={number_text(v) if isinstance(v, float) else v}" for k, v in merge["settings"].items())
+    """What a cache was made from, according to its manifest."""
+    manifest, identity, merge = cache.manifest, cache.identity, cache.identity.merge
+    settings = ", ".join(f"{name}={value_text(value)}" for name, value in merge.settings.items())
     rows = [
         ("cache", str(cache.path)),
-        ("architecture", f"{identity['arch']}, d={cache.dim}, features in {identity['dtype']}"),
-        ("merge", f"{merge.get('name') or merge['method']}{f' ({settings})' if settings else ''}"),
+        ("architecture", f"{identity.arch}, d={identity.dim}, features in {identity.dtype}"),
+        ("merge", (merge.name or merge.method) + (f" ({settings})" if settings else "")),
         ("identity, content", f"{cache.fingerprint}, {cache.content}"),
-        ("made", f"{manifest.get('created')} by " + _listed(manifest.get("software", {}))),
-        ("preprocessing", _listed(identity["preprocessing"])),
+        ("created", f"{manifest.created} by {_listed(manifest.software)}"),
+        ("preprocessing", _listed(identity.preprocessing or {})),
     ]
-    for task, about in manifest["tasks"].items():
+    for name, task in manifest.tasks.items():
         splits = "; ".join(
-            f"{split}: {data['rows']:,} images, fingerprint {data['fingerprint']}"
-            for split, data in about["splits"].items()
+            f"{split}: {record.rows:,} images, fingerprint {record.fingerprint}"
+            for split, record in task.splits.items()
         )
-        rows.append((f"task {task}", f"{about.get('classes', '?')} classes; {splits}"))
-    for name, file in manifest.get("files", {}).items():
-        rows.append((f"file of {name}", f"{file.get('source')}, sha256 {file.get('sha256')}"))
+        rows.append((f"task {name}", f"{task.classes} classes; {splits}"))
+    for name, file in manifest.files.items():
+        rows.append((f"file of {name}", f"{file.source}, sha256 {file.sha256}"))
     return rows
 
 
-def _listed(values: dict) -> str:
+def _listed(values: Mapping[str, object]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())

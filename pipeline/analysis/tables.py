@@ -6,30 +6,34 @@ import csv
 import io
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from probsurgery.pipeline.store.results import Spread
 
+AVERAGE = "Avg"
+"""The column of averages over tasks."""
 Value = Spread | float | str
 MEASURED, BASELINE, PUBLISHED, DIFFERENCE = "measured", "baseline", "published", "difference"
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
+    "<": "$<$",
+    ">": "$>$",
+    "±": r"$\pm$",
 }
-_LATEX |= {"<": "$<$", ">": "$>$", "±": r"$\pm$"}
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a table: what it is of, and its values by column; a column that it lacks is shown as "-"."""
+    """One line of a table: its label, and its values by column. A column without a value is shown as "-"."""
 
     label: str
-    values: dict[str, Value]
+    values: dict[str, Value | None]
     kind: str = MEASURED
-    """`measured`; `baseline`, which is no candidate for the best; `published` by others; `difference` to such a one."""
+    """`measured`; `baseline`, which does not compete for the best; `published`; or `difference` to a published line."""
     method: str = ""
-    """What the published tables call it."""
+    """Its name in the published tables."""
 
 
 @dataclass(frozen=True)
@@ -37,86 +41,87 @@ class Table:
     """A table of figures."""
 
     title: str
-    """With the protocol under which the figures were measured."""
+    """Names the protocol under which the figures were measured."""
     columns: dict[str, str]
-    """Each column's format."""
+    """The format of each column."""
     lines: tuple[Line, ...]
     best: Callable[[Sequence[float]], float] | None = None
     """`max` or `min` over the measured lines of a column; None: no column has a best."""
     first: str = "method"
-    """What the lines are."""
-    notes: tuple[str, ...] = field(default=())
+    """Header of the column of labels."""
+    notes: tuple[str, ...] = ()
 
     def is_best(self, line: Line, column: str) -> bool:
-        """Whether a cell is the best of its column, as it is shown; several may be."""
+        """Whether a cell, as shown, is the best of its column. Several cells may be."""
         if self.best is None or line.kind != MEASURED:
             return False
-        figures = {id(one): _figure(one, column) for one in self.lines if one.kind == MEASURED}
-        form = self.columns[column].replace(",", "")
-        shown = {key: float(format(value, form)) for key, value in figures.items() if value is not None}
-        return len(shown) > 1 and shown.get(id(line)) == self.best(shown.values())
+        shown = [self._rounded(other, column) for other in self.lines if other.kind == MEASURED]
+        shown = [value for value in shown if value is not None]
+        return len(shown) > 1 and self._rounded(line, column) == self.best(shown)
+
+    def _rounded(self, line: Line, column: str) -> float | None:
+        """A cell's number as it is shown; None for text or no value."""
+        value = line.values.get(column)
+        value = value.mean if isinstance(value, Spread) else value
+        return float(format(value, self.columns[column].replace(",", ""))) if isinstance(value, int | float) else None
 
     def text(self, line: Line, column: str) -> str:
         """A cell as text."""
-        value, form = line.values.get(column), self.columns[column]
-        form = f"+{form}" if line.kind == DIFFERENCE else form
+        value, spec = line.values.get(column), self.columns[column]
+        spec = f"+{spec}" if line.kind == DIFFERENCE else spec
         if value is None or isinstance(value, str):
             return value or "-"
-        return spread_text(value, form) if isinstance(value, Spread) else format(value, form)
+        return spread_text(value, spec) if isinstance(value, Spread) else format(value, spec)
 
     def to_json(self) -> dict:
-        """Figures in full, as `{"mean", "sd", "seeds"}` where there are seeds."""
+        """Figures in full; a figure over seeds is `{"mean", "sd", "seeds"}`."""
         lines = [
-            {"label": line.label, "kind": line.kind, "method": line.method}
-            | {"values": {c: vars(v) if isinstance(v, Spread) else v for c, v in line.values.items()}}
-            | {"best": [column for column in self.columns if self.is_best(line, column)]}
+            {
+                "label": line.label,
+                "kind": line.kind,
+                "method": line.method,
+                "values": {c: vars(v) if isinstance(v, Spread) else v for c, v in line.values.items()},
+                "best": [column for column in self.columns if self.is_best(line, column)],
+            }
             for line in self.lines
         ]
         return {"title": self.title, "columns": list(self.columns), "lines": lines, "notes": list(self.notes)}
 
 
-def spread_text(figure: Spread, form: str) -> str:
-    """A mean, with the standard deviation where there is one."""
-    return format(figure.mean, form) + ("" if figure.sd is None else f"±{figure.sd:{form.lstrip('+')}}")
-
-
-def _figure(line: Line, column: str) -> float | None:
-    value = line.values.get(column)
-    return value.mean if isinstance(value, Spread) else value if isinstance(value, int | float) else None
+def spread_text(spread: Spread, spec: str) -> str:
+    """A mean, with the standard deviation if there is one."""
+    return format(spread.mean, spec) + ("" if spread.sd is None else f"±{spread.sd:{spec.lstrip('+')}}")
 
 
 def to_markdown(tables: Sequence[Table]) -> str:
-    """GitHub's tables, each under its title; the best of a column is bold."""
-    parts = []
+    """GitHub's tables, each under its title. The best of a column is bold."""
+    blocks = []
     for table in tables:
         rows = [[table.first, *table.columns], ["---", *["---:"] * len(table.columns)]]
-        for line in table.lines:
-            cells = (f"**{t}**" if table.is_best(line, c) else t for c, t in _texts(table, line))
-            rows.append([line.label, *cells])
-        text = "\n".join("| " + " | ".join(c.replace("|", r"\|") for c in row) + " |" for row in rows)
-        parts.append("\n\n".join([f"**{table.title}**", text, *table.notes]))
-    return "\n\n".join(parts) + "\n"
+        rows += [[line.label, *_cells(table, line, "**{}**".format)] for line in table.lines]
+        text = "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows)
+        blocks.append("\n\n".join([f"**{table.title}**", text, *table.notes]))
+    return "\n\n".join(blocks) + "\n"
 
 
 def to_latex(tables: Sequence[Table]) -> str:
-    r"""`table` environments for the package booktabs; the best of a column is bold."""
-    parts = ["% \\usepackage{booktabs}"]
+    r"""`table` environments for the package booktabs. The best of a column is bold."""
+    blocks = ["% \\usepackage{booktabs}"]
     for table in tables:
         rows = [" & ".join(map(_escaped, (table.first, *table.columns))) + r" \\", r"\midrule"]
-        before = None
+        previous = None
         for line in table.lines:
-            if (before == BASELINE and line.kind != BASELINE) or line.kind == PUBLISHED != before != DIFFERENCE:
+            ends_baselines = previous == BASELINE != line.kind
+            if ends_baselines or (line.kind == PUBLISHED and previous not in (PUBLISHED, DIFFERENCE)):
                 rows.append(r"\midrule")
-            before = line.kind
-            cells = (
-                rf"\textbf{{{_escaped(t)}}}" if table.is_best(line, c) else _escaped(t) for c, t in _texts(table, line)
-            )
+            previous = line.kind
+            cells = _cells(table, line, r"\textbf{{{}}}".format, _escaped)
             rows.append(" & ".join([_escaped(line.label), *cells]) + r" \\")
         caption = _escaped(" ".join([f"{table.title}.", *table.notes]))
         begin = [r"\begin{table}", r"\centering", rf"\caption{{{caption}}}"]
         begin += [rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}", r"\toprule"]
-        parts.append("\n".join([*begin, *rows, r"\bottomrule", r"\end{tabular}", r"\end{table}"]))
-    return "\n\n".join(parts) + "\n"
+        blocks.append("\n".join([*begin, *rows, r"\bottomrule", r"\end{tabular}", r"\end{table}"]))
+    return "\n\n".join(blocks) + "\n"
 
 
 def to_csv(tables: Sequence[Table]) -> str:
@@ -135,12 +140,15 @@ def to_csv(tables: Sequence[Table]) -> str:
     return out.getvalue()
 
 
-def _texts(table: Table, line: Line) -> list[tuple[str, str]]:
-    return [(column, table.text(line, column)) for column in table.columns]
+def _cells(
+    table: Table, line: Line, bold: Callable[[str], str], escaped: Callable[[str], str] = lambda text: text
+) -> list[str]:
+    cells = {column: escaped(table.text(line, column)) for column in table.columns}
+    return [bold(text) if table.is_best(line, column) else text for column, text in cells.items()]
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"[&%$#_{}\\~^<>±]", lambda found: _LATEX[found[0]], text)
+    return re.sub(r"[&%$#_{}\\~^<>±]", lambda match: _LATEX[match[0]], text)
 
 
 FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {

@@ -1,84 +1,83 @@
-"""How kept heads do where they were not fitted: on other tasks, and on other caches, of corrupted images say."""
+"""Kept heads where they were not fitted: on other tasks, and on other caches, such as those of corrupted images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
 from torch import Tensor
 
-from probsurgery.pipeline.analysis.kept_heads import kept_heads
-from probsurgery.pipeline.analysis.report import AVERAGE
-from probsurgery.pipeline.analysis.tables import BASELINE, Line, Table
+from probsurgery.pipeline.analysis.kept_heads import KeptHead, kept_heads
+from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, Line, Table
 from probsurgery.pipeline.errors import InputError
-from probsurgery.pipeline.heads.head import Head
+from probsurgery.pipeline.fingerprints import shortened
 from probsurgery.pipeline.heads.metrics import accuracy
 from probsurgery.pipeline.store.cache import Cache
 
 
 def transfer(cache: str | Path, on: Sequence[str | Path] = (), results: Path | None = None) -> list[Table]:
-    """Accuracy in percent of every kept head of a cache: on each task of that cache, its own and the others; then, for
-    each cache in `on`, on the same task there, beside the heads that were fitted there.
+    """Accuracy in percent of a cache's kept heads where they were not fitted, on all test images.
 
-    Every image of the test split is evaluated on. Raises `InputError` if no head is kept, or if a cache is of another
+    One table for each head on every task of the cache; then, for each cache in `on`, one of all heads on that cache's
+    features, beside the heads that were fitted there. Raises `InputError` if no head is kept, or if a cache has another
     architecture or other tasks.
     """
     source = Cache(cache)
     heads = list(kept_heads(source, results))
     if not heads:
         raise InputError(f"no head of {source.path} is kept; `probsurgery fit --cache {source.path}` keeps one")
-    others = [Cache(path) for path in on]
-    for other in others:
-        for key in ("arch", "dim", "tasks"):
-            ours, theirs = source.identity[key], other.identity[key]
-            if ours != theirs:
-                raise InputError(f"{other.path} has {key} {theirs}, but {source.path} has {ours}; heads do not fit it")
-    return [_across_tasks(source, label, head) for label, head in heads] + [
-        _on_cache(source, other, heads) for other in others
-    ]
+    targets = [Cache(path) for path in on]
+    for target in targets:
+        for field in ("arch", "dim", "tasks"):
+            expected, given = getattr(source.identity, field), getattr(target.identity, field)
+            if given != expected:
+                raise InputError(
+                    f"{target.path} has {field} {shortened(given)}, but {source.path} has {shortened(expected)}; "
+                    "heads do not fit it"
+                )
+    across_tasks = [_across_tasks(source, kept_head) for kept_head in heads]
+    return across_tasks + [_on_cache(target, source, heads) for target in targets]
 
 
-def _protocol(head: Head) -> str:
-    return head.record["results"][0]["protocol"]
-
-
-def _percent(cache: Cache, task: str, correct: Callable[[Tensor], Tensor] = lambda z: z, kind: str = "merged") -> float:
-    return 100 * accuracy(correct(cache.features(task, kind)), cache.classifier(task), cache.labels(task))
+def _percent(features: Tensor, cache: Cache, task: str) -> float:
+    return 100 * accuracy(features, cache.classifier(task), cache.labels(task))
 
 
 def _encoders(cache: Cache, tasks: Sequence[str]) -> list[Line]:
-    kinds = {"individual experts": "expert", "merged": "merged"}
-    found = {label: {task: _percent(cache, task, kind=kind) for task in tasks} for label, kind in kinds.items()}
-    return [Line(label, values | {AVERAGE: fmean(values.values())}, BASELINE) for label, values in found.items()]
+    lines = []
+    for label, kind in (("individual experts", "expert"), ("merged", "merged")):
+        values = {task: _percent(cache.features(task, kind), cache, task) for task in tasks}
+        lines.append(Line(label, values | {AVERAGE: fmean(values.values())}, BASELINE))
+    return lines
 
 
-def _across_tasks(cache: Cache, label: str, head: Head) -> Table:
-    """A line for each head, a column for each task."""
-    tasks = cache.tasks("test")
+def _across_tasks(cache: Cache, kept_head: KeptHead) -> Table:
+    """A line for each task that has a head, or one for a shared head; a column for each task."""
+    tasks, head = cache.tasks("test"), kept_head.head
     lines = _encoders(cache, tasks)
-    for fitted in [None] if head.shared else head.tasks:
-        values = {task: _percent(cache, task, lambda z, f=fitted: head(z, f)) for task in tasks}
-        own = head.tasks if fitted is None else (fitted,)
-        elsewhere = [value for task, value in values.items() if task not in own]
+    for fitted_on in [head.tasks] if head.shared else [(task,) for task in head.tasks]:
+        values = {task: _percent(head(cache.features(task), fitted_on[0]), cache, task) for task in tasks}
+        elsewhere = [value for task, value in values.items() if task not in fitted_on]
         values |= {"elsewhere": fmean(elsewhere)} if elsewhere else {}
-        lines.append(Line(f"fitted on {'+'.join(own)}", values))
-    title = f"On every task: {label} ({cache.path}: fitted {_protocol(head)}, evaluated on all test images)"
+        lines.append(Line(f"fitted on {'+'.join(fitted_on)}", values))
+    fitted = f"{cache.path}: fitted {kept_head.protocol}"
+    title = f"Accuracy in %. On every task: {kept_head.label} ({fitted}, evaluated on all test images)"
     columns = dict.fromkeys([*tasks, AVERAGE, "elsewhere"], ".1f")
     notes = ("elsewhere: the mean over tasks that the head was not fitted on.",)
-    return Table(f"Accuracy in %. {title}", columns, tuple(lines), first="head", notes=notes)
+    return Table(title, columns, tuple(lines), first="head", notes=notes)
 
 
-def _on_cache(source: Cache, other: Cache, heads: list[tuple[str, Head]]) -> Table:
-    """Heads of one cache on another's features, beside those fitted there."""
-    tasks = [task for task in other.tasks("test") if any(task in head.tasks for _, head in heads)]
-    lines = _encoders(other, tasks)
-    for origin, its in ((source, heads), (other, list(kept_heads(other)))):
-        for label, head in its:
-            shared = [task for task in tasks if task in head.tasks]
-            values = {task: _percent(other, task, lambda z, h=head, t=task: h(z, t)) for task in shared}
+def _on_cache(target: Cache, source: Cache, heads: Sequence[KeptHead]) -> Table:
+    """Heads of a source cache on a target's features, beside those fitted there."""
+    tasks = [task for task in target.tasks("test") if any(task in source_head.head.tasks for source_head in heads)]
+    lines = _encoders(target, tasks)
+    for origin, origin_heads in ((source, heads), (target, kept_heads(target))):
+        for kept_head in origin_heads:
+            fitted = [task for task in tasks if task in kept_head.head.tasks]
+            values = {task: _percent(kept_head.head(target.features(task), task), target, task) for task in fitted}
             if len(values) == len(tasks):
                 values[AVERAGE] = fmean(values.values())
-            lines.append(Line(f"{label}, fitted on {origin.path.name} ({_protocol(head)})", values))
-    title = f"Accuracy in %. On {other.path}, all test images: heads of {source.path.name}, and its own"
+            lines.append(Line(f"{kept_head.label}, fitted on {origin.path.name} ({kept_head.protocol})", values))
+    title = f"Accuracy in %. On {target.path}, all test images: heads of {source.path.name}, and those fitted there"
     return Table(title, dict.fromkeys([*tasks, AVERAGE], ".1f"), tuple(lines), max, first="head")

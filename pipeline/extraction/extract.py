@@ -26,21 +26,15 @@ from probsurgery.pipeline.errors import ProbsurgeryError
 from probsurgery.pipeline.extraction.distributed import Ranks, joined
 from probsurgery.pipeline.extraction.encode import ImageSource, Tally, Target, fill, shards_of
 from probsurgery.pipeline.extraction.image_stream import image_stream
-from probsurgery.pipeline.extraction.merges import (
-    MergedModel,
-    has_no_features,
-    load_learned,
-    make_merge,
-    store_learned,
-)
-from probsurgery.pipeline.extraction.run_plan import RunPlan, decoding_workers, plan_run, split_record
+from probsurgery.pipeline.extraction.merges import MergedModel, has_no_features, load_learned, make_merge, store_learned
+from probsurgery.pipeline.extraction.run_plan import RunPlan, decoding_workers, plan_run
 from probsurgery.pipeline.merging.vectors import ImageStream
 from probsurgery.pipeline.models import architectures
 from probsurgery.pipeline.models.checkpoints import digest
 from probsurgery.pipeline.progress import Progress, no_progress
 from probsurgery.pipeline.store.arrays import ArraySpec, shard_rows
 from probsurgery.pipeline.store.lock import locked
-from probsurgery.pipeline.store.manifest import Manifest, Origin, Run, TaskRecord
+from probsurgery.pipeline.store.manifest import Manifest, Origin, Run, SplitRecord, TaskRecord
 from probsurgery.pipeline.store.siblings import take_from_siblings
 from probsurgery.pipeline.store.target import check_target
 from probsurgery.pipeline.store.writer import CacheWriter
@@ -172,15 +166,12 @@ def _register(writer: CacheWriter, plan: RunPlan) -> None:
     """Note in the manifest what this run adds and what it is made from, and store the classifiers."""
     tasks = dict(writer.manifest.tasks)
     for task in plan.extracted:
-        names = task.class_names
-        record = tasks.get(task.name) or TaskRecord(
-            classes=len(names),
-            class_names=names,
-            classifier=digest({"": plan.classifiers[task.name]}),
-            splits={},
-        )
+        names, classifier = task.class_names, digest({"": plan.classifiers[task.name]})
+        new = TaskRecord(classes=len(names), class_names=names, classifier=classifier, splits={})
+        record = tasks.get(task.name, new)
         images = {split: images for (split, name), images in plan.images.items() if name == task.name}
-        splits = {split: split_record(opened) for split, opened in images.items()} | dict(record.splits)
+        splits = {split: SplitRecord(len(opened), opened.fingerprint) for split, opened in images.items()}
+        splits |= record.splits
         origins = {split: Origin(opened.source, opened.class_order) for split, opened in images.items()}
         tasks[task.name] = msgspec.structs.replace(record, splits=splits, origins={**record.origins, **origins})
     writer.update(files={**writer.manifest.files, **plan.weights.files}, tasks=tasks)
@@ -230,14 +221,8 @@ def _fill_caches(
             raise ProbsurgeryError(f"{writer.path} lacks shards that other ranks should have written; run this again")
     if work or result.taken:
         seconds = {phase: round(value, 3) for phase, value in result.seconds.items()}
-        run = Run(
-            images=result.images,
-            passes=result.passes,
-            taken=result.taken,
-            ranks=ranks.size,
-            seconds=seconds,
-            device=_device_name(plan.device),
-        )
+        counts = {"images": result.images, "passes": result.passes, "taken": result.taken, "ranks": ranks.size}
+        run = Run(**counts, seconds=seconds, device=_device_name(plan.device))
         for writer in writers:
             writer.update(runs=(*writer.manifest.runs, run))
     result.notes += _notes(writers[0].manifest)

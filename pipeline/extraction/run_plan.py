@@ -22,7 +22,7 @@ from probsurgery.pipeline.models.checkpoints import StateDict, digest
 from probsurgery.pipeline.models.sources import Weights
 from probsurgery.pipeline.models.text_classifiers import load_classifiers
 from probsurgery.pipeline.store.arrays import KINDS, ArraySpec
-from probsurgery.pipeline.store.manifest import Identity, MergeIdentity, SplitRecord, TaskRecord
+from probsurgery.pipeline.store.manifest import Identity, MergeIdentity, TaskRecord
 from probsurgery.pipeline.store.target import check_target
 
 
@@ -35,15 +35,15 @@ class RunPlan:
     """Tasks whose experts are merged."""
     extracted: tuple[Task, ...]
     """Those of them that this run extracts."""
+    requests: list[MergeRequest]
+    images: Mapping[tuple[str, str], Images]
+    """By split and task."""
     device: torch.device
     workers: int
     """Processes that decode images."""
     weights: Weights
     pretrained: StateDict
     classifiers: Mapping[str, Tensor]
-    images: Mapping[tuple[str, str], Images]
-    """By split and task."""
-    requests: tuple[MergeRequest, ...]
     checkpoints: Mapping[str, str]
     """Digests of the encoders' weights: `pretrained`, and each expert by its task."""
 
@@ -84,7 +84,7 @@ class RunPlan:
         """Images of a merged task, which may be one that this run does not extract."""
         if (split, name) in self.images:
             return self.images[split, name]
-        return open_task_images(self.config, next(task for task in self.tasks if task.name == name), split)
+        return _open(self.config, next(task for task in self.tasks if task.name == name), split)
 
 
 def plan_run(config: ExtractConfig, ranks: Ranks) -> RunPlan:
@@ -104,26 +104,14 @@ def plan_run(config: ExtractConfig, ranks: Ranks) -> RunPlan:
     weights = Weights(config.arch, config.checkpoints)
     pretrained = weights.pretrained()
     # A merge that learns needs the classifiers of all tasks.
-    learns = any(request.learns for request in requests)
-    classifiers = load_classifiers(weights, tasks if learns else extracted, device)
+    needed = tasks if any(request.learns for request in requests) else extracted
+    classifiers = load_classifiers(weights, needed, device)
     checkpoints = {"pretrained": digest(pretrained)}
     checkpoints |= {name: digest(expert) for name, expert in weights.experts(tasks).items()}
-    images = {
-        (split, task.name): open_task_images(config, task, split) for split in config.splits for task in extracted
-    }
-    plan = RunPlan(
-        config,
-        tasks,
-        extracted,
-        device,
-        decoding_workers(config, ranks.local_size),
-        weights,
-        pretrained,
-        classifiers,
-        images,
-        tuple(requests),
-        checkpoints,
-    )
+    images = {(split, task.name): _open(config, task, split) for split in config.splits for task in extracted}
+    workers = decoding_workers(config, ranks.local_size)
+    models = (weights, pretrained, classifiers, checkpoints)
+    plan = RunPlan(config, tasks, extracted, requests, images, device, workers, *models)
     for request in requests if ranks.leads else ():
         manifest = check_target(request.path, plan.identity(request.identity), config.store, fresh=config.fresh)
         if manifest is not None:
@@ -141,15 +129,10 @@ def decoding_workers(config: ExtractConfig, ranks: int = 1) -> int:
     return 0 if config.arch == "mini" else max(1, default_workers() // ranks)
 
 
-def open_task_images(config: ExtractConfig, task: Task, split: str) -> Images:
+def _open(config: ExtractConfig, task: Task, split: str) -> Images:
     """One split of a task, with the run's corruption, if it has one."""
     images = open_images(task, split, config.data, config.limit, any_rows=config.any_rows)
     return corrupt_images(images, config.corrupt) if config.corrupt else images
-
-
-def split_record(images: Images) -> SplitRecord:
-    """What the manifest says of a split's images."""
-    return SplitRecord(len(images), images.fingerprint)
 
 
 def _check_data(path: Path, known: Mapping[str, TaskRecord], plan: RunPlan) -> None:
@@ -157,11 +140,8 @@ def _check_data(path: Path, known: Mapping[str, TaskRecord], plan: RunPlan) -> N
     for (split, name), images in plan.images.items():
         if name not in known:
             continue
-        held = known[name].splits.get(split)
-        if held is not None and (held.rows, held.fingerprint or images.fingerprint) != (
-            len(images),
-            images.fingerprint,
-        ):
+        recorded = known[name].splits.get(split)
+        if recorded and (recorded.rows, recorded.fingerprint) != (len(images), images.fingerprint):
             raise InputError(f"{path} was written from other images of {name} ({split}); use --fresh or --out")
         if known[name].classifier != digest({"": plan.classifiers[name]}):
             raise InputError(f"{path} was written with another classifier of {name}; use --fresh or --out")

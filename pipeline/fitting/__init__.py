@@ -1,1 +1,1 @@
-"""Stage two: features to heads and results."""
+"""Stage two: from cached features to heads and results."""

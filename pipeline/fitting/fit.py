@@ -2,53 +2,60 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from probsurgery.pipeline.config import FitConfig, HeadSettings, RidgeSettings
-from probsurgery.pipeline.datasets.tasks import check_names
+from probsurgery.pipeline.config import FitConfig
 from probsurgery.pipeline.device import available_memory, choose_device
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
-from probsurgery.pipeline.fingerprints import differences, fingerprint
-from probsurgery.pipeline.fitting.splits import LoadedTasks, seen_count
-from probsurgery.pipeline.heads.head import Head, load_head, parameter_count, stack_params
-from probsurgery.pipeline.merging import registry
+from probsurgery.pipeline.files import replaced
+from probsurgery.pipeline.fitting.requests import (
+    HeadRequest,
+    RecordedResults,
+    chosen_tasks,
+    description,
+    existing_head,
+    head_requests,
+    name_of,
+    training_runs,
+)
+from probsurgery.pipeline.fitting.splits import LoadedTasks
+from probsurgery.pipeline.heads.head import FitRecord, Head, TrainingRecord, load_head
+from probsurgery.pipeline.heads.kinds import parameter_count, stack_params
+from probsurgery.pipeline.merging.registry import merge_label
+from probsurgery.pipeline.progress import Progress, no_progress
 from probsurgery.pipeline.store.cache import Cache
+from probsurgery.pipeline.store.lock import require_writable
 from probsurgery.pipeline.store.manifest import software
-from probsurgery.pipeline.store.results import append_results, is_result, read_results
-from probsurgery.pipeline.store.writer import require_writable
-from probsurgery.pipeline.training.loop import Fitted, Job, Outcome
-from probsurgery.pipeline.training.plan import Wanted, execute, make_plan
+from probsurgery.pipeline.store.results import ResultRow, TrainingPlan, append_results
+from probsurgery.pipeline.training.batches import Job
+from probsurgery.pipeline.training.loop import Fitted
+from probsurgery.pipeline.training.plan import Plan, StepCounter, execute, make_plan
 from probsurgery.pipeline.training.workers import Pool
-
-Progress = Callable[[int, int], None]
-"""Told how many head-steps are done, and how many there are in all."""
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """What was fitted for one setting, and how good it is on each task."""
+    """What was fitted for one configuration, and how good it is on each task."""
 
     config: FitConfig
-    """What was asked for, with the tasks that it stands for."""
-    rows: list[dict]
+    """The configuration, with its tasks filled in."""
+    rows: list[ResultRow]
     """One for each task, as in results.jsonl."""
     path: Path | None = None
     """The head's folder; None if heads are not kept."""
     repeated: bool = False
-    """All of it was there already, and nothing was done."""
+    """Whether everything existed already and nothing was done."""
     fitted: int = 0
     """Heads fitted now."""
     failures: tuple[tuple[str, str], ...] = ()
-    """Each head that could not be fitted, and why; its rows are missing."""
+    """(label, reason) of each head that could not be fitted; its rows are missing."""
 
     @property
     def head(self) -> Head:
@@ -56,12 +63,12 @@ class FitResult:
         return load_head(self.path)
 
 
-def fit(config: FitConfig, progress: Progress = lambda done, total: None) -> FitResult:
-    """Run stage two for one setting, and keep its head.
+def fit(config: FitConfig, progress: Progress = no_progress) -> FitResult:
+    """Run stage two for one configuration, and keep its head.
 
-    Raises `InputError` before anything is written if the cache lacks what is asked for, or if a head of that name
-    exists with other settings, and `ProbsurgeryError` if a head cannot be fitted. The same request again returns what
-    is there.
+    The same request again returns what exists. Raises `InputError` before anything is written if the cache lacks what
+    is asked for, or if a head of that name exists with other settings, and `ProbsurgeryError` if a head cannot be
+    fitted.
     """
     (result,) = fit_all([config], keep_heads=True, progress=progress)
     if result.failures:
@@ -73,336 +80,259 @@ def fit_all(
     configs: Sequence[FitConfig],
     *,
     keep_heads: bool,
-    progress: Progress = lambda done, total: None,
-    finished: Callable[[FitConfig, dict], None] = lambda config, row: None,
+    progress: Progress = no_progress,
+    finished: Callable[[FitResult], None] = lambda result: None,
 ) -> list[FitResult]:
-    """Run stage two for several settings at once, of the same cache, tasks, split, device and place for results.
+    """Run stage two for several configurations that agree in cache, tasks, split, device and folder of results.
 
-    A row is written to results.jsonl as soon as its head is fitted. What is there already is not fitted again, unless
-    the head is to be kept and was not. `finished` is told of every row, old ones first. A head that fails leaves the
-    others as they are. Raises `InputError` before anything is written.
+    Results come in the order of the configurations; `finished` is called with each as soon as it is complete. A row is
+    written to results.jsonl as soon as its head is fitted. A head whose rows exist is not fitted again, unless it is to
+    be kept and was not. A head that fails does not affect the others. Raises `InputError` before anything is written.
     """
     common, cache = configs[0], Cache(configs[0].cache)
     device = choose_device(common.device)
     if common.tf32 and device.type != "cuda":
         raise InputError(f"--tf32 is for CUDA devices, and this fit runs on {device}")
-    results = Path(common.results or cache.path)
-    tasks = _tasks(cache, common)
-    settings = [_Setting(replace(config, tasks=tasks), cache, results, keep_heads) for config in configs]
-    kept = read_results(results)
-    known = {(row.get("request"), row["task"]): row for row in kept}
-    written = {_text(row) for row in kept} if keep_heads else set()
-    for setting in settings:
-        for row in setting.recall(known, written):
-            finished(setting.config, row)
-    wishes = [wish for setting in settings for wish in setting.missing]
-    if wishes:
-        require_writable(results / "heads" if keep_heads else results, "--results")
-        with closing(_train(wishes, cache, device, progress)) as outcomes:
-            for wish, outcome, planned, loaded in outcomes:
-                for row in wish.setting.take(wish, outcome, planned, loaded):
-                    finished(wish.setting.config, row)
-    return [setting.result() for setting in settings]
+    recorded = RecordedResults(common.results or cache.path)
+    tasks = chosen_tasks(cache, common)
+    fits = [_Fit(replace(config, tasks=tasks), cache, recorded, keep_heads=keep_heads) for config in configs]
+    for each in fits:
+        each.recall()
+        if not each.missing:
+            finished(each.result())
+    owners = {request: each for each in fits for request in each.missing}
+    if owners:
+        require_writable(recorded.folder / "heads" if keep_heads else recorded.folder, "--results")
+        with closing(_train(list(owners), cache, device, progress)) as outcomes:
+            for request, outcome in outcomes:
+                owner = owners[request]
+                owner.take(request, outcome)
+                if not owner.missing:
+                    finished(owner.result())
+    return [each.result() for each in fits]
 
 
 def failure_lines(failures: Sequence[tuple[str, str]]) -> list[str]:
-    """One line for each reason, with every head that it befell."""
+    """One line per failure reason, listing the affected heads."""
     by_reason = defaultdict(list)
     for label, reason in failures:
         by_reason[reason].append(label)
     return [f"{', '.join(labels)}: {reason}" for reason, labels in by_reason.items()]
 
 
-@dataclass(frozen=True, eq=False)
-class _Wish:
-    """One head that is asked for: of one task, or shared by several."""
+@dataclass(frozen=True)
+class _TrainedHead:
+    """The head of one request, trained and evaluated."""
 
-    setting: _Setting
-    tasks: tuple[str, ...]
-
-    @cached_property
-    def request(self) -> str:
-        """Digest of what determines the head; results name it."""
-        return fingerprint(_request(self.setting.config, self.setting.cache, self.tasks))
-
-    @property
-    def label(self) -> str:
-        return f"{self.setting.name} of {' and '.join(self.tasks)}"
+    fitted: Fitted
+    record: TrainingRecord
+    rows: dict[str, ResultRow]
+    """By task."""
 
 
-class _Setting:
-    """One setting of a sweep: the heads that it asks for, and what is known of them so far."""
+class _Fit:
+    """The fit of one configuration: the heads that it asks for, and the results so far."""
 
-    def __init__(self, config: FitConfig, cache: Cache, results: Path, keep_heads: bool) -> None:
-        tasks = config.tasks
-        # Named after its tasks unless it has all that are merged: a head of those so far is not in the way then.
-        name_tasks = (keep_heads or config.shared) and len(tasks) < len(cache.identity["tasks"])
-        self.name = config.name or replace(config, tasks=tasks if name_tasks else None).default_name()
-        self.config, self.cache, self.results = config, cache, results
-        self.folder = results / "heads" / self.name if keep_heads else None
-        self.wishes = [_Wish(self, group) for group in ([tasks] if config.shared else [(task,) for task in tasks])]
-        self.missing: list[_Wish] = []
-        self.rows: dict[str, dict] = {}
-        self._fitted: dict[_Wish, tuple[Fitted, dict]] = {}
-        self._taken = 0
+    def __init__(self, config: FitConfig, cache: Cache, recorded: RecordedResults, *, keep_heads: bool) -> None:
+        self.config, self._cache, self._recorded = config, cache, recorded
+        name = name_of(config, cache, keep_heads=keep_heads)
+        self.folder = recorded.folder / "heads" / name if keep_heads else None
+        self.requests = head_requests(config, name, cache)
+        self.missing: list[HeadRequest] = []
+        """Requests that are still to be trained."""
+        self._rows: dict[str, ResultRow] = {}
+        self._trained: dict[HeadRequest, _TrainedHead] = {}
+        self._fitted = 0
         self._repeated = False
         self._failures: list[tuple[str, str]] = []
 
-    def recall(self, known: dict[tuple[str, str], dict], written: set[str]) -> list[dict]:
-        """Find what was done before, and note what is missing; gives the rows that are there."""
+    def recall(self) -> None:
+        """Take over the results that exist, and list the requests that are missing."""
         if self.folder is not None and self.folder.exists():
-            self._reopen(written)
-            return list(self.rows.values())
-        for wish in self.wishes:
-            rows = {task: row for task in wish.tasks if (row := known.get((wish.request, task)))}
-            self.rows |= rows
-            if self.folder is not None or len(rows) < len(wish.tasks):
-                self.missing.append(wish)
+            self._reopen()
+            return
+        for request in self.requests:
+            rows = self._recorded.rows_of(request)
+            self._rows |= rows
+            if self.folder is not None or len(rows) < len(request.tasks):
+                self.missing.append(request)
         self._repeated = not self.missing
-        return list(self.rows.values())
 
-    def take(self, wish: _Wish, outcome: Outcome, planned: dict, loaded: LoadedTasks) -> list[dict]:
-        """Evaluate and write what has just been fitted; gives the rows that are new."""
+    def take(self, request: HeadRequest, outcome: _TrainedHead | ProbsurgeryError) -> None:
+        """Write the rows of a request that has been trained, and the head's folder after the last one."""
+        self.missing.remove(request)
         if isinstance(outcome, ProbsurgeryError):
-            self._failures.append((wish.label, str(outcome)))
-            return []
-        self._taken += 1
-        config, dim = self.config, self.cache.dim
-        head = Head(config.head, wish.tasks, dim, outcome.params, config.shared)
-        new = {
-            task: loaded.evaluate(config, head, task) | _about(wish, task) | {"seconds": outcome.seconds} | planned
-            for task in wish.tasks
-            if task not in self.rows
-        }
-        self.rows |= new
-        append_results(self.results, list(new.values()))
+            self._failures.append((request.label, str(outcome)))
+            return
+        self._fitted += 1
+        new = {task: row for task, row in outcome.rows.items() if task not in self._rows}
+        self._rows |= new
+        append_results(self._recorded.folder, list(new.values()))
         if self.folder is not None:
-            self._fitted[wish] = outcome, planned
-            if len(self._fitted) == len(self.wishes):
-                self._keep()
-        return list(new.values())
+            self._trained[request] = outcome
+            if len(self._trained) == len(self.requests):
+                self._write_head()
 
-    def _keep(self) -> None:
-        """Write the head's folder, now that every part of it is there."""
-        config = self.config
-        parts = [(wish, *self._fitted[wish]) for wish in self.wishes]
-        record = {
-            "request": _request(config, self.cache, config.tasks),
-            "results": [self.rows[task] for task in config.tasks],
-            "fits": [
-                {"tasks": wish.tasks, "penalty": part.penalty, "loss_curve": part.curve} | planned
-                for wish, part, planned in parts
-            ],
-            "seconds": sum(part.seconds for _, part, _ in parts),
-            "software": software(),
-        }
-        params = stack_params([part.params for _, part, _ in parts])
-        self._fitted.clear()
-        if not _write(Head(config.head, config.tasks, self.cache.dim, params, config.shared, record), self.folder):
-            # The same request was fitted meanwhile.
-            self._reopen({_text(row) for row in read_results(self.results)})
+    def _write_head(self) -> None:
+        config, heads = self.config, [self._trained[request] for request in self.requests]
+        record = FitRecord(
+            request=description(config, self._cache, config.tasks),
+            results=tuple(self._rows[task] for task in config.tasks),
+            fits=tuple(head.record for head in heads),
+            seconds=sum(head.fitted.seconds for head in heads),
+            software=software(),
+        )
+        params = stack_params([head.fitted.params for head in heads])
+        self._trained.clear()
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with replaced(self.folder, shared=True) as partial:
+                partial.mkdir()
+                Head(config.head, config.tasks, self._cache.dim, params, config.shared, record).save(partial)
+        except OSError:
+            if not self.folder.is_dir():
+                raise
+            # Another process has written a head of this name meanwhile.
+            self._recorded = RecordedResults(self._recorded.folder)
+            self._reopen()
 
-    def _reopen(self, written: set[str]) -> None:
-        head = _existing(self.folder, _request(self.config, self.cache, self.config.tasks), self.results, written)
-        self.rows = {row["task"]: row for row in head.record["results"]}
+    def _reopen(self) -> None:
+        head = existing_head(self.folder, description(self.config, self._cache, self.config.tasks))
+        self._recorded.restore(head.record.results)
+        self._rows = {row.task: row for row in head.record.results}
         self._repeated = True
 
     def result(self) -> FitResult:
+        """The result so far."""
         return FitResult(
             self.config,
-            [self.rows[task] for task in self.config.tasks if task in self.rows],
+            [self._rows[task] for task in self.config.tasks if task in self._rows],
             self.folder,
             repeated=self._repeated,
-            fitted=self._taken,
+            fitted=self._fitted,
             failures=tuple(self._failures),
         )
 
 
-def _tasks(cache: Cache, config: FitConfig) -> tuple[str, ...]:
-    """The tasks to fit, in the order of the cache; each is whole in the splits that the fit needs."""
-    if config.tasks is None:
-        tasks = cache.tasks("test")
-        if not tasks:
-            raise InputError(f"{cache.path} holds no task; run `probsurgery extract`")
-    else:
-        check_names(config.tasks, cache.identity["tasks"])
-        tasks = tuple(task for task in cache.identity["tasks"] if task in config.tasks)
-    for task in tasks:
-        cache.require(task, "test")
-        cache.require(task, config.fit_split)
-    return tasks
+@dataclass(frozen=True)
+class _Group:
+    """Requests whose features are loaded together."""
 
-
-def _request(config: FitConfig, cache: Cache, tasks: Sequence[str]) -> dict:
-    """What determines a head: two requests that are equal here give the same head."""
-    request = {
-        "head": config.head.kind,
-        "settings": asdict(config.head),
-        "tasks": list(tasks),
-        "shared": config.shared,
-        "seed": config.seed,
-        "protocol": config.protocol,
-        "data": {
-            task: [cache.task_fingerprint(task, split) for split in dict.fromkeys(("test", config.fit_split))]
-            for task in tasks
-        },
-    }
-    return request | ({"tf32": True} if config.tf32 else {})
-
-
-def _text(row: dict) -> str:
-    return json.dumps(row, sort_keys=True)
-
-
-def _existing(folder: Path, request: dict, results: Path, written: set[str]) -> Head:
-    """The head in a folder, which must be the one that is asked for; `written` is what results.jsonl holds."""
-    head = load_head(folder)
-    there, rows = head.record.get("request"), head.record.get("results")
-    if not isinstance(there, dict) or not isinstance(rows, list) or not all(map(is_result, rows)):
-        raise InputError(f"{folder / 'head.json'} is damaged; delete {folder} and fit again")
-    differ = differences(there, request)
-    if differ:
-        raise InputError(
-            f"{folder} exists with other settings (there / asked): {'; '.join(differ[:3])}; choose another --name, or "
-            "delete it"
-        )
-    missing = [row for row in rows if _text(row) not in written]  # results.jsonl may have been lost or torn
-    if missing:
-        require_writable(results, "--results")
-        append_results(results, missing)
-    return head
+    requests: list[HeadRequest]
+    plan: Plan
+    spilled: bool
+    """Whether the features are mapped from scratch files."""
 
 
 def _train(
-    wishes: Sequence[_Wish], cache: Cache, device: torch.device, progress: Progress
-) -> Iterator[tuple[_Wish, Outcome, dict, LoadedTasks]]:
-    """Fit every head that is asked for; gives each with its outcome and how it was planned, as stacks finish.
+    requests: Sequence[HeadRequest], cache: Cache, device: torch.device, progress: Progress
+) -> Iterator[tuple[HeadRequest, _TrainedHead | ProbsurgeryError]]:
+    """Train and evaluate the head of every request. Yields each with its head or its error, as stacks finish."""
+    runs = training_runs(requests)
+    groups = _groups(list(runs), cache, device)
+    counter = StepCounter(sum(request.workload.head_steps for request in runs), progress)
+    retries = []
+    workers = max(group.plan.workers for group in groups)
+    # Workers take seconds to start, so they are started before features are read.
+    with Pool(workers) if workers else nullcontext() as pool:
+        for group in groups:
+            plan, fit_split = group.plan, group.requests[0].config.fit_split
+            with tempfile.TemporaryDirectory() if group.spilled or plan.workers else nullcontext() as scratch:
+                loaded = LoadedTasks(cache, _tasks_of(group.requests), fit_split, scratch and Path(scratch))
+                jobs = [_job(request, loaded, runs[request]) for request in group.requests]
+                stacks = {number: stack for stack in plan.stacks for number in stack}
+                for number, outcome in execute(jobs, plan, pool if plan.workers else None, counter):
+                    request = group.requests[number]
+                    if isinstance(outcome, ProbsurgeryError):
+                        yield request, outcome
+                        retries += runs[request]  # a shorter run may succeed
+                    else:
+                        recorded = plan.record(stacks[number], request.workload.settings)
+                        yield request, _evaluated(request, outcome, recorded, loaded, device)
+                        for shorter in runs[request]:
+                            fitted = outcome.earlier[shorter.workload.settings.steps]
+                            yield shorter, _evaluated(shorter, fitted, recorded, loaded, device)
+                    counter()  # ridge takes no step, and what is shown beside the steps may have changed
+    if retries:
+        yield from _train(retries, cache, device, progress)
 
-    Features that memory does not hold with ease are taken one task at a time, decoded once into a scratch file, and
-    mapped from there.
+
+def _groups(requests: Sequence[HeadRequest], cache: Cache, device: torch.device) -> list[_Group]:
+    """All requests in one group, or one group for each set of tasks if features would take half of the memory.
+
+    In the latter case features are decoded once into scratch files, and mapped from there.
     """
-    runs = _runs(wishes)
-    wishes, again = list(runs), []
-    wanted = {wish: Wanted(_to_train(wish, cache), len(wish.tasks), cache.dim) for wish in wishes}
-    total, done = sum(one.head_steps for one in wanted.values()), 0
-    large = _held_bytes(wishes, cache) > min(map(available_memory, {device, torch.device("cpu")})) / 2
-    groups = defaultdict(list)
-    for wish in wishes:
-        groups[wish.tasks if large else ()].append(wish)
-    common = wishes[0].setting.config
-    plans = {
-        key: make_plan(
-            [wanted[wish] for wish in group],
+    memory = min(map(available_memory, {device, torch.device("cpu")}))
+    large = _feature_bytes(requests, cache) > memory / 2
+    by_tasks = defaultdict(list)
+    for request in requests:
+        by_tasks[request.tasks if large else ()].append(request)
+    common, groups = requests[0].config, []
+    for group in by_tasks.values():
+        plan = make_plan(
+            [request.workload for request in group],
             device,
             workers=common.workers,
             tf32=common.tf32,
-            held_bytes=0 if large and device.type == "cpu" else _held_bytes(group, cache),
+            held_bytes=0 if large and device.type == "cpu" else _feature_bytes(group, cache),
         )
-        for key, group in groups.items()
+        groups.append(_Group(group, plan, spilled=large))
+    return groups
+
+
+def _feature_bytes(requests: Sequence[HeadRequest], cache: Cache) -> int:
+    """Memory of the features that these heads are fitted and evaluated on, of all encoders."""
+    splits = dict.fromkeys(("test", requests[0].config.fit_split))
+    return sum(3 * 4 * cache.dim * cache.rows(task, split) for task in _tasks_of(requests) for split in splits)
+
+
+def _tasks_of(requests: Sequence[HeadRequest]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(task for request in requests for task in request.tasks))
+
+
+def _job(request: HeadRequest, loaded: LoadedTasks, shorter: Sequence[HeadRequest]) -> Job:
+    config = request.config
+    rows = tuple(loaded.rows(config, task) for task in request.tasks)
+    stops = tuple(sorted(other.workload.settings.steps for other in shorter))
+    return Job(rows, request.workload.settings, config.seed, config.online, stops)
+
+
+def _evaluated(
+    request: HeadRequest, fitted: Fitted, plan: TrainingPlan, loaded: LoadedTasks, device: torch.device
+) -> _TrainedHead:
+    """Evaluate a head, and put together what is recorded of it."""
+    config, cache = request.config, loaded.cache
+    merge = cache.identity.merge
+    record = TrainingRecord(
+        tasks=request.tasks,
+        penalty=fitted.penalty,
+        loss_curve=tuple(fitted.curve),
+        device=str(device),
+        plan=plan,
+        from_run_of=fitted.from_run_of,
+    )
+    head = Head(config.head, request.tasks, cache.dim, fitted.params, config.shared)
+    rows = {
+        task: ResultRow(
+            **vars(loaded.evaluate(config, head, task)),
+            task=task,
+            head=request.name,
+            kind=config.head.kind,
+            settings=asdict(config.head),
+            shared=config.shared,
+            tasks=request.tasks,
+            seed=config.seed,
+            protocol=config.protocol,
+            request=request.digest,
+            cache=cache.task_fingerprint(task),
+            arch=cache.identity.arch,
+            merge=merge_label(merge.method, merge.settings, merge.name),
+            parameters=parameter_count(config.head, cache.dim),
+            seconds=fitted.seconds,
+            device=record.device,
+            plan=plan,
+            from_run_of=fitted.from_run_of,
+        )
+        for task in request.tasks
     }
-
-    def count(head_steps: int) -> None:
-        nonlocal done
-        done += head_steps
-        progress(done, total)
-
-    workers = max(plan.workers for plan in plans.values())
-    # Workers take seconds to start, so they do that while features are read.
-    with Pool(workers) if workers else nullcontext() as pool:
-        for key, group in groups.items():
-            plan = plans[key]
-            with tempfile.TemporaryDirectory() if large or plan.workers else nullcontext() as folder:
-                loaded = LoadedTasks(cache, _tasks_of(group), common.fit_split, folder and Path(folder))
-                jobs = [_job(wish, cache, loaded, runs[wish]) for wish in group]
-                records = {
-                    number: {"device": str(device), "plan": plan.record(stack, jobs[number].settings)}
-                    for stack in plan.stacks
-                    for number in stack
-                }
-                for number, outcome in execute(jobs, plan, pool if plan.workers else None, count):
-                    yield group[number], outcome, records[number], loaded
-                    for shorter in runs[group[number]]:
-                        steps = shorter.setting.config.head.steps
-                        if isinstance(outcome, ProbsurgeryError) or steps not in outcome.earlier:
-                            again.append(shorter)
-                            continue
-                        record = records[number] | {"from_run_of": jobs[number].settings.steps}
-                        yield shorter, outcome.earlier[steps], record, loaded
-                    progress(done, total)
-    if again:  # a longer run failed, which need not befall a shorter one
-        yield from _train(again, cache, device, progress)
-
-
-def _runs(wishes: Sequence[_Wish]) -> dict[_Wish, list[_Wish]]:
-    """The wishes to train, each with those that differ in nothing but fewer steps: they are heads on its way."""
-    runs = defaultdict(list)
-    for wish in wishes:
-        config = wish.setting.config
-        alike = config.head if isinstance(config.head, RidgeSettings) else replace(config.head, steps=1)
-        runs[replace(config, head=alike, name=None), wish.tasks].append(wish)
-    found = {}
-    for group in runs.values():
-        longest = max(group, key=lambda wish: getattr(wish.setting.config.head, "steps", 0))
-        found[longest] = [wish for wish in group if wish is not longest]
-    return found
-
-
-def _to_train(wish: _Wish, cache: Cache) -> HeadSettings:
-    """The head's settings; online it takes a step for each row that it sees."""
-    config = wish.setting.config
-    if not config.online:
-        return config.head
-    return replace(config.head, steps=seen_count(config, cache.rows(wish.tasks[0], config.fit_split)))
-
-
-def _tasks_of(wishes: Sequence[_Wish]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(task for wish in wishes for task in wish.tasks))
-
-
-def _held_bytes(wishes: Sequence[_Wish], cache: Cache) -> int:
-    """Memory of the features that these heads are fitted and evaluated on."""
-    splits = dict.fromkeys(("test", wishes[0].setting.config.fit_split))
-    return sum(3 * 4 * cache.dim * cache.rows(task, split) for task in _tasks_of(wishes) for split in splits)
-
-
-def _job(wish: _Wish, cache: Cache, loaded: LoadedTasks, shorter: Sequence[_Wish]) -> Job:
-    config = wish.setting.config
-    rows = tuple(loaded.rows(config, task) for task in wish.tasks)
-    stops = tuple(sorted(its.setting.config.head.steps for its in shorter))
-    return Job(rows, _to_train(wish, cache), config.seed, config.online, stops)
-
-
-def _about(wish: _Wish, task: str) -> dict:
-    config, cache = wish.setting.config, wish.setting.cache
-    identity = cache.identity
-    return {
-        "task": task,
-        "head": wish.setting.name,
-        "kind": config.head.kind,
-        "settings": asdict(config.head),
-        "shared": config.shared,
-        "tasks": list(wish.tasks),
-        "seed": config.seed,
-        "protocol": config.protocol,
-        "request": wish.request,
-        "cache": cache.task_fingerprint(task),
-        "arch": identity["arch"],
-        "merge": registry.label(identity["merge"]),
-        "parameters": parameter_count(config.head, cache.dim),
-    }
-
-
-def _write(head: Head, folder: Path) -> bool:
-    """Write a head's folder so that it appears at once or not at all; False if there is one by now."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".", suffix=".partial") as partial:
-        written = Path(partial) / folder.name
-        written.mkdir()
-        head.save(written)
-        try:
-            written.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-            return False
-    return True
+    return _TrainedHead(fitted, record, rows)

@@ -1,1 +1,1 @@
-"""Heads: what each computes, what it is trained to minimise, how good it is."""
+"""Heads: what each kind computes, the frozen head that a fit returns, its training objective and its metrics."""

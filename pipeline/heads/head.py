@@ -1,118 +1,71 @@
-"""The heads: what each computes, how it starts, and the frozen object that a fit returns.
-
-A head's parameters are a dictionary of tensors whose first dimension is the stack: K heads are trained, kept and
-applied as one. A single head is a stack of one.
-
-Shapes: K heads, B rows, d dimensions, r rank, h hidden width.
-"""
+"""The frozen head that a fit returns, and its files: head.safetensors (weights) and head.json (everything else)."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
+from msgspec import Meta
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from probsurgery.pipeline.config import HEAD_SETTINGS, HeadSettings, head_settings
+from probsurgery.pipeline.config import HeadSettings, head_settings
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError, first_line
-from probsurgery.pipeline.files import refuse_links
+from probsurgery.pipeline.files import MalformedError, Record, decode, read_json, refuse_links, write_json
+from probsurgery.pipeline.heads.kinds import HEADS, Params
+from probsurgery.pipeline.store.manifest import Dim
+from probsurgery.pipeline.store.results import ResultRow, TrainingPlan
 
-Params = dict[str, Tensor]
 SCHEMA = 1
-_MOST_BYTES = 2**28
+_MAX_JSON_BYTES = 2**28
 """Of head.json."""
-_MOST_HEADER = 2**20
-"""Of head.safetensors."""
+_MAX_HEADER_BYTES = 2**20
+"""Of the header of head.safetensors."""
 
 
-def _linear(x: Float[Tensor, "K B i"], weight: Float[Tensor, "K o i"]) -> Float[Tensor, "K B o"]:
-    return torch.bmm(x, weight.mT)
+class HeadDescription(Record):
+    """What head.json holds of the head itself. A fit's record stands beside it, in the same JSON object."""
+
+    schema: int
+    head: str
+    """Kind of head."""
+    settings: Mapping[str, Any]
+    tasks: Annotated[tuple[str, ...], Meta(min_length=1)]
+    shared: bool
+    dim: Dim
 
 
-def _kaiming(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Kaiming-uniform with a = sqrt(5), which is U(-1/sqrt(inputs), 1/sqrt(inputs))."""
-    bound = 1 / math.sqrt(shape[1])
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+class TrainingRecord(Record, kw_only=True):
+    """How one head of the stack was trained, or solved."""
+
+    tasks: tuple[str, ...]
+    penalty: float | None
+    """Ridge: the penalty that was used."""
+    loss_curve: tuple[tuple[int, float], ...]
+    """(step, mean loss since the last entry)."""
+    device: str = ""
+    plan: TrainingPlan | None = None
+    from_run_of: int | None = None
+    """Steps of the longer run from which this head was copied."""
 
 
-def surgery_correction(params: Params, z: Float[Tensor, "K B d"]) -> Float[Tensor, "K B d"]:
-    """``W_up relu(W_down z)``; down: (K, r, d), up: (K, d, r), no biases (Surgery, eq. 2)."""
-    return _linear(_linear(z, params["down"]).relu(), params["up"])
+class FitRecord(Record, kw_only=True):
+    """What a fit writes beside the weights."""
 
-
-def prob_distribution(
-    params: Params, z: Float[Tensor, "K B d"]
-) -> tuple[Float[Tensor, "K B d"], Float[Tensor, "K B d"]]:
-    """Mean and log-variance of the correction, from one bottleneck ``u = relu(W_h z)`` (ProbSurgery).
-
-    hidden: (K, h, d), mu and log_var: (K, d, h), no biases. The public code calls the compressing map `up_proj`.
-    """
-    u = _linear(z, params["hidden"]).relu()
-    return _linear(u, params["mu"]), _linear(u, params["log_var"])
-
-
-def prob_correction(params: Params, z: Float[Tensor, "K B d"]) -> Float[Tensor, "K B d"]:
-    """What inference subtracts: the mean alone."""
-    return _linear(_linear(z, params["hidden"]).relu(), params["mu"])
-
-
-def ridge_correction(params: Params, z: Float[Tensor, "K B d"]) -> Float[Tensor, "K B d"]:
-    """``z - (W z + b)``, so that subtracting it leaves the prediction; weight: (K, d, d), bias: (K, d)."""
-    return z - _linear(z, params["weight"]) - params["bias"].unsqueeze(1)
-
-
-def _init_surgery(settings: HeadSettings, d: int, generator: torch.Generator) -> Params:
-    return {"down": _kaiming((settings.rank, d), generator), "up": torch.zeros(d, settings.rank)}
-
-
-def _init_prob(settings: HeadSettings, d: int, generator: torch.Generator) -> Params:
-    h = settings.hidden
-    return {"hidden": _kaiming((h, d), generator), "mu": torch.zeros(d, h), "log_var": torch.zeros(d, h)}
-
-
-@dataclass(frozen=True)
-class HeadKind:
-    """One row of the table of heads."""
-
-    paper: str
-    correction: Callable[[Params, Tensor], Tensor]
-    shapes: Callable[[HeadSettings, int], dict[str, tuple[int, ...]]]
-    """Shapes of one head's parameters, from its settings and d."""
-    init: Callable[[HeadSettings, int, torch.Generator], Params] | None = None
-    """Starting parameters of one head; None: the head is solved in closed form."""
-
-
-HEADS: dict[str, HeadKind] = {
-    "prob": HeadKind(
-        "ProbSurgery, Wei et al., ICML 2025",
-        prob_correction,
-        lambda s, d: {"hidden": (s.hidden, d), "mu": (d, s.hidden), "log_var": (d, s.hidden)},
-        _init_prob,
-    ),
-    "surgery": HeadKind(
-        "Surgery, Yang et al., ICML 2024, arxiv.org/abs/2402.02705",
-        surgery_correction,
-        lambda s, d: {"down": (s.rank, d), "up": (d, s.rank)},
-        _init_surgery,
-    ),
-    "ridge": HeadKind(
-        "ridge regression, a baseline",
-        ridge_correction,
-        lambda s, d: {"weight": (d, d), "bias": (d,)},
-    ),
-}
-
-
-def parameter_count(settings: HeadSettings, d: int) -> int:
-    """Trained numbers in one head."""
-    return sum(math.prod(shape) for shape in HEADS[settings.kind].shapes(settings, d).values())
+    request: Mapping[str, Any]
+    """What determines the head; the same request gives the same head."""
+    results: tuple[ResultRow, ...] = ()
+    """One row for each task, as in results.jsonl."""
+    fits: tuple[TrainingRecord, ...] = ()
+    seconds: float = 0.0
+    software: Mapping[str, str] = {}
+    """Versions of the libraries that the fit ran on."""
 
 
 @dataclass(frozen=True)
@@ -129,11 +82,11 @@ class Head:
     params: Params = field(repr=False)
     """Stacked over tasks; a stack of one if shared."""
     shared: bool = False
-    record: dict = field(default_factory=dict, repr=False)
-    """What the fit wrote beside the weights: seed, protocol, metrics, loss curve."""
+    record: FitRecord | None = field(default=None, repr=False)
+    """How the head was fitted and how good it is; None if it was saved without that."""
 
     def params_of(self, task: str | None = None) -> Params:
-        """One task's parameters, a stack of one. `task` may be left out where there is but one head."""
+        """One task's parameters, a stack of one. `task` is optional if there is only one head."""
         if self.shared or (task is None and len(self.tasks) == 1):
             index = 0
         elif task in self.tasks:
@@ -155,74 +108,70 @@ class Head:
 
     def save(self, folder: Path) -> None:
         """Write head.safetensors and head.json into an existing folder."""
+        weights = folder / "head.safetensors"
         try:
-            save_file({name: t.contiguous().cpu() for name, t in self.params.items()}, folder / "head.safetensors")
+            save_file({name: t.contiguous().cpu() for name, t in self.params.items()}, weights)
         except SafetensorError as error:
-            raise ProbsurgeryError(f"cannot write {folder / 'head.safetensors'}: {first_line(error)}") from None
-        about = {"schema": SCHEMA, "head": self.settings.kind, "settings": asdict(self.settings)}
-        about |= {"tasks": list(self.tasks), "shared": self.shared, "dim": self.dim} | self.record
-        (folder / "head.json").write_text(json.dumps(about, indent=1) + "\n")
+            raise ProbsurgeryError(f"cannot write {weights}: {first_line(error)}") from None
+        kind, settings = self.settings.kind, asdict(self.settings)
+        description = HeadDescription(SCHEMA, kind, settings, self.tasks, self.shared, self.dim)
+        write_json(folder / "head.json", description.to_json() | (self.record.to_json() if self.record else {}))
 
 
 def load_head(path: str | Path) -> Head:
     """Read a fitted head from its folder (or its head.safetensors); nothing in the files is executed.
 
-    Raises `InputError` if there is none, if it was written by a newer version, or if its tensors do not have the
-    shapes that its settings ask for.
+    Raises `InputError` if there is no head, if it is damaged or was written by a newer version, or if the shapes of its
+    tensors are not those of its settings.
     """
     folder = Path(path)
     folder = folder.parent if folder.suffix == ".safetensors" else folder
     refuse_links(folder)
+    description, record = _read_description(folder)
     try:
-        if (folder / "head.json").stat().st_size > _MOST_BYTES:
-            raise InputError(f"{folder / 'head.json'} has more than {_MOST_BYTES:,} bytes; it does not describe a head")
-        about = json.loads((folder / "head.json").read_text())
+        settings = head_settings(description.head, **description.settings)
+    except (TypeError, OverflowError) as error:
+        raise InputError(f"{folder / 'head.json'} has settings of a wrong type ({error}); fit the head again") from None
+    tasks, shared, dim = description.tasks, description.shared, description.dim
+    return Head(settings, tasks, dim, _load_params(folder, settings, dim, 1 if shared else len(tasks)), shared, record)
+
+
+def _read_description(folder: Path) -> tuple[HeadDescription, FitRecord | None]:
+    file = folder / "head.json"
+    try:
+        plain = read_json(file, _MAX_JSON_BYTES)
+        schema = plain.get("schema") if isinstance(plain, dict) else None
+        if type(schema) is int and schema > SCHEMA:
+            raise InputError(f"the head at {folder} has schema {schema}; this version reads up to {SCHEMA}")
+        return decode(HeadDescription, plain), decode(FitRecord, plain) if "request" in plain else None
     except OSError as error:
-        raise InputError(f"no head at {folder}: {error.strerror or error}; `probsurgery fit` writes one") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"the head at {folder} is damaged: {error}; fit it again") from None
-    if not isinstance(about, dict) or type(about.get("schema")) is not int:
-        raise InputError(f"{folder / 'head.json'} does not describe a head; fit it again")
-    if about["schema"] > SCHEMA:
-        raise InputError(f"the head at {folder} has schema {about['schema']}; this version reads up to {SCHEMA}")
-    try:
-        settings = head_settings(about["head"], **about["settings"])
-        tasks, shared, dim = tuple(about["tasks"]), about["shared"], about["dim"]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder / 'head.json'} lacks or garbles {error}; fit the head again") from None
-    if not all(isinstance(task, str) for task in tasks) or not isinstance(dim, int):
-        raise InputError(f"{folder / 'head.json'} garbles the tasks or the width; fit the head again")
-    tensors = _load_tensors(folder, settings, dim, 1 if shared else len(tasks))
-    known = {"schema", "head", "settings", "tasks", "shared", "dim"}
-    return Head(settings, tasks, dim, tensors, shared, {k: v for k, v in about.items() if k not in known})
+        raise _no_head(folder, error) from None
+    except MalformedError as error:
+        raise InputError(f"{file} is damaged ({error}); fit the head again") from None
 
 
-def _load_tensors(folder: Path, settings: HeadSettings, dim: int, stack: int) -> Params:
-    """The parameters, read only if the file is as large as they are."""
-    expected = {n: (stack, *shape) for n, shape in HEADS[settings.kind].shapes(settings, dim).items()}
+def _load_params(folder: Path, settings: HeadSettings, dim: int, stack: int) -> Params:
+    """The parameters. They are read only if the file has the size that the settings imply."""
+    expected = {name: (stack, *shape) for name, shape in HEADS[settings.kind].shapes(settings, dim).items()}
     file = folder / "head.safetensors"
     try:
         size, needed = file.stat().st_size, 4 * sum(map(math.prod, expected.values()))
-        if not needed < size < needed + _MOST_HEADER:
+        if not needed < size < needed + _MAX_HEADER_BYTES:
             raise InputError(
                 f"{file} has {size:,} bytes, but its settings ask for {needed:,} and a header; fit it again"
             )
         tensors = load_file(file)
     except OSError as error:
-        raise InputError(f"no head at {folder}: {error.strerror or error}; `probsurgery fit` writes one") from None
+        raise _no_head(folder, error) from None
     except (ValueError, SafetensorError) as error:
-        raise InputError(f"the head at {folder} is damaged: {error}; fit it again") from None
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if found != expected:
-        raise InputError(f"the head at {folder} holds {found}, but its settings ask for {expected}; fit it again")
+        raise InputError(f"{file} is damaged ({first_line(error)}); fit the head again") from None
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if shapes != expected:
+        raise InputError(f"the head at {folder} has shapes {shapes}, but its settings ask for {expected}; fit it again")
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise InputError(f"the head at {folder} holds NaN or infinite weights; fit it again")
     return tensors
 
 
-def stack_params(heads: Sequence[Params]) -> Params:
-    """Join single heads' parameters (or stacks of one) along the stack dimension."""
-    return {name: torch.cat([head[name] for head in heads]) for name in heads[0]}
-
-
-assert HEADS.keys() == HEAD_SETTINGS.keys()
+def _no_head(folder: Path, error: OSError) -> InputError:
+    return InputError(f"no head at {folder}: {error.strerror or error}; `probsurgery fit` writes one")

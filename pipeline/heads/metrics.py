@@ -1,4 +1,4 @@
-"""How good features are: accuracy under the frozen classifier, and distance to the expert's."""
+"""Quality of features: accuracy under the frozen classifier, and distance to the expert's features."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def accuracy(features: Float[Tensor, "N d"], classifier: Float[Tensor, "C d"], labels: Int[Tensor, " N"]) -> float:
-    """Share in [0, 1] of rows whose class the zero-shot classifier gets right.
+    """Share in [0, 1] of rows that the zero-shot classifier assigns to their label.
 
-    Features are L2-normalised here; the classifier's rows carry the logit scale already.
+    Features are L2-normalised here; the classifier's rows include the logit scale.
     """
     logits = F.normalize(features.float(), dim=-1) @ classifier.float().T
     return (logits.argmax(-1) == labels).double().mean().item()
@@ -20,7 +20,7 @@ def accuracy(features: Float[Tensor, "N d"], classifier: Float[Tensor, "C d"], l
 def representation_bias(features: Float[Tensor, "N d"], expert: Float[Tensor, "N d"]) -> float:
     """Mean absolute difference to the expert's features (Surgery, eq. 1).
 
-    The equation divides the L1 norm by the number of rows alone. This is the mean over rows and dimensions, which is
-    what the paper's published bars of 0.1 to 0.3 show.
+    The equation divides the L1 norm by the number of rows only. This is the mean over rows and dimensions, which agrees
+    with the paper's published bars of 0.1 to 0.3.
     """
     return (features - expert).abs().mean(dtype=torch.float64).item()

@@ -1,7 +1,7 @@
-"""What a head is trained to minimise, and the gradients: pure functions of tensors, one value for each head of a stack.
+"""Training objectives of heads and their gradients: pure functions of tensors, with one value per head of a stack.
 
-Shapes: K heads, S samples, B rows, d dimensions. A gradient is that of the SUM over heads, so that each head gets its
-own.
+Shapes: K heads, S samples, B rows, d dimensions. A gradient is that of the sum over heads; as no head's loss depends on
+another head, each head gets the gradient of its own loss.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-_SHORTEST = 1e-8
-"""Length below which `cosine` takes a feature for this long, as `cosine_similarity` does."""
+_MIN_NORM = 1e-8
+"""Least norm that `cosine` divides by, as in `torch.nn.functional.cosine_similarity`."""
 
 
 def distance(corrected: Float[Tensor, "... K B d"], expert: Float[Tensor, "K B d"], loss: str) -> Float[Tensor, " K"]:
     """Mean distance between corrected and expert features over samples, rows and dimensions.
 
-    `loss` is ``l1`` (the papers'), ``mse``, ``smooth-l1`` (beta 1) or ``cosine`` (1 - cosine similarity, a mean over
-    samples and rows). The reference's cosine loss cannot back-propagate; this one can.
+    `loss` is ``l1`` (the papers'), ``mse``, ``smooth-l1`` (beta 1) or ``cosine`` (1 - cosine similarity, averaged
+    over samples and rows). The reference's cosine loss cannot back-propagate; this one can.
     """
     if loss == "cosine":
         error = (1 - F.cosine_similarity(corrected, expert.expand_as(corrected), dim=-1)).unsqueeze(-1)
@@ -34,13 +34,13 @@ def distance(corrected: Float[Tensor, "... K B d"], expert: Float[Tensor, "K B d
 def distance_gradient(
     corrected: Float[Tensor, "... K B d"], expert: Float[Tensor, "K B d"], loss: str, out: Tensor | None = None
 ) -> Float[Tensor, "... K B d"]:
-    """Gradient of `distance` with respect to the corrected features; written into `out` if that is given."""
+    """Gradient of `distance` with respect to the corrected features, written into `out` if given."""
     heads, _, dim = expert.shape
     count = corrected.numel() // heads
     if loss == "cosine":
-        length, other = (x.norm(dim=-1, keepdim=True).clamp_min(_SHORTEST) for x in (corrected, expert))
-        cosine = (corrected * expert).sum(-1, keepdim=True) / (length * other)
-        gradient = (corrected * (cosine / length) - expert / other) / (length * (count // dim))
+        norm, expert_norm = (x.norm(dim=-1, keepdim=True).clamp_min(_MIN_NORM) for x in (corrected, expert))
+        cosine = (corrected * expert).sum(-1, keepdim=True) / (norm * expert_norm)
+        gradient = (corrected * (cosine / norm) - expert / expert_norm) / (norm * (count // dim))
         return gradient if out is None else out.copy_(gradient)
     difference = torch.sub(corrected, expert, out=out)
     if loss == "mse":
@@ -52,6 +52,6 @@ def distance_gradient(
 def kl_divergence(mu: Float[Tensor, "K B d"], log_var: Float[Tensor, "K B d"]) -> Float[Tensor, " K"]:
     """KL divergence of N(mu, exp(log_var)) from N(0, I): summed over dimensions, mean over rows (ProbSurgery).
 
-    Its gradient is ``mu / B`` with respect to mu and ``(exp(log_var) - 1) / (2 B)`` to log_var.
+    The gradient is ``mu / B`` with respect to mu and ``(exp(log_var) - 1) / (2 B)`` with respect to log_var.
     """
     return -0.5 * (1 + log_var - mu.square() - log_var.exp()).sum(-1).mean(-1)

@@ -10,12 +10,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from probsurgery.pipeline.errors import ProbsurgeryError
-from probsurgery.pipeline.heads.head import Params
+from probsurgery.pipeline.heads.kinds import Params
 
 PENALTIES = tuple(10.0 ** (exponent / 2) for exponent in range(-12, 5))
 """Ridge penalties to choose from, relative to the mean eigenvalue of the features' covariance."""
-AT_ONCE = 4096
-"""Rows in memory in float64."""
+BLOCK_ROWS = 4096
+"""Rows in memory in float64 at a time."""
 
 
 def solve_ridge(
@@ -23,20 +23,20 @@ def solve_ridge(
     expert: Float[Tensor, "N d"],
     penalty: float | None = None,
     device: torch.device | str = "cpu",
-    seen: Int[Tensor, M] | None = None,
+    seen: Int[Tensor, " M"] | None = None,
 ) -> tuple[Params, float]:
     """Ridge regression ``W z + b`` in float64 and closed form: the parameters, a stack of one, and the penalty used.
 
     Minimises ``sum |W z + b - z_expert|^2 + N * penalty * s * |W|^2``, the bias not penalised, where s is the mean
-    eigenvalue of the merged features' covariance, over the rows that are `seen` (None: all). Without a given penalty,
-    the one of `PENALTIES` with the least leave-one-out squared error is taken: exact, from the hat matrix, and without
-    labels. The rows are gone through in blocks, so they may be mapped and more than memory holds.
+    eigenvalue of the merged features' covariance. The sum is over the rows whose numbers are in `seen` (None: all).
+    Without a given penalty, the one of `PENALTIES` with the least leave-one-out squared error is taken: exact, from the
+    hat matrix, and without labels. Rows are read in blocks, so they may be mapped and exceed memory.
     """
     rows = torch.arange(len(merged)) if seen is None else seen
 
     def blocks() -> Iterator[tuple[Tensor, Tensor]]:
-        for part in rows.split(AT_ONCE):
-            yield merged[part].to(device, torch.float64), expert[part].to(device, torch.float64)
+        for block in rows.split(BLOCK_ROWS):
+            yield merged[block].to(device, torch.float64), expert[block].to(device, torch.float64)
 
     x_mean, y_mean = sum(torch.stack([x.sum(0), y.sum(0)]) for x, y in blocks()) / len(rows)
     gram = sum((x - x_mean).T @ (x - x_mean) for x, _ in blocks())
@@ -45,20 +45,20 @@ def solve_ridge(
     unit = max(eigenvalues.mean().item(), torch.finfo(torch.float64).tiny)
     target = vectors.T @ sum((x - x_mean).T @ (y - y_mean) for x, y in blocks())
 
-    def leave_one_out() -> list[float]:
+    def leave_one_out_errors() -> list[float]:
         """Squared error of each penalty."""
         errors = [0.0] * len(PENALTIES)
         for x, y in blocks():
             projected, y = (x - x_mean) @ vectors, y - y_mean
-            for i, each in enumerate(PENALTIES):
-                shrink = 1 / (eigenvalues + each * unit)
+            for i, candidate in enumerate(PENALTIES):
+                shrink = 1 / (eigenvalues + candidate * unit)
                 residual = y - projected @ (shrink[:, None] * target)
                 leverage = (projected.square() * shrink).sum(1) + 1 / len(rows)
                 errors[i] += (residual / (1 - leverage)[:, None]).square().sum().item()
         return [error if math.isfinite(error) else math.inf for error in errors]
 
     if penalty is None:
-        errors = leave_one_out()
+        errors = leave_one_out_errors()
         penalty = PENALTIES[errors.index(min(errors))]
     weight = (vectors @ (target / (eigenvalues + penalty * unit)[:, None])).T
     bias = y_mean - weight @ x_mean

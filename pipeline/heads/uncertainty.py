@@ -1,4 +1,4 @@
-"""What ProbSurgery's variance is worth: predicted spread against true residuals, and whom to leave out."""
+"""How well ProbSurgery's variance predicts errors: calibration, and accuracy without the least certain images."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from probsurgery.pipeline.heads.head import Params, prob_distribution
+from probsurgery.pipeline.heads.kinds import Params, prob_distribution
 
 COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+"""Shares of the images that are kept, the least certain ones left out."""
 BINS = 10
-_AT_ONCE = 4096
+_BLOCK_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -22,17 +23,17 @@ class Uncertainty:
     """One head's uncertainty on one task's images.
 
     A row's predicted spread is the root of the mean over dimensions of ``sigma^2 = exp(log_var)``; its residual is the
-    root mean square of ``z - mu - z_expert``, what is left of the bias.
+    root mean square of ``z - mu - z_expert``, the bias that remains after the correction.
     """
 
     rank_correlation: float
-    """Spearman's, of predicted spread and residual, over rows; labels have no part in it."""
+    """Spearman's, of predicted spread and residual, over rows. It does not depend on labels."""
     confidence_correlation: float
-    """The same of the classifier's own doubt, 1 - its largest probability, and the residual: the baseline."""
+    """The same with 1 - the classifier's largest probability instead of the spread: a baseline."""
     within: dict[int, float]
-    """Share of the single residuals within 1 and 2 sigma; of a normal distribution 0.683 and 0.954."""
+    """Share of the residuals, per dimension, within 1 and 2 sigma; for a normal distribution 0.683 and 0.954."""
     bins: tuple[tuple[float, float], ...]
-    """Rows in `BINS` groups of rising predicted spread: (spread, residual), both root mean squares."""
+    """Rows in `BINS` groups of increasing predicted spread: (spread, residual), both root mean squares."""
     by_sigma: tuple[float, ...]
     """Accuracy in [0, 1] of the most certain rows by predicted spread, for each of `COVERAGES`."""
     by_confidence: tuple[float, ...]
@@ -47,32 +48,32 @@ def measure(
     classifier: Float[Tensor, "C d"],
     labels: Int[Tensor, " N"],
 ) -> Uncertainty:
-    """Compare what a ProbSurgery head (a stack of one) says of its correction with what it leaves."""
-    spread, residual, doubt, right = (torch.empty(len(merged)) for _ in range(4))
+    """Compare the variance that a ProbSurgery head (a stack of one) predicts with the residuals that it leaves."""
+    spread, residual, doubt, correct = (torch.empty(len(merged)) for _ in range(4))
     inside = dict.fromkeys((1, 2), 0)
-    for part in torch.arange(len(merged)).split(_AT_ONCE):
-        z = merged[part].float()
+    for rows in torch.arange(len(merged)).split(_BLOCK_ROWS):
+        z = merged[rows].float()
         mu, log_var = (values[0] for values in prob_distribution(params, z.unsqueeze(0)))
-        left = z - mu - expert[part]
+        error = z - mu - expert[rows]
         sigma = (log_var / 2).exp()
-        spread[part], residual[part] = (x.square().mean(-1).sqrt() for x in (sigma, left))
+        spread[rows], residual[rows] = (x.square().mean(-1).sqrt() for x in (sigma, error))
         for k in inside:
-            inside[k] += (left.abs() <= k * sigma).sum().item()
-        chances = (F.normalize(z - mu, dim=-1) @ classifier.float().T).softmax(-1)
-        doubt[part] = 1 - chances.amax(-1)
-        right[part] = (chances.argmax(-1) == labels[part]).float()
+            inside[k] += (error.abs() <= k * sigma).sum().item()
+        probabilities = (F.normalize(z - mu, dim=-1) @ classifier.float().T).softmax(-1)
+        doubt[rows] = 1 - probabilities.amax(-1)
+        correct[rows] = (probabilities.argmax(-1) == labels[rows]).float()
     groups = [rows for rows in spread.argsort(stable=True).tensor_split(BINS) if len(rows)]
     return Uncertainty(
         spearman(spread, residual),
         spearman(doubt, residual),
         {k: count / merged.numel() for k, count in inside.items()},
         tuple(tuple(x[rows].square().mean().sqrt().item() for x in (spread, residual)) for rows in groups),
-        *(_accuracy_at(COVERAGES, uncertain, right) for uncertain in (spread, doubt)),
+        *(_accuracy_at(COVERAGES, uncertainty, correct) for uncertainty in (spread, doubt)),
     )
 
 
 def spearman(a: Float[Tensor, " N"], b: Float[Tensor, " N"]) -> float:
-    """Rank correlation: Pearson's of the ranks, equal values sharing the mean of theirs. NaN where one is constant."""
+    """Rank correlation: Pearson's of the ranks. Equal values get their mean rank; NaN if `a` or `b` is constant."""
     ranks = torch.stack([_ranks(a), _ranks(b)])
     return torch.corrcoef(ranks)[0, 1].item()
 
@@ -83,8 +84,8 @@ def _ranks(values: Tensor) -> Tensor:
     return (last - (counts - 1) / 2)[which]
 
 
-def _accuracy_at(coverages: Sequence[float], uncertain: Tensor, right: Tensor) -> tuple[float, ...]:
-    """Accuracy of the least uncertain rows, for each share of them."""
-    ordered = right[uncertain.argsort(stable=True)].double().cumsum(0)
-    kept = [max(1, round(share * len(right))) for share in coverages]
-    return tuple(ordered[count - 1].item() / count for count in kept)
+def _accuracy_at(coverages: Sequence[float], uncertainty: Tensor, correct: Tensor) -> tuple[float, ...]:
+    """Accuracy of the least uncertain rows, for each share of rows."""
+    ordered = correct[uncertainty.argsort(stable=True)].double().cumsum(0)
+    counts = [max(1, round(share * len(correct))) for share in coverages]
+    return tuple(ordered[count - 1].item() / count for count in counts)

@@ -81,10 +81,22 @@ def concrete_am(
     The mask is learned with the coefficients at their initial value, then the coefficients with the mask fixed.
     Departure: the public code updates the coefficients by one inner step before each step of the mask, and resets them.
     """
-    theta, device = on_device(pretrained, stream), stream.device
-    stacked = stack(pretrained, task_vectors(pretrained, experts), len(experts), device)
-    mask = Mask(pretrained, temperature, learning["seed"], device)
-    fixed = torch.full((len(experts), 1), initial, device=device)
+    theta = on_device(pretrained, stream)
+    stacked = stack(pretrained, task_vectors(pretrained, experts), len(experts), stream.device)
+    entropies = _mask_vectors(theta, stacked, stream, initial, temperature, learning)
+    values, later = learn_coefficients(theta, stacked, stream, layerwise=True, initial=initial, **learning)
+    return Merged(_built(blend(theta, stacked, values.to(stream.device)), theta), entropies + later)
+
+
+def _mask_vectors(
+    theta: StateDict, stacked: StateDict, stream: ImageStream, initial: float, temperature: float, learning: dict
+) -> tuple[float, ...]:
+    """Learn the mask with coefficients at their initial value, and multiply the task vectors by it in place.
+
+    Returns the entropy per step; the mask's logits are freed.
+    """
+    mask = Mask(theta, temperature, learning["seed"], stream.device)
+    fixed = torch.full((len(next(iter(stacked.values()))), 1), initial, device=stream.device)
 
     def build_at(step: int | None) -> Build:
         plain = blend(theta, stacked, fixed)
@@ -94,9 +106,7 @@ def concrete_am(
     with torch.no_grad():
         for name in theta:
             stacked[name] *= mask.sample(name, None)
-    del mask, build_at  # frees the logits
-    values, later = learn_coefficients(theta, stacked, stream, layerwise=True, initial=initial, **learning)
-    return Merged(_built(blend(theta, stacked, values.to(device)), theta), entropies + later)
+    return entropies
 
 
 def _built(build: Build, theta: StateDict) -> StateDict:

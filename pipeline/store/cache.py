@@ -14,7 +14,7 @@ from probsurgery.pipeline.files import broken_seal
 from probsurgery.pipeline.fingerprints import fingerprint
 from probsurgery.pipeline.store.arrays import KINDS, shard_rows, values_digest
 from probsurgery.pipeline.store.formats import FORMATS
-from probsurgery.pipeline.store.manifest import Identity, Manifest, SplitRecord, read_manifest
+from probsurgery.pipeline.store.manifest import Identity, Manifest, read_manifest
 from probsurgery.pipeline.store.memmap import spill
 
 
@@ -129,9 +129,8 @@ class Cache:
 
     def skipped(self, task: str, split: str = "test") -> dict[int, str]:
         """Images that were left out: row in the data set -> why it could not be decoded."""
-        record = self.manifest.tasks.get(task)
-        data = record.splits.get(split) if record else None
-        return {int(row): problem for row, problem in (data or SplitRecord(0)).skipped.items()}
+        splits = self.manifest.tasks[task].splits if task in self.manifest.tasks else {}
+        return {int(row): problem for row, problem in splits[split].skipped.items()} if split in splits else {}
 
     def features(self, task: str, kind: str = "merged", split: str = "test", scratch: Path | None = None) -> Tensor:
         """Features (N, d) in float32, not normalised; `kind` is merged, expert or pretrained.

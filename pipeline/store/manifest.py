@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import Meta
 
 from probsurgery.pipeline.config import SPLITS
 from probsurgery.pipeline.errors import DamagedCacheError, InputError
@@ -57,7 +57,7 @@ class SplitRecord(Record):
     """The images of one split of a task."""
 
     rows: Rows
-    fingerprint: str | None = None
+    fingerprint: str
     skipped: Mapping[RowNumber, str] = {}
     """Images that could not be decoded: row -> why. Their features are NaN, their labels -1."""
 
@@ -97,17 +97,17 @@ class Identity(Record, kw_only=True):
 
     corruption: str | None = None
     arch: str
-    suite: str | UnsetType = UNSET
+    suite: str
     dim: Dim
     """d, the features' width."""
     dtype: Literal["float32", "float16"]
-    precision: str | UnsetType = UNSET
-    limit: int | UnsetType | None = UNSET
+    precision: str
+    limit: int | None
     tasks: tuple[TaskName, ...]
     """Tasks that are merged, in order."""
     checkpoints: Mapping[str, str]
     """Digests of the encoders' weights: `pretrained`, and each expert by its task."""
-    preprocessing: Mapping[str, Any] | UnsetType = UNSET
+    preprocessing: Mapping[str, Any]
     merge: MergeIdentity
 
     @property
@@ -180,17 +180,9 @@ class Manifest(Record, kw_only=True):
 
 def new_manifest(identity: Identity, store: str) -> Manifest:
     """The manifest of a cache that holds nothing yet."""
-    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return Manifest(
-        schema=SCHEMA,
-        created=created,
-        software=software(),
-        store=store,
-        identity=identity,
-        requested=(),
-        tasks={},
-        arrays={},
-    )
+    made = {"created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "software": software()}
+    empty = {"requested": (), "tasks": {}, "arrays": {}}
+    return Manifest(schema=SCHEMA, store=store, identity=identity, **made, **empty)
 
 
 def software() -> dict[str, str]:
@@ -236,25 +228,20 @@ def read_manifest(path: Path) -> Manifest:
         )
     if plain.pop("digest", None) != fingerprint(plain):
         raise DamagedCacheError(f"{file} was changed since it was written (its digest differs); extract with --fresh")
+    return checked_manifest(plain, file)
+
+
+def checked_manifest(plain: object, file: Path) -> Manifest:
+    """A manifest from JSON's types. Raises `DamagedCacheError` unless each field is valid, and all agree."""
     try:
         manifest = decode(Manifest, plain)
+        for problem in _disagreements(manifest):
+            raise MalformedError(problem)
     except MalformedError as error:
-        raise _malformed(file, error) from None
-    check_form(manifest, file)
+        raise DamagedCacheError(
+            f"{file} does not have a manifest's form ({error}); do not use this cache, and extract it again"
+        ) from None
     return manifest
-
-
-def check_form(manifest: Manifest, file: Path) -> None:
-    """Raise `DamagedCacheError` unless the parts of a manifest agree with each other."""
-    problem = next(_disagreements(manifest), None)
-    if problem:
-        raise _malformed(file, problem)
-
-
-def _malformed(file: Path, problem: object) -> DamagedCacheError:
-    return DamagedCacheError(
-        f"{file} does not have a manifest's form ({problem}); do not use this cache, and extract it again"
-    )
 
 
 def _disagreements(manifest: Manifest) -> Iterator[str]:

@@ -15,6 +15,7 @@ from typing import Any
 from probsurgery.pipeline.files import Count, MalformedError, Record, decode
 
 FILE = "results.jsonl"
+_FRACTION = re.compile(r", fraction (\d+(?:\.\d+)?(?:e-\d+)?)\Z")
 
 
 class Accuracy(Record, kw_only=True):
@@ -78,6 +79,27 @@ class ResultRow(Record, kw_only=True):
     from_run_of: int | None = None
     """Steps of the longer run on whose way this head was taken."""
 
+    @property
+    def base_protocol(self) -> str:
+        """The protocol without the share of the rows that the fit saw."""
+        return _FRACTION.sub("", self.protocol)
+
+    @property
+    def fraction(self) -> float:
+        """Share of the rows that the fit saw."""
+        match = _FRACTION.search(self.protocol)
+        return float(match[1]) if match else 1.0
+
+    @property
+    def is_online(self) -> bool:
+        """Whether the fit saw each row once, in order of arrival."""
+        return self.base_protocol.endswith(", online")
+
+    @property
+    def is_tf32(self) -> bool:
+        """Whether the head was trained in TF32, which changes its result."""
+        return self.plan is not None and self.plan.precision == "tf32"
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -93,12 +115,6 @@ def spread(values: Iterable[float]) -> Spread | None:
     """Mean and standard deviation of one value for each seed; None if there is none."""
     values = list(values)
     return Spread(fmean(values), stdev(values) if len(values) > 1 else None, len(values)) if values else None
-
-
-def without_fraction(protocol: str) -> tuple[str, float]:
-    """A protocol, and the share of the rows that it lets the fit see."""
-    found = re.fullmatch(r"(.*), fraction (\d+(?:\.\d+)?(?:e-\d+)?)", protocol)
-    return (found[1], float(found[2])) if found else (protocol, 1.0)
 
 
 def append_results(folder: Path, rows: Sequence[ResultRow]) -> None:

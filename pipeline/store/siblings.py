@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from msgspec import UNSET
-
 from probsurgery.pipeline.errors import DamagedCacheError, ProbsurgeryError, first_line
 from probsurgery.pipeline.store.arrays import is_features, shard_rows
 from probsurgery.pipeline.store.cache import Cache
@@ -38,16 +36,12 @@ def origin(manifest: Manifest, name: str) -> list | None:
     if task not in manifest.tasks or split not in manifest.tasks[task].splits:
         return None
     data = manifest.tasks[task].splits[split]
-    encoder = None
-    if kind == "merged":
-        encoder = identity.merge.digest
-    elif is_features(name):
-        encoder = identity.checkpoints.get("pretrained" if kind == "pretrained" else task)
-    if is_features(name) and encoder is None:
+    weights = {"merged": identity.merge.digest, "expert": identity.checkpoints.get(task)}
+    weights["pretrained"] = identity.checkpoints.get("pretrained")
+    if is_features(name) and weights[kind] is None:
         return None
-    settings = [identity.arch, identity.dim, identity.dtype]
-    settings += [None if value is UNSET else value for value in (identity.precision, identity.preprocessing)]
-    return [*settings, encoder, data.rows, data.fingerprint]
+    settings = [identity.arch, identity.dim, identity.dtype, identity.precision, identity.preprocessing]
+    return [*settings, weights.get(kind), data.rows, data.fingerprint]
 
 
 def take_from_siblings(writer: CacheWriter, names: Sequence[str], *, skip_bad: bool) -> Reused:

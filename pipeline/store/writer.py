@@ -23,7 +23,8 @@ from probsurgery.pipeline.store.formats import FORMATS
 from probsurgery.pipeline.store.manifest import (
     Identity,
     Manifest,
-    check_form,
+    RowNumber,
+    checked_manifest,
     new_manifest,
     read_manifest,
     write_manifest,
@@ -41,7 +42,7 @@ class JournalEntry(Record, omit_defaults=False):
     """Number of the shards."""
     shards: Mapping[str, ShardSeal] = {}
     """By array."""
-    skipped: Mapping[str, Mapping[str, str]] = {}
+    skipped: Mapping[str, Mapping[RowNumber, str]] = {}
     precision: Mapping[str, float] = {}
 
 
@@ -232,7 +233,7 @@ class CacheWriter:
                         raise DamagedCacheError(f"{journal} is damaged; delete it and extract again") from None
                     changed = True
             if changed:
-                check_form(self.manifest, self.path / manifests.FILE)
+                checked_manifest(self.manifest.to_json(), self.path / manifests.FILE)
                 self.save()
 
     def finish(self) -> None:

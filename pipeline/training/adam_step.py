@@ -1,8 +1,8 @@
 """One training step of K heads at once: forward pass, gradients written out by hand, Adam.
 
-Every head is ``z_hat = z - W_out relu(W_in z)``, where ProbSurgery's `W_out` gives the mean and the log-variance of the
-correction, one above the other. A loss is a mean over one head's samples, rows and dimensions, and no head's gradient
-holds another's, so K heads in one stack take exactly the steps that each would take alone.
+Every head is ``z_hat = z - W_out relu(W_in z)``. ProbSurgery's `W_out` gives the mean and the log-variance of the
+correction, concatenated. A loss is a mean over one head's samples, rows and dimensions, and no head's gradient depends
+on another head, so K heads in one stack take exactly the steps that each would take alone.
 
 Shapes: K heads, S samples, B rows, d dimensions, w inner width (rank or hidden), o = d (Surgery) or 2 d (ProbSurgery).
 """
@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probsurgery.pipeline.config import HeadSettings, ProbSettings
-from probsurgery.pipeline.heads.head import Params, stack_params
+from probsurgery.pipeline.config import HeadSettings
+from probsurgery.pipeline.heads.kinds import Params, stack_params
 from probsurgery.pipeline.heads.objectives import distance, distance_gradient, kl_divergence
 
 BETAS = (0.9, 0.999)
@@ -25,9 +25,10 @@ FUSED_ADAM = getattr(torch, "_fused_adam_", None)
 
 
 class Stack:
-    """K heads whose settings differ in nothing but the KL weight, with all that Adam needs, in buffers made once.
+    """K heads whose settings differ in the KL weight only, with Adam's state, in buffers that are allocated once.
 
-    Each of `starts` holds one head's parameters; they are not changed. The buffers take the type of the starts.
+    Each of `starts` holds one head's initial parameters, without the stack dimension; they are not changed. The buffers
+    have their type.
     """
 
     def __init__(
@@ -44,24 +45,26 @@ class Stack:
         like = {"device": device, "dtype": inner.dtype}
         batch, outputs = self.settings.batch_size, self.weights[1].shape[1]
         self.loss_sums = torch.zeros(heads, **like)
-        """Each head's losses, summed over the steps that noted them."""
+        """Each head's losses, summed over the steps with `note_loss`."""
         self._update = _adam(self.weights, self.gradients, self.settings.lr)
 
-        # A step's results, and views of them: fresh memory costs more than the arithmetic, a view as a small operation.
-        self._u, self._slope_u = (torch.empty(heads, batch, width, **like) for _ in range(2))
-        self._out, self._slope = (torch.empty(heads, batch, outputs, **like) for _ in range(2))
-        samples = getattr(self.settings, "samples", 1) or 1  # without a draw, the mean takes its place
+        # Buffers of a step, and views of them: allocating takes longer than the arithmetic, and a view as long as a
+        # small operation.
+        self._u, self._grad_u = (torch.empty(heads, batch, width, **like) for _ in range(2))
+        self._out, self._grad_out = (torch.empty(heads, batch, outputs, **like) for _ in range(2))
+        samples = max(1, self.settings.draws)  # without draws, the mean is the only sample
         self._corrected, self._spread, self._g = (
             torch.empty(samples, heads, batch, self.dim, **like) for _ in range(3)
         )
         self._w_in_t, self._w_out_t = (weight.mT for weight in self.weights)
-        self._slope_t, self._slope_u_t = self._slope.mT, self._slope_u.mT
-        if isinstance(self.settings, ProbSettings):
+        self._grad_out_t, self._grad_u_t = self._grad_out.mT, self._grad_u.mT
+        self._predicts_log_var = "log_var" in self.names
+        if self._predicts_log_var:
             self._kl_weights = torch.tensor([s.kl_weight for s in settings], **like)
-            self._kl_share = self._kl_weights.view(-1, 1, 1) / batch
+            self._kl_scale = self._kl_weights.view(-1, 1, 1) / batch
             self._mu, self._log_var = self._out.split(self.dim, dim=-1)
-            self._slope_mu, self._slope_log_var = self._slope.split(self.dim, dim=-1)
-            self._g_of_one = self._g[0] if samples == 1 else None
+            self._grad_mu, self._grad_log_var = self._grad_out.split(self.dim, dim=-1)
+            self._single_g = self._g[0] if samples == 1 else None
 
     def step(
         self,
@@ -70,7 +73,7 @@ class Stack:
         noise: Float[Tensor, "S K B d"] | None,
         note_loss: bool = True,
     ) -> None:
-        """Move every head by one step of Adam: it works entry by entry, so that a stack does not matter to it."""
+        """Update every head by one step of Adam, which treats each entry by itself, so stacking does not change it."""
         self.backward(z, expert, noise, note_loss)
         self._update()
 
@@ -81,29 +84,29 @@ class Stack:
         noise: Float[Tensor, "S K B d"] | None,
         note_loss: bool = True,
     ) -> None:
-        """Write the gradient of every head's loss into `gradients`; with `note_loss`, add the losses to `loss_sums`."""
+        """Write the gradient of each head's loss into `gradients`; with `note_loss`, add the losses to `loss_sums`."""
         u = torch.bmm(z, self._w_in_t, out=self._u).relu_()
         torch.bmm(u, self._w_out_t, out=self._out)
-        if isinstance(self.settings, ProbSettings):
-            self._prob_slope(z, expert, noise, note_loss)
+        if self._predicts_log_var:
+            self._prob_gradient(z, expert, noise, note_loss)
         else:
-            self._surgery_slope(z, expert, note_loss)
-        torch.bmm(self._slope_t, u, out=self.gradients[1])
-        torch.bmm(self._slope, self.weights[1], out=self._slope_u).mul_(u.sign_())  # u is never negative
-        torch.bmm(self._slope_u_t, z, out=self.gradients[0])
+            self._surgery_gradient(z, expert, note_loss)
+        torch.bmm(self._grad_out_t, u, out=self.gradients[1])
+        torch.bmm(self._grad_out, self.weights[1], out=self._grad_u).mul_(u.sign_())  # u is never negative
+        torch.bmm(self._grad_u_t, z, out=self.gradients[0])
 
-    def _surgery_slope(self, z: Tensor, expert: Tensor, note_loss: bool) -> None:
-        """Write the gradient with respect to the correction into `_slope`."""
+    def _surgery_gradient(self, z: Tensor, expert: Tensor, note_loss: bool) -> None:
+        """Write the gradient with respect to the correction into `_grad_out`."""
         corrected = torch.sub(z, self._out, out=self._corrected[0])
-        distance_gradient(corrected, expert, self.settings.loss, out=self._slope).neg_()
+        distance_gradient(corrected, expert, self.settings.loss, out=self._grad_out).neg_()
         if note_loss:
             self.loss_sums += distance(corrected, expert, self.settings.loss)
 
-    def _prob_slope(self, z: Tensor, expert: Tensor, noise: Tensor | None, note_loss: bool) -> None:
+    def _prob_gradient(self, z: Tensor, expert: Tensor, noise: Tensor | None, note_loss: bool) -> None:
         """Write the gradient with respect to mean and log-variance, through the draws ``b = mu + noise sigma``.
 
-        As ``z_hat = z - b``: d/d mu takes minus the distance's gradient g, d/d log_var takes ``-g noise sigma / 2``;
-        both are summed over samples and added to the KL divergence's own. Without noise, b is mu.
+        As ``z_hat = z - b``, the distance's gradient g gives -g for mu and ``-g noise sigma / 2`` for log_var. Both are
+        summed over samples, and the gradients of the KL divergence are added. Without noise, b is mu.
         """
         mu = self._mu
         if note_loss:
@@ -114,26 +117,26 @@ class Stack:
         if note_loss:
             self.loss_sums += distance(corrected, expert, self.settings.loss)
         g = distance_gradient(corrected, expert, self.settings.loss, out=self._g)
-        torch.mul(mu, self._kl_share, out=self._slope_mu).sub_(self._total_g())
+        torch.mul(mu, self._kl_scale, out=self._grad_mu).sub_(self._total_g())
         g.mul_(spread)
         variance_gap = sigma.square_().sub_(1)
-        torch.mul(variance_gap, self._kl_share, out=self._slope_log_var).sub_(self._total_g()).mul_(0.5)
+        torch.mul(variance_gap, self._kl_scale, out=self._grad_log_var).sub_(self._total_g()).mul_(0.5)
 
     def _total_g(self) -> Float[Tensor, "K B d"]:
-        return self._g.sum(0) if self._g_of_one is None else self._g_of_one
+        return self._g.sum(0) if self._single_g is None else self._single_g
 
     def params(self, k: int) -> Params:
-        """Head k's parameters as they are now, a stack of one, on the CPU."""
+        """A copy of head k's current parameters, a stack of one, on the CPU."""
         w_in, w_out = (w[k : k + 1].cpu().clone() for w in self.weights)
         first, *others = self.names
         return {first: w_in} | dict(zip(others, (w.clone() for w in w_out.split(self.dim, dim=1)), strict=True))
 
 
 def _adam(weights: list[Tensor], gradients: list[Tensor], lr: float) -> Callable[[], None]:
-    """A function that updates the weights in place from what the gradients hold.
+    """A function that updates the weights in place from the gradients.
 
-    torch's own fused kernel, called without its optimiser around it, which takes as long as a small step. The kernel is
-    not public, so where it is not found the optimiser is used.
+    It calls torch's fused kernel without the optimiser around it, whose overhead is as long as a small step. The kernel
+    is not public; if torch lacks it, the optimiser is used.
     """
     if FUSED_ADAM is None:
         for weight, gradient in zip(weights, gradients, strict=True):

@@ -1,16 +1,16 @@
 """Which heads are trained together, and where. A plan decides how long a sweep takes, and changes no head's result.
 
 On a CPU the state of a stack (weights, gradients, Adam's moments) should stay in a core's share of the cache: wide
-heads are trained one or few at a time, narrow ones in stacks that share the cost of a step's dozen calls. The stacks go
-to worker processes of one thread each. On CUDA one stack takes as many heads as memory allows, and its step is replayed
-as one graph.
+heads are trained one or few at a time, narrow ones in stacks that share the overhead of a step's dozen calls. The
+stacks go to worker processes of one thread each. On CUDA one stack takes as many heads as memory allows, and its step
+is replayed as one graph.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,20 +19,23 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from probsurgery.pipeline.config import HeadSettings, ProbSettings, RidgeSettings
+from probsurgery.pipeline.config import HeadSettings
 from probsurgery.pipeline.device import available_memory
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
-from probsurgery.pipeline.heads.head import parameter_count
-from probsurgery.pipeline.training.loop import BLOCK, Fitted, Job, Outcome, Progress, train_stack
+from probsurgery.pipeline.heads.kinds import HEADS, parameter_count
+from probsurgery.pipeline.progress import Progress, no_progress
+from probsurgery.pipeline.store.results import TrainingPlan
+from probsurgery.pipeline.training.batches import BLOCK, Job
+from probsurgery.pipeline.training.loop import Fitted, Outcome, train_stack
 from probsurgery.pipeline.training.workers import SUPPORTED, Pool
 
-WORTH_WORKERS = 3e9
-"""Updated weights, over all heads and steps, below which starting workers takes longer than they save."""
-SMALL = 2**23
+MIN_WORKER_UPDATES = 3e9
+"""Updates of single weights, over all heads and steps, below which starting workers takes longer than they save."""
+MIN_THREADED_PRODUCTS = 2**23
 """Multiplications in a step's forward pass below which a stack is trained on one thread: a second gains nothing there,
 and waits for its core on a busy machine."""
-MOST = 64
-"""Heads in a stack on a CPU; beyond it nothing is gained, and results come late."""
+MAX_CPU_STACK = 64
+"""Heads in a stack on a CPU. Larger stacks are no faster, and their results come later."""
 PROCESS_BYTES = 400 * 2**20
 """Memory of a worker before it trains anything."""
 HEAD_BYTES = 8 * 2**10
@@ -53,33 +56,40 @@ class Plan:
     tf32: bool = False
     """Whether CUDA multiplies in TF32."""
 
-    def record(self, stack: Sequence[int], settings: HeadSettings) -> dict:
-        """What is kept with the result of a head in this stack."""
-        if isinstance(settings, RidgeSettings):  # solved by this process
-            return {"stack": 1, "workers": 0, "graph": False, "precision": "fp64"}
-        precision = "tf32" if self.tf32 else "fp32"
-        return {"stack": len(stack), "workers": self.workers, "graph": self.graph, "precision": precision}
+    def record(self, stack: Sequence[int], settings: HeadSettings) -> TrainingPlan:
+        """What the result of a head in this stack records of the plan."""
+        if not settings.is_trained:  # solved by this process
+            return TrainingPlan(precision="fp64")
+        return TrainingPlan(len(stack), self.workers, self.graph, "tf32" if self.tf32 else "fp32")
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a plan needs to know of a head: its settings, how many tasks it is fitted on in turn, and d."""
+class Workload:
+    """What a plan needs to know of a job. A plan is made before the features that the jobs hold are read."""
 
     settings: HeadSettings
     tasks: int
+    """Tasks whose batches the head takes in turn."""
     dim: int
+    """d, the features' width."""
+
+    @classmethod
+    def of(cls, job: Job) -> Workload:
+        """The workload of a job."""
+        return cls(job.settings, len(job.rows), job.dim)
 
     @property
     def parameters(self) -> int:
+        """Number of parameters in the head."""
         return parameter_count(self.settings, self.dim)
 
     @property
     def head_steps(self) -> int:
-        """Updates of the head."""
-        return 0 if isinstance(self.settings, RidgeSettings) else self.settings.steps * self.tasks
+        """Updates of the head: its steps, once for each task."""
+        return self.settings.steps * self.tasks if self.settings.is_trained else 0
 
     @property
-    def work(self) -> int:
+    def weight_updates(self) -> int:
         """Updates of single weights, over all steps."""
         return self.head_steps * self.parameters
 
@@ -89,23 +99,22 @@ class Wanted:
         return 4 * 4 * self.parameters
 
     @property
-    def batch_bytes(self) -> int:
-        """A block of batches, and a step's intermediate results."""
-        if isinstance(self.settings, RidgeSettings):
-            return 0
-        samples = getattr(self.settings, "samples", 0)
-        step = self.settings.batch_size * self.dim * 4
-        return step * (BLOCK * self.tasks * (2 + samples) + 8 + 4 * samples)
+    def total_bytes(self) -> int:
+        """The state, a block of batches, and a step's intermediate results."""
+        if not self.settings.is_trained:
+            return self.state_bytes
+        draws, batch_bytes = self.settings.draws, 4 * self.settings.batch_size * self.dim
+        return self.state_bytes + batch_bytes * (BLOCK * self.tasks * (2 + draws) + 8 + 4 * draws)
 
     @property
-    def shape(self) -> tuple:
-        """Heads that agree in this can be one stack: all but the KL weight."""
-        settings = self.settings
-        return replace(settings, kl_weight=0) if isinstance(settings, ProbSettings) else settings, self.tasks, self.dim
+    def stack_key(self) -> tuple:
+        """Heads with the same key can be trained in one stack."""
+        per_head = HEADS[self.settings.kind].per_head
+        return replace(self.settings, **dict.fromkeys(per_head, 0)), self.tasks, self.dim
 
 
 def make_plan(
-    wanted: Sequence[Wanted],
+    workloads: Sequence[Workload],
     device: torch.device,
     *,
     workers: int | None = None,
@@ -115,36 +124,37 @@ def make_plan(
     """Choose stacks, workers and graph; `held_bytes` is memory that the caller needs besides.
 
     `workers` of None: as many as torch has threads, if the work is worth starting them. Raises `InputError` if memory
-    does not do even for one head at a time.
+    is too small for one head at a time.
     """
     free = available_memory(device) - held_bytes
     cuda = device.type == "cuda"
     if cuda or not SUPPORTED:
         workers = 0
     elif workers is None:
-        workers = torch.get_num_threads() if sum(w.work for w in wanted) > WORTH_WORKERS else 0
+        updates = sum(workload.weight_updates for workload in workloads)
+        workers = torch.get_num_threads() if updates > MIN_WORKER_UPDATES else 0
     workers = min(workers, max(0, free // PROCESS_BYTES))
     groups = defaultdict(list)
-    for number, one in enumerate(wanted):
-        groups[one.shape].append(number)
-    most = {
-        shape: _most_on_cuda(wanted[numbers[0]], free) if cuda else _most_on_cpu(wanted[numbers[0]], workers)
-        for shape, numbers in groups.items()
+    for number, workload in enumerate(workloads):
+        groups[workload.stack_key].append(number)
+    limits = {
+        key: _cuda_limit(workloads[numbers[0]], free) if cuda else _cpu_limit(workloads[numbers[0]], workers)
+        for key, numbers in groups.items()
     }
-    many = sum(math.ceil(len(numbers) / most[shape]) for shape, numbers in groups.items()) >= 2 * workers
+    many = sum(math.ceil(len(numbers) / limits[key]) for key, numbers in groups.items()) >= 2 * workers
     stacks = []
-    for shape, numbers in groups.items():
-        # Few stacks are cut so that every worker has as much to do; many even out by themselves.
-        stacks += _split(numbers, most[shape], 1 if many else workers)
-    stacks.sort(key=lambda stack: -sum(wanted[number].work for number in stack))
-    trained = sum(wanted[stack[0]].work > 0 for stack in stacks)
+    for key, numbers in groups.items():
+        # Few stacks are cut so that every worker has as much to do; many stacks even out by themselves.
+        stacks += _split(numbers, limits[key], 1 if many else workers)
+    stacks.sort(key=lambda stack: -sum(workloads[number].weight_updates for number in stack))
+    trained = sum(workloads[stack[0]].settings.is_trained for stack in stacks)
     workers = min(workers, trained) if trained > 1 else 0
-    largest = max((_bytes(wanted, stack) for stack in stacks), default=0)
+    largest = max((sum(workloads[number].total_bytes for number in stack) for stack in stacks), default=0)
     while workers > 1 and workers * (largest + PROCESS_BYTES) > free:
         workers -= 1
     needed = largest if cuda else max(1, workers) * largest + workers * PROCESS_BYTES
     if needed > free:
-        raise too_large(len(wanted), needed + held_bytes, free + held_bytes)
+        raise too_large(len(workloads), needed + held_bytes, free + held_bytes)
     return Plan(device, tuple(map(tuple, stacks)), workers, graph=cuda, tf32=tf32 and cuda)
 
 
@@ -156,63 +166,74 @@ def too_large(heads: int, needed: int, free: int) -> InputError:
     )
 
 
-def _bytes(wanted: Sequence[Wanted], stack: Sequence[int]) -> int:
-    return sum(wanted[number].state_bytes + wanted[number].batch_bytes for number in stack)
-
-
-def _most_on_cpu(one: Wanted, workers: int) -> int:
-    """Heads whose state stays in a worker's share of the cache."""
-    if isinstance(one.settings, RidgeSettings):
+def _cpu_limit(workload: Workload, workers: int) -> int:
+    """Largest stack whose state stays in a worker's share of the cache."""
+    if not workload.settings.is_trained:
         return 1
-    # Half of it, as others use it too. Beyond 20 MiB a stack gains nothing more, even where the cache holds it.
+    # Half of the cache, as other processes use it too. Beyond 20 MiB a stack gains nothing, even in a larger cache.
     share = min(max(_last_level_cache() // 2 // max(1, workers), 4 * 2**20), 20 * 2**20)
-    return min(MOST, max(1, share // one.state_bytes))
+    return min(MAX_CPU_STACK, max(1, share // workload.state_bytes))
 
 
 def _last_level_cache() -> int:
-    """Bytes, as Linux tells them; a common size elsewhere."""
+    """Bytes, as Linux reports them; a common size elsewhere."""
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     return max((1024 * int(size.read_text().strip("K\n")) for size in sizes), default=16 * 2**20)
 
 
-def _most_on_cuda(one: Wanted, free: int) -> int:
-    return max(1, int(0.8 * free) // (one.state_bytes + one.batch_bytes))
+def _cuda_limit(workload: Workload, free: int) -> int:
+    """Largest stack that memory holds."""
+    return max(1, int(0.8 * free) // workload.total_bytes)
 
 
-def _split(numbers: list[int], most: int, workers: int) -> list[list[int]]:
-    """Stacks of nearly equal size, none above `most`, their number a multiple of the workers'."""
-    stacks = math.ceil(math.ceil(len(numbers) / most) / workers) * workers
-    return [part.tolist() for part in np.array_split(numbers, min(stacks, len(numbers)))]
+def _split(numbers: list[int], limit: int, workers: int) -> list[list[int]]:
+    """Stacks of nearly equal size, none above `limit`, their number a multiple of the workers'."""
+    count = math.ceil(math.ceil(len(numbers) / limit) / workers) * workers
+    return [stack.tolist() for stack in np.array_split(numbers, min(count, len(numbers)))]
+
+
+class StepCounter:
+    """Turns increments of head-steps into calls of a `Progress`."""
+
+    def __init__(self, total: int, progress: Progress) -> None:
+        self._done, self._total, self._progress = 0, total, progress
+
+    def __call__(self, head_steps: int = 0) -> None:
+        """`head_steps` more are done; 0 reports the same sum again."""
+        self._done += head_steps
+        self._progress(self._done, self._total)
 
 
 def execute(
-    jobs: Sequence[Job], plan: Plan, pool: Pool | None = None, progress: Progress = lambda head_steps: None
+    jobs: Sequence[Job], plan: Plan, pool: Pool | None = None, advance: Callable[[int], None] | None = None
 ) -> Iterator[tuple[int, Outcome]]:
-    """Train every job as planned; gives its number and outcome as stacks finish.
+    """Train every job as planned. Yields (number of the job, outcome) as stacks finish.
 
-    A pool of `plan.workers` needs the rows of the jobs on disk (`Rows.spilled`). Ridge is solved by this process.
+    A pool needs the rows of the jobs on disk (`Rows.spilled`). Ridge is solved by this process. `advance` is called
+    with the number of head-steps that have just been done.
     """
-    sent = []
+    for_workers = []
     for numbers in plan.stacks:
         stack = [jobs[number] for number in numbers]
-        if pool is not None and stack[0].head_steps:
-            sent.append((numbers, stack))
+        if pool is not None and stack[0].settings.is_trained:
+            for_workers.append((numbers, stack))
             continue
         with _threads_for(stack), _multiplication(plan):
-            outcomes = train_stack(stack, plan.device, graph=plan.graph, progress=progress)
+            outcomes = train_stack(stack, plan.device, graph=plan.graph, advance=advance)
         yield from zip(numbers, outcomes, strict=True)
     if pool is not None:
-        for index, outcomes in pool.run([stack for _, stack in sent], progress):
-            yield from zip(sent[index][0], outcomes, strict=True)
+        for index, outcomes in pool.run([stack for _, stack in for_workers], advance):
+            yield from zip(for_workers[index][0], outcomes, strict=True)
 
 
 @contextmanager
 def _threads_for(stack: Sequence[Job]) -> Iterator[None]:
     before, settings = torch.get_num_threads(), stack[0].settings
-    dim = stack[0].rows[0].merged.shape[1]
-    work = len(stack) * getattr(settings, "batch_size", SMALL) * parameter_count(settings, dim)
+    serial = settings.is_trained and (
+        len(stack) * settings.batch_size * parameter_count(settings, stack[0].dim) < MIN_THREADED_PRODUCTS
+    )
     try:
-        torch.set_num_threads(1 if work < SMALL else before)
+        torch.set_num_threads(1 if serial else before)
         yield
     finally:
         torch.set_num_threads(before)
@@ -233,7 +254,7 @@ def fit_heads(
     device: torch.device | str = "cpu",
     *,
     workers: int | None = None,
-    progress: Progress = lambda head_steps: None,
+    progress: Progress = no_progress,
 ) -> list[Fitted]:
     """Fit every job on tensors in memory; results come in the order of the jobs.
 
@@ -242,8 +263,9 @@ def fit_heads(
     distinct = {id(rows): rows for job in jobs for rows in job.rows}
     for rows in distinct.values():
         rows.check()
-    wanted = [Wanted(job.settings, len(job.rows), job.rows[0].merged.shape[1]) for job in jobs]
-    plan = make_plan(wanted, torch.device(device), workers=workers)
+    workloads = [Workload.of(job) for job in jobs]
+    plan = make_plan(workloads, torch.device(device), workers=workers)
+    counter = StepCounter(sum(workload.head_steps for workload in workloads), progress)
     if plan.workers:
         with TemporaryDirectory() as scratch, Pool(plan.workers) as pool:
             spilled = {}
@@ -251,10 +273,10 @@ def fit_heads(
                 (folder := Path(scratch, str(number))).mkdir()
                 spilled[key] = rows.spilled(folder)
             jobs = [replace(job, rows=tuple(spilled[id(rows)] for rows in job.rows)) for job in jobs]
-            outcomes = dict(execute(jobs, plan, pool, progress))
+            outcomes = dict(execute(jobs, plan, pool, counter))
     else:
-        outcomes = dict(execute(jobs, plan, progress=progress))
+        outcomes = dict(execute(jobs, plan, advance=counter))
     for number, job in enumerate(jobs):
         if isinstance(outcomes[number], ProbsurgeryError):
-            raise ProbsurgeryError(f"the head for {job.stream}: {outcomes[number]}")
+            raise ProbsurgeryError(f"the head for {job.label}: {outcomes[number]}")
     return [outcomes[number] for number in range(len(jobs))]

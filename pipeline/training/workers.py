@@ -1,8 +1,8 @@
-"""Processes of one thread each that train stacks: several small problems use many cores better than one large one.
+"""Worker processes of one thread each that train stacks: many small problems use the cores better than one large one.
 
-A worker is a fresh interpreter rather than a fork: a forked child inherits the threads' locks of torch and of the
-progress bar. It does not import the caller's script either. It is started once, is sent stacks of jobs, and maps their
-features from disk.
+A worker is a new interpreter and not a fork: a forked child inherits the locks of torch's threads and of the progress
+bar. It does not import the caller's script either. It is started once, receives stacks of jobs, and maps their features
+from disk.
 """
 
 from __future__ import annotations
@@ -13,26 +13,27 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe, wait
 
 import torch
 
 from probsurgery.pipeline.errors import ProbsurgeryError, first_line
-from probsurgery.pipeline.training.loop import Job, Outcome, Progress, train_stack
+from probsurgery.pipeline.training.batches import Job
+from probsurgery.pipeline.training.loop import Outcome, train_stack
 
 READY = "ready"
 SUPPORTED = os.name == "posix"
-"""Pipes are handed over by number, which other systems do not do."""
-_GONE = (EOFError, ConnectionError)
-"""What a pipe raises whose other end has gone."""
-_TORN = (EOFError, OSError)
-"""The same for a reader, when it went in the middle of a message."""
+"""Whether a pipe can be passed to a child process by its number."""
+_CLOSED = (EOFError, ConnectionError)
+"""Raised by a pipe whose other end is closed."""
+_CUT_OFF = (EOFError, OSError)
+"""Raised when a pipe is read and its other end is closed, in the middle of a message too."""
 
 
 class Pool:
-    """Workers that wait for stacks; use it as a context manager, which ends them."""
+    """Workers that wait for stacks. Use it as a context manager, which ends them."""
 
     def __init__(self, workers: int) -> None:
         self._workers = [_Worker() for _ in range(workers)]
@@ -44,38 +45,41 @@ class Pool:
         for worker in self._workers:
             worker.stop()
 
-    def run(self, stacks: Sequence[Sequence[Job]], progress: Progress) -> Iterator[tuple[int, list[Outcome]]]:
-        """Train every stack; gives its number and outcomes as it finishes.
+    def run(
+        self, stacks: Sequence[Sequence[Job]], advance: Callable[[int], None] | None = None
+    ) -> Iterator[tuple[int, list[Outcome]]]:
+        """Train every stack. Yields (number of the stack, outcomes of its heads) as stacks finish.
 
-        The rows of the jobs lie on disk (`Rows.spilled`). A worker that dies makes errors of the heads it was training,
-        and another takes its place. Raises `ProbsurgeryError` if a worker cannot start.
+        The rows of the jobs must be on disk (`Rows.spilled`). If a worker dies, the heads that it was training become
+        errors, and a new worker replaces it. Raises `ProbsurgeryError` if a worker cannot start.
         """
-        waiting, left = deque(enumerate(stacks)), len(stacks)
-        for worker in self._workers:  # those that another run has started
+        waiting, unfinished = deque(enumerate(stacks)), len(stacks)
+        for worker in self._workers:  # those that are ready since an earlier run
             if worker.is_idle and waiting:
                 worker.train(*waiting.popleft())
-        while left:
+        while unfinished:
             for connection in wait([worker.connection for worker in self._workers if not worker.is_idle]):
                 worker = next(w for w in self._workers if w.connection is connection)
                 try:
                     message = _receive(connection)
-                except _TORN:
+                except _CUT_OFF:
                     message = self._replace(worker)
                 finished = None
                 if message == READY:
                     worker.ready = True
                 elif isinstance(message, int):
-                    progress(message)
+                    if advance is not None:
+                        advance(message)
                 else:
                     finished, worker.stack = worker.stack, None
-                if worker.is_idle and waiting:  # before its outcomes are looked into, which takes a while
+                if worker.is_idle and waiting:  # before the caller evaluates the outcomes, which takes time
                     worker.train(*waiting.popleft())
                 if finished is not None:
-                    left -= 1
+                    unfinished -= 1
                     yield finished, message
 
     def _replace(self, worker: _Worker) -> list[Outcome]:
-        """Start another worker in the place of a dead one; gives the outcomes of what it was training."""
+        """Replace a dead worker by a new one; returns errors for the heads that it was training."""
         status = worker.process.wait()
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
         if not worker.ready:
@@ -88,21 +92,21 @@ class Pool:
 
 
 class _Worker:
-    """One process, and the parent's end of its pipe."""
+    """One worker process, and the parent's end of the pipe to it."""
 
     def __init__(self) -> None:
-        self.connection, theirs = Pipe()
+        self.connection, child_end = Pipe()
         self.ready = False
         self.stack: int | None = None
         self.heads = 0
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", __name__, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
+            [sys.executable, "-P", "-m", __name__, str(child_end.fileno())],
+            pass_fds=[child_end.fileno()],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for the parent to handle
+            start_new_session=True,  # so that Ctrl-C reaches the parent only
         )
-        theirs.close()
+        child_end.close()
 
     @property
     def is_idle(self) -> bool:
@@ -110,7 +114,7 @@ class _Worker:
 
     def train(self, stack: int, jobs: Sequence[Job]) -> None:
         self.stack, self.heads = stack, len(jobs)
-        with suppress(*_GONE):  # of a death we hear from the pipe when it is read
+        with suppress(*_CLOSED):  # `run` learns of the worker's death when it reads the pipe
             _send(self.connection, (len(jobs), pickle.dumps(list(jobs))))
 
     def stop(self) -> None:
@@ -120,7 +124,7 @@ class _Worker:
 
 
 def _send(connection: Connection, message: object) -> None:
-    # Not `connection.send`: torch would share its tensors through file handles instead of copying them.
+    # Not `connection.send`: torch would pass tensors as file handles instead of copying them.
     connection.send_bytes(pickle.dumps(message))
 
 
@@ -129,18 +133,18 @@ def _receive(connection: Connection) -> object:
 
 
 def _serve(connection: Connection) -> None:
-    """A worker's life: train what comes until the pipe is closed."""
+    """A worker's main loop: train each stack that arrives, until the pipe is closed."""
     torch.set_num_threads(1)
-    with suppress(*_GONE):
+    with suppress(*_CLOSED):
         _send(connection, READY)
         while True:
             heads, message = _receive(connection)
             try:
-                outcomes = train_stack(pickle.loads(message), progress=lambda head_steps: _send(connection, head_steps))
-            except _GONE:
+                outcomes = train_stack(pickle.loads(message), advance=lambda head_steps: _send(connection, head_steps))
+            except _CLOSED:
                 raise
             except Exception as error:
-                outcomes = [ProbsurgeryError(f"its worker failed: {first_line(error)}")] * heads
+                outcomes = [ProbsurgeryError(f"the worker failed: {first_line(error)}")] * heads
             _send(connection, outcomes)
 
 

@@ -1,4 +1,4 @@
-"""Figures show what the results say, and what the features do; files are whole, and the same twice."""
+"""Figures show the results and the features; the files are valid, and the same from one run to the next."""
 
 import builtins
 import re
@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 
 from probsurgery.pipeline.analysis import figures
-from probsurgery.pipeline.analysis.kept_heads import kept_heads, projection, uncertainties, uncertainty_table
+from probsurgery.pipeline.analysis.kept_heads import kept_heads
+from probsurgery.pipeline.analysis.projection import projection
 from probsurgery.pipeline.analysis.report import report
+from probsurgery.pipeline.analysis.uncertainty import uncertainties, uncertainty_table
 from probsurgery.pipeline.config import FitConfig, ProbSettings, SurgerySettings, SweepConfig
 from probsurgery.pipeline.fitting.fit import fit
 from probsurgery.pipeline.fitting.sweep import sweep
@@ -33,15 +35,15 @@ def results(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(results):
+def drawn(results):
     """Every figure by its name."""
-    with figures._matplotlib() as new:
-        its = projection(Cache(results))
-        return dict(figures._figures(report(results), uncertainties(Cache(results)), [its], new))
+    with figures._matplotlib() as new_figure:
+        cache = Cache(results)
+        return dict(figures._figures(report(results), uncertainties(cache), [projection(cache)], new_figure))
 
 
-def test_every_figure_that_the_results_allow_is_there(made):
-    assert set(made) == {
+def test_every_figure_that_the_results_allow_is_there(drawn):
+    assert set(drawn) == {
         "bias",
         "rank",
         "hidden",
@@ -55,20 +57,20 @@ def test_every_figure_that_the_results_allow_is_there(made):
     }
 
 
-def test_bars_are_the_biases(made, results):
-    (axes,) = made["bias"].axes
-    (one,) = report(results)
+def test_bars_are_the_biases(drawn, results):
+    (axes,) = drawn["bias"].axes
+    (result,) = report(results)
     heights = [bar.get_height() for bar in axes.patches]
-    assert heights == [line.values[c].mean for line in one.bias.lines for c in ("a", "b", "Avg")]
+    assert heights == [line.values[c].mean for line in result.bias.lines for c in ("a", "b", "Avg")]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["a", "b", "Avg"]
 
 
-def test_curves_and_bands_are_means_and_deviations(made, results):
-    (one,) = report(results)
-    (curve,) = [curve for curve in one.curves if curve.axis == "rank"]
-    for axes, what in zip(made["rank"].axes, ("accuracy", "bias"), strict=True):
+def test_curves_and_bands_are_means_and_deviations(drawn, results):
+    (result,) = report(results)
+    (curve,) = [curve for curve in result.curves if curve.axis == "rank"]
+    for axes, measure in zip(drawn["rank"].axes, ("accuracy", "bias"), strict=True):
         (line,) = [line for line in axes.lines if len(line.get_xdata()) == 3]
-        spreads = [getattr(point, what)["Avg"] for point in curve.points.values()]
+        spreads = [getattr(point, measure)["Avg"] for point in curve.points.values()]
         assert list(line.get_xdata()) == [2, 4, 8]
         assert list(line.get_ydata()) == [s.mean for s in spreads]
         band = axes.collections[0].get_paths()[0].vertices[:, 1]
@@ -76,24 +78,23 @@ def test_curves_and_bands_are_means_and_deviations(made, results):
         assert band.min() == pytest.approx(min(s.mean - s.sd for s in spreads))
 
 
-def test_a_heat_map_has_every_cell(made, results):
-    (one,) = report(results)
-    (grid,) = one.grids
+def test_a_heat_map_has_every_cell(drawn, results):
+    (result,) = report(results)
+    (grid,) = result.grids
     assert grid.values == ([4, 8], [0.0, 1e-4, 1e-2])
-    for axes, what in zip(made["hidden-kl-weight"].axes, ("accuracy", "bias"), strict=True):
+    for axes, measure in zip(drawn["hidden-kl-weight"].axes, ("accuracy", "bias"), strict=True):
         shown = axes.images[0].get_array()
         for i, width in enumerate(grid.values[0]):
             for j, weight in enumerate(grid.values[1]):
-                assert shown[i, j] == getattr(grid.points[width, weight], what)["Avg"].mean
+                assert shown[i, j] == getattr(grid.points[width, weight], measure)["Avg"].mean
         assert len(axes.texts) == 6
 
 
 def test_a_projection_is_of_the_features(results):
-    found = projection(Cache(results))
     cache = Cache(results)
-    label, _ = next(kept_heads(cache))
-    assert found.label == label
-    merged, points = cache.features("b"), found.points["b"]
+    projected = projection(cache)
+    assert projected.label == next(kept_heads(cache)).label
+    merged, points = cache.features("b"), projected.points["b"]
     assert {kind: tuple(values.shape) for kind, values in points.items()} == dict.fromkeys(
         ("merged", "corrected", "expert"), (40, 2)
     )
@@ -106,26 +107,27 @@ def test_a_projection_is_of_the_features(results):
     assert near.max() > 0.3 * far.max()
     moved = (points["corrected"] - points["expert"]).norm(dim=1).mean()
     assert moved < (points["merged"] - points["expert"]).norm(dim=1).mean()
-    assert torch.equal(projection(cache).points["a"]["expert"], found.points["a"]["expert"])
+    assert torch.equal(projection(cache).points["a"]["expert"], projected.points["a"]["expert"])
 
 
 def test_tsne_on_request(results):
-    found = projection(Cache(results), method="t-SNE")
-    assert found.method == "t-SNE"
-    assert found.points["a"]["expert"].isfinite().all()
-    assert not torch.allclose(found.points["a"]["expert"], projection(Cache(results)).points["a"]["expert"])
+    cache = Cache(results)
+    tsne = projection(cache, method="t-SNE")
+    assert tsne.method == "t-SNE"
+    assert tsne.points["a"]["expert"].isfinite().all()
+    assert not torch.allclose(tsne.points["a"]["expert"], projection(cache).points["a"]["expert"])
 
 
 def test_uncertainty_is_of_kept_probabilistic_heads_only(results, tmp_path):
-    (found,) = uncertainties(Cache(results))
-    assert list(found.tasks) == ["a", "b"]
-    table = uncertainty_table(found)
-    (one,) = report(results)
-    (line,) = [line for line in one.accuracy.lines if line.label == "+ ProbSurgery (h=8, 60 steps)"]
-    kept = fit(FitConfig(results, PROB)).rows
-    for row, shown in zip(kept, table.lines, strict=False):
-        assert shown.values["acc. at 100%"] == pytest.approx(100 * row["accuracy"]["head"])
-    assert line.label.removeprefix("+ ") == found.label
+    (head,) = uncertainties(Cache(results))
+    assert list(head.tasks) == ["a", "b"]
+    table = uncertainty_table(head)
+    (result,) = report(results)
+    (line,) = [line for line in result.accuracy.lines if line.label == "+ ProbSurgery (h=8, 60 steps)"]
+    rows = fit(FitConfig(results, PROB)).rows
+    for row, shown in zip(rows, table.lines, strict=False):
+        assert shown.values["acc. at 100%"] == pytest.approx(100 * row.accuracy.head)
+    assert line.label == f"+ {head.label}"
     assert "transductive" in table.title
 
 
@@ -172,13 +174,13 @@ def test_colours_are_told_apart_by_colour_blind_readers():
     assert len(set(figures.MARKERS)) == len(figures.COLOURS)
 
 
-def test_without_matplotlib_it_says_what_to_install(results, run, tmp_path, monkeypatch):
+def test_without_matplotlib_the_error_says_what_to_install(results, run, tmp_path, monkeypatch):
     real = builtins.__import__
 
-    def no_matplotlib(name, *rest):
+    def no_matplotlib(name, *rest, **named):
         if name.split(".")[0] == "matplotlib":
             raise ImportError(name)
-        return real(name, *rest)
+        return real(name, *rest, **named)
 
     for name in [n for n in sys.modules if n.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
@@ -186,7 +188,7 @@ def test_without_matplotlib_it_says_what_to_install(results, run, tmp_path, monk
     refused(run("report", "--cache", results, "--plots", tmp_path / "x"), "pip install 'probsurgery[plots]'")
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(results, run, tmp_path):
+def test_a_folder_that_cannot_be_created_is_refused(results, run, tmp_path):
     (tmp_path / "file").write_text("")
     refused(
         run("report", "--cache", results, "--plots", tmp_path / "file"), tmp_path / "file", "choose another --plots"

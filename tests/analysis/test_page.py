@@ -1,4 +1,4 @@
-"""The page of a report: whole, self-contained, true to the tables; in a browser where there is one."""
+"""The page of a report: valid, self-contained, with the figures of the tables; also in a browser, if there is one."""
 
 import base64
 import re
@@ -12,8 +12,7 @@ from probsurgery.pipeline.config import FitConfig, ProbSettings, SurgerySettings
 from probsurgery.pipeline.fitting.fit import fit
 from probsurgery.pipeline.fitting.sweep import sweep
 from probsurgery.pipeline.store.cache import Cache
-from probsurgery.pipeline.store.manifest import write_manifest
-from support import refused, write_cache
+from support import edit_manifest, refused, write_cache
 
 HOSTILE = '"><script>alert(1)</script>'
 
@@ -21,9 +20,8 @@ HOSTILE = '"><script>alert(1)</script>'
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     path = write_cache(tmp_path_factory.mktemp("page") / "cache", {"a": 60, "b": 40})
-    manifest = Cache(path).manifest
-    manifest["files"] = {"pretrained": {"source": HOSTILE, "sha256": "0" * 64}}
-    write_manifest(path, {key: value for key, value in manifest.items() if key != "digest"})
+    files = {"pretrained": {"source": HOSTILE, "sha256": "0" * 64}}
+    edit_manifest(path, lambda manifest: manifest.update(files=files))
     fit(FitConfig(path, ProbSettings(hidden=8, steps=60)))
     fit(FitConfig(path, SurgerySettings(rank=4, steps=60)))
     sweep(SweepConfig(path, ("surgery",), {"rank": (2, 4), "steps": (60,)}, seed=(0, 1)))
@@ -43,10 +41,10 @@ class Elements(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.found, self.open, self.cells = [], [], []
+        self.tags, self.open, self.cells = [], [], []
 
     def handle_starttag(self, tag, attributes):
-        self.found.append((tag, dict(attributes)))
+        self.tags.append((tag, dict(attributes)))
         if tag not in ("meta", "img"):
             self.open.append(tag)
         if tag in ("td", "th"):
@@ -69,37 +67,37 @@ def parsed(path):
 
 def test_every_figure_of_every_table_is_there(page, cache):
     elements = parsed(page)
-    (one,) = report(cache)
+    (result,) = report(cache)
     cells = [cell.strip() for cell in elements.cells]
     expected = []
-    for table in one.tables:
+    for table in result.tables:
         expected += [table.first, *table.columns]
         for line in table.lines:
             expected += [line.label, *(table.text(line, column) for column in table.columns)]
     assert cells[: len(expected)] == expected
     captions = re.findall(r"<h3[^>]*>(.*?)</h3>", page.read_text())
-    assert len(captions) == len(one.tables) + 1  # and one of uncertainty
+    assert len(captions) == len(result.tables) + 1  # and the table of uncertainty
     assert all("transductive" in caption for caption in captions)
 
 
 def test_figures_are_in_the_page_and_nothing_is_fetched(page):
     elements = parsed(page)
-    images = [attributes for tag, attributes in elements.found if tag == "img"]
+    images = [attributes for tag, attributes in elements.tags if tag == "img"]
     assert len(images) == 5  # bias, rank, calibration, coverage, projection
     for image in images:
         head, _, data = image["src"].partition(",")
         assert head == "data:image/svg+xml;base64"
         assert b"</svg>" in base64.b64decode(data, validate=True)
         assert image["alt"]
-    tags = {tag for tag, _ in elements.found}
+    tags = {tag for tag, _ in elements.tags}
     assert not tags & {"script", "link", "iframe", "object", "embed", "base"}
-    named = [value for _, attributes in elements.found for name, value in attributes.items() if name in ("src", "href")]
+    named = [value for _, attributes in elements.tags for name, value in attributes.items() if name in ("src", "href")]
     assert all(value.startswith("data:") for value in named)
     assert "url(" not in page.read_text()
     assert "@import" not in page.read_text()
 
 
-def test_provenance_and_no_markup_of_others(page, cache):
+def test_provenance_is_there_and_foreign_markup_is_escaped(page, cache):
     text = page.read_text()
     opened = Cache(cache)
     assert opened.fingerprint in text
@@ -108,14 +106,14 @@ def test_provenance_and_no_markup_of_others(page, cache):
     assert "&lt;script&gt;alert(1)" in text
 
 
-def test_it_is_made_for_phones_and_print(page):
+def test_it_suits_phones_and_print(page):
     text = page.read_text()
     assert '<meta name="viewport" content="width=device-width' in text
     assert "@media print" in text
     assert text.count('<div class="scroll">') == text.count("<table ")
 
 
-def test_a_page_that_cannot_be_written_is_one_line_and_leaves_the_old_one(page, cache, run, tmp_path):
+def test_a_page_that_cannot_be_written_is_refused_and_the_old_one_stays(page, cache, run, tmp_path):
     refused(run("report", "--cache", cache, "--html", tmp_path), tmp_path, "a file name in a folder that exists")
     refused(run("report", "--cache", cache, "--html", tmp_path / "no" / "x.html"), "no/x.html")
     assert not (tmp_path / "no").exists()

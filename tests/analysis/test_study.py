@@ -1,4 +1,4 @@
-"""The papers' analyses: what each fits, that it resumes, and what its table says."""
+"""The papers' analyses: what each fits, that it resumes, and its table."""
 
 import json
 from dataclasses import asdict, replace
@@ -10,25 +10,25 @@ from probsurgery.pipeline.analysis.study import STUDIES, study
 from probsurgery.pipeline.config import LOSSES, ProbSettings, SurgerySettings, SweepConfig
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.fitting.fit import fit_all
-from probsurgery.pipeline.heads.head import parameter_count
+from probsurgery.pipeline.heads.kinds import parameter_count
 from probsurgery.pipeline.store.results import read_results
 from support import refused, write_cache
 
 
 def configs(name, cache, **other):
     base = SweepConfig(cache.path, **({"seed": (0,)} | other))
-    return [config for part in STUDIES[name].parts(base) for config in part.expand()]
+    return [config for sweep in STUDIES[name].sweeps(base) for config in sweep.expand()]
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Studies that keep their settings but for the steps."""
+    """Run studies with fewer steps; gives the configurations that they ask for."""
     asked = []
 
-    def few_steps(found, **other):
-        asked.extend(found)
-        heads = [replace(c.head, steps=min(c.head.steps, 3 + c.head.steps // 500)) for c in found]
-        return fit_all([replace(c, head=head) for c, head in zip(found, heads, strict=True)], **other)
+    def few_steps(configs, **other):
+        asked.extend(configs)
+        heads = [replace(c.head, steps=min(c.head.steps, 3 + c.head.steps // 500)) for c in configs]
+        return fit_all([replace(c, head=head) for c, head in zip(configs, heads, strict=True)], **other)
 
     monkeypatch.setattr(study_module, "fit_all", few_steps)
     return asked
@@ -51,7 +51,7 @@ def test_every_study_runs_resumes_and_names_its_protocol(quick, small_cache, nam
     assert all({"a", "b", "Avg", "bias"} <= line.values.keys() for line in heads)
     rows = read_results(small_cache.path)
     assert heads[0].values["a"].seeds == 2
-    assert {row["seed"] for row in rows} == {0, 1}
+    assert {row.seed for row in rows} == {0, 1}
 
 
 def test_what_each_study_asks_for(small_cache):
@@ -90,18 +90,18 @@ def test_train_images_are_a_protocol_where_the_cache_has_them(quick, tmp_path):
     assert "transductive; holdout 0.2; train" in table.title
     labels = [line.label for line in table.lines]
     assert "+ ProbSurgery (h=128, 13 steps) (train)" in labels
-    # Encoders are judged on the same rows under both of these, and need no second line.
+    # Encoders are evaluated on the same rows as under the transductive protocol: no second line.
     assert "individual (holdout 0.2)" in labels
     assert "individual (train)" not in labels
 
 
-def test_a_table_is_what_the_results_say(quick, small_cache):
+def test_a_table_has_the_figures_of_the_results(quick, small_cache):
     table = study("samples", SweepConfig(small_cache.path)).table
-    rows = {(row["settings"]["samples"], row["task"]): row for row in read_results(small_cache.path)}
+    rows = {(row.settings["samples"], row.task): row for row in read_results(small_cache.path)}
     for line, samples in zip([x for x in table.lines if x.kind == "measured"], (0, 1, 2, 5), strict=True):
         for task in "ab":
-            assert line.values[task].mean == 100 * rows[samples, task]["accuracy"]["head"]
-        assert line.values["bias"].mean == sum(rows[samples, task]["bias"]["after"] for task in "ab") / 2
+            assert line.values[task].mean == 100 * rows[samples, task].accuracy.head
+        assert line.values["bias"].mean == sum(rows[samples, task].bias.after for task in "ab") / 2
 
 
 def test_the_command(quick, small_cache, run, tmp_path):
@@ -122,7 +122,7 @@ def test_bad_requests(run, small_cache, tmp_path):
     refused(run("study", "ranks", "--cache", small_cache.path), "unknown study 'ranks'", "rank, width, steps")
     refused(run("study", "rank"), "a study needs a cache", "--cache")
     refused(run("study", "rank", "--cache", tmp_path / "none"), "does not exist")
-    refused(run("study", "rank", "--cache", small_cache.path, "--seed", "x"), "--seed has 'x'")
+    refused(run("study", "rank", "--cache", small_cache.path, "--seed", "x"), "'--seed': 'x' is not a whole number")
     refused(run("study", "rank", "--cache", small_cache.path, "--format", "pdf"), "'pdf'", "markdown")
     refused(run("study", "rank", "--cache", small_cache.path, "--tasks", "z"), "'z'")
     assert not (small_cache.path / "results.jsonl").exists()
@@ -135,10 +135,10 @@ def test_a_head_that_fails_is_named_and_the_table_has_the_others(monkeypatch, sm
         return [replace(base, head=("surgery",), values={"steps": (5,)}), replace(base, values={"steps": (9,)} | BAD)]
 
     BAD = {"lr": (10.0,), "kl_weight": (1e6,), "steps": (500,)}
-    monkeypatch.setitem(STUDIES, "samples", replace(STUDIES["samples"], parts=diverging))
+    monkeypatch.setitem(STUDIES, "samples", replace(STUDIES["samples"], sweeps=diverging))
     status, out, err = run("study", "samples", "--cache", small_cache.path, "--seed", 0)
     assert status == 1
     assert "the loss is" in err
     assert "Surgery (r=16, 5 steps)" in out
     assert "ProbSurgery" not in out
-    assert asdict(SurgerySettings(steps=5)) in [row["settings"] for row in read_results(small_cache.path)]
+    assert asdict(SurgerySettings(steps=5)) in [row.settings for row in read_results(small_cache.path)]

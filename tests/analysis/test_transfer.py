@@ -1,8 +1,9 @@
-"""Heads where they were not fitted, against figures worked out here."""
+"""Heads where they were not fitted, against figures computed here."""
 
 import json
 from statistics import fmean
 
+import numpy as np
 import pytest
 
 from probsurgery.pipeline.analysis.transfer import transfer
@@ -17,7 +18,7 @@ SURGERY = SurgerySettings(rank=4, steps=60)
 
 
 def noisy(task, arrays):
-    generator = __import__("numpy").random.default_rng(7)
+    generator = np.random.default_rng(7)
     return arrays | {"merged": arrays["merged"] + generator.normal(size=arrays["merged"].shape).astype("float32")}
 
 
@@ -32,7 +33,7 @@ def caches(tmp_path_factory):
     return clean, other
 
 
-def of(path, head, task, fitted):
+def percent(path, head, task, fitted):
     cache = Cache(path)
     return 100 * accuracy(head(cache.features(task), fitted), cache.classifier(task), cache.labels(task))
 
@@ -44,30 +45,30 @@ def test_every_head_on_every_task(caches):
     lines = {line.label: line.values for line in private.lines}
     assert list(lines) == ["individual experts", "merged", "fitted on a", "fitted on b", "fitted on c"]
     for fitted in "abc":
-        found = lines[f"fitted on {fitted}"]
+        values = lines[f"fitted on {fitted}"]
         for task in "abc":
-            assert found[task] == of(caches[0], head, task, fitted)
-        assert found["elsewhere"] == pytest.approx(fmean(found[task] for task in "abc" if task != fitted))
+            assert values[task] == percent(caches[0], head, task, fitted)
+        assert values["elsewhere"] == pytest.approx(fmean(values[task] for task in "abc" if task != fitted))
     assert lines["fitted on a"]["a"] > lines["fitted on b"]["a"]
 
 
-def test_a_shared_head_on_the_task_that_it_has_not_seen(caches):
+def test_a_shared_head_on_a_task_that_it_was_not_fitted_on(caches):
     (table,) = [t for t in transfer(caches[0]) if "shared" in t.title]
     head = load_head(caches[0] / "heads" / "of-two")
     assert table.lines[-1].label == "fitted on a+b"
-    assert table.lines[-1].values["c"] == table.lines[-1].values["elsewhere"] == of(caches[0], head, "c", None)
+    assert table.lines[-1].values["c"] == table.lines[-1].values["elsewhere"] == percent(caches[0], head, "c", None)
     assert "transductive" in table.title
 
 
 def test_on_another_cache_beside_its_own_heads(caches):
     table = transfer(caches[0], [caches[1]])[-1]
-    ours, theirs = (load_head(c / "heads" / n) for c, n in zip(caches, ("private", "there"), strict=True))
+    own, other = (load_head(c / "heads" / n) for c, n in zip(caches, ("private", "there"), strict=True))
     lines = {line.label: line.values for line in table.lines}
-    for origin, head in (("clean", ours), ("noisy", theirs)):
+    for origin, head in (("clean", own), ("noisy", other)):
         values = lines[f"Surgery (r=4, 60 steps), fitted on {origin} (transductive)"]
-        assert {t: values[t] for t in "abc"} == {t: of(caches[1], head, t, t) for t in "abc"}
+        assert {t: values[t] for t in "abc"} == {t: percent(caches[1], head, t, t) for t in "abc"}
         assert values["Avg"] == pytest.approx(fmean(values[t] for t in "abc"))
-    assert lines["merged"]["a"] == of(caches[1], lambda z, _: z, "a", None)
+    assert lines["merged"]["a"] == percent(caches[1], lambda z, _: z, "a", None)
     partial = next(values for label, values in lines.items() if "shared" in label)
     assert "Avg" not in partial
     assert "c" not in partial
@@ -80,5 +81,5 @@ def test_the_command_and_bad_requests(caches, run, tmp_path):
     assert "fitted on a+b" in run("transfer", "--cache", caches[0])[1]
     empty = write_cache(tmp_path / "empty", {"a": 30})
     refused(run("transfer", "--cache", empty), "no head of", "probsurgery fit")
-    refused(run("transfer", "--cache", caches[0], "--on", empty), "has tasks ['a']", "heads do not fit it")
+    refused(run("transfer", "--cache", caches[0], "--on", empty), "has tasks a, but", "heads do not fit it")
     refused(run("transfer", "--cache", caches[0], "--on", tmp_path / "none"), "does not exist")

@@ -165,7 +165,7 @@ def test_a_learned_merge_comes_from_the_cache(tmp_path, images):
         merged = model.encoder(batch(model, images, "fruit"))
     assert torch.allclose(merged, opened.features("fruit"), atol=1e-5, rtol=0)
     (path / "merged.safetensors").unlink()
-    with pytest.raises(InputError, match="merged.safetensors is gone or damaged; run the same"):
+    with pytest.raises(InputError, match="merged.safetensors is missing or damaged; run the same"):
         assemble(path, "it")
 
 

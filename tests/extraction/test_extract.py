@@ -266,7 +266,7 @@ def test_images_that_cannot_be_decoded_can_be_left_out(tmp_path, monkeypatch, st
     assert cache.task_fingerprint("texture") != Cache(whole).task_fingerprint("texture")
     assert cache.task_fingerprint("digits8") == Cache(whole).task_fingerprint("digits8")
     rows = fit(FitConfig(cache.path, SurgerySettings(steps=30))).rows
-    assert [row["eval_rows"] for row in rows] == [LIMIT, LIMIT - 3]
+    assert [row.eval_rows for row in rows] == [LIMIT, LIMIT - 3]
     assert extract.extract(request).images == 0
 
 
@@ -339,7 +339,7 @@ def test_the_papers_tasks_are_extracted_from_files_in_the_published_formats(tmp_
     assert cache.features("eurosat", "pretrained").equal(cache.features("svhn", "pretrained"))
     assert not cache.features("eurosat", "expert").equal(cache.features("svhn", "expert"))
     rows = fit(FitConfig(path, SurgerySettings(steps=30))).rows
-    assert all(row["bias"]["after"] < row["bias"]["before"] for row in rows)
+    assert all(row.bias.after < row.bias.before for row in rows)
 
 
 def test_devices_that_are_not_there_are_refused():

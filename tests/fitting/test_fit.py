@@ -1,14 +1,23 @@
 """Stage two: what a fit reads, writes and refuses."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from safetensors.torch import load_file
 
 from probsurgery.pipeline.analysis.report import report
-from probsurgery.pipeline.config import FitConfig, ProbSettings, RidgeSettings, SurgerySettings
+from probsurgery.pipeline.config import (
+    ExtractConfig,
+    FitConfig,
+    ProbSettings,
+    RidgeSettings,
+    SurgerySettings,
+    SweepConfig,
+)
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.fitting import fit as fit_module
 from probsurgery.pipeline.fitting.fit import fit
@@ -34,22 +43,22 @@ def test_a_fit_writes_its_head_and_one_row_for_each_task(small_cache, settings):
     assert load_head(result.path).tasks == ("a", "b")
     rows = read_results(small_cache.path)
     assert rows == result.rows
-    assert [row["task"] for row in rows] == ["a", "b"]
+    assert [row.task for row in rows] == ["a", "b"]
     head = load_head(result.path)
     for row in rows:
-        task = row["task"]
+        task = row.task
         merged, expert = small_cache.features(task), small_cache.features(task, "expert")
         corrected = head(merged, task)
         classifier, labels = small_cache.classifier(task), small_cache.labels(task)
-        assert row["accuracy"]["head"] == accuracy(corrected, classifier, labels)
-        assert row["accuracy"]["merged"] == accuracy(merged, classifier, labels)
-        assert row["accuracy"]["individual"] == accuracy(expert, classifier, labels)
-        assert row["bias"]["before"] == representation_bias(merged, expert)
-        assert row["bias"]["after"] == representation_bias(corrected, expert)
-        assert row["bias"]["after"] < row["bias"]["before"]
-        assert row["cache"] == small_cache.task_fingerprint(task)
-        assert row["fit_rows"] == row["eval_rows"] == len(merged)
-        assert row["protocol"] == "transductive"
+        assert row.accuracy.head == accuracy(corrected, classifier, labels)
+        assert row.accuracy.merged == accuracy(merged, classifier, labels)
+        assert row.accuracy.individual == accuracy(expert, classifier, labels)
+        assert row.bias.before == representation_bias(merged, expert)
+        assert row.bias.after == representation_bias(corrected, expert)
+        assert row.bias.after < row.bias.before
+        assert row.cache == small_cache.task_fingerprint(task)
+        assert row.fit_rows == row.eval_rows == len(merged)
+        assert row.protocol == "transductive"
 
 
 def test_both_stores_give_the_same_head(tmp_path):
@@ -68,16 +77,16 @@ def test_labels_change_the_accuracy_and_nothing_of_the_fit(tmp_path):
         for other in ({}, {"holdout": 0.25, "fraction": 0.5}):
             first, second = (fit(FitConfig(path, settings, **other)) for path in (straight, permuted))
             assert head_bytes(first) == head_bytes(second)
-            assert [r["bias"] for r in first.rows] == [r["bias"] for r in second.rows]
-            assert [r["accuracy"] for r in first.rows] != [r["accuracy"] for r in second.rows]
+            assert [r.bias for r in first.rows] == [r.bias for r in second.rows]
+            assert [r.accuracy for r in first.rows] != [r.accuracy for r in second.rows]
 
 
-def test_results_of_other_data_are_not_taken_for_ones_own(tmp_path):
-    """Two caches of one identity, whose classifiers differ, with one folder of results."""
-    paths = [write_cache(tmp_path / name, {"a": 60}) for name in ("one", "two")]
+def test_results_of_other_data_are_not_reused(tmp_path):
+    """Two caches of the same identity, whose classifiers differ, share a folder of results."""
+    paths = [write_cache(tmp_path / name, {"a": 60}) for name in ("first", "second")]
     manifest = Cache(paths[1]).manifest
-    manifest["tasks"]["a"]["classifier"] = "another"
-    write_manifest(paths[1], manifest)
+    changed = replace(manifest.tasks["a"], classifier="another")
+    write_manifest(paths[1], replace(manifest, tasks={"a": changed}))
     fit(FitConfig(paths[0], PROB, results=tmp_path / "results"))
     with pytest.raises(InputError, match="exists with other settings"):
         fit(FitConfig(paths[1], PROB, results=tmp_path / "results"))
@@ -85,15 +94,15 @@ def test_results_of_other_data_are_not_taken_for_ones_own(tmp_path):
         report(paths[1], tmp_path / "results")
 
 
-def test_the_same_request_is_a_no_op_and_the_same_bytes_when_made_again(small_cache, tmp_path):
+def test_the_same_request_is_a_no_op_and_gives_the_same_bytes_elsewhere(small_cache, tmp_path):
     config = FitConfig(small_cache.path, PROB)
     first = fit(config)
-    kept = (small_cache.path / "results.jsonl").read_bytes()
+    before = (small_cache.path / "results.jsonl").read_bytes()
     again = fit(config)
     assert again.repeated
     assert not first.repeated
     assert again.rows == first.rows
-    assert (small_cache.path / "results.jsonl").read_bytes() == kept
+    assert (small_cache.path / "results.jsonl").read_bytes() == before
     elsewhere = fit(FitConfig(small_cache.path, PROB, results=tmp_path / "elsewhere"))
     assert not elsewhere.repeated
     assert head_bytes(elsewhere) == head_bytes(first)
@@ -128,7 +137,7 @@ def test_results_survive_a_kill(small_cache, left):
     assert fit(FitConfig(small_cache.path, PROB)).repeated
     fit(FitConfig(small_cache.path, SURGERY))
     rows = read_results(small_cache.path)
-    assert sorted((r["head"], r["task"]) for r in rows) == sorted(
+    assert sorted((r.head, r.task) for r in rows) == sorted(
         (head, task) for head in (result.path.name, "surgery-r4-steps60") for task in ("a", "b")
     )
 
@@ -141,15 +150,17 @@ def test_lines_of_something_else_do_not_stop_a_report(small_cache):
     assert len(report(small_cache.path)) == 1
 
 
-@pytest.mark.parametrize("garbled", [{"request": None}, {"results": [{}]}, {"results": None}, {"tasks": [None, None]}])
-def test_a_garbled_head_is_refused(small_cache, garbled):
+@pytest.mark.parametrize(
+    "damage", [{"request": None}, {"results": [{}]}, {"results": None}, {"results": []}, {"tasks": [None, None]}]
+)
+def test_a_damaged_head_is_refused(small_cache, damage):
     path = fit(FitConfig(small_cache.path, PROB)).path / "head.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | garbled))
-    with pytest.raises(InputError, match="damaged|garbles"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    with pytest.raises(InputError, match="is damaged"):
         fit(FitConfig(small_cache.path, PROB))
 
 
-def test_of_two_equal_fits_at_once_one_finds_the_others_head(small_cache, tmp_path, monkeypatch):
+def test_of_two_equal_fits_at_once_the_later_returns_the_earlier_head(small_cache, tmp_path, monkeypatch):
     real = fit_module.execute
 
     def meanwhile(*arguments):
@@ -196,9 +207,7 @@ def test_a_shared_head_is_one_head_that_takes_its_steps_for_each_task(small_cach
 
 def test_held_out_rows_are_never_fitted(tmp_path):
     """Spoiling the rows that are held out changes what is reported and not the head."""
-    seen, held_out = split_rows(
-        FitConfig(tmp_path, holdout=0.25), type("T", (), {"task": "a", "merged": torch.zeros(200, 1)})
-    )
+    seen, held_out = split_rows(FitConfig(tmp_path, holdout=0.25), "a", 200)
     assert sorted([*seen.tolist(), *held_out.tolist()]) == list(range(200))
     assert len(held_out) == 50
 
@@ -211,10 +220,10 @@ def test_held_out_rows_are_never_fitted(tmp_path):
         for name, change in (("clean", lambda task, arrays: arrays), ("spoilt", spoil))
     ]
     assert head_bytes(results[0]) == head_bytes(results[1])
-    assert results[0].rows[0]["bias"] != results[1].rows[0]["bias"]
-    assert results[0].rows[0]["fit_rows"] == 150
-    assert results[0].rows[0]["eval_rows"] == 50
-    assert results[0].rows[0]["protocol"] == "holdout 0.25"
+    assert results[0].rows[0].bias != results[1].rows[0].bias
+    assert results[0].rows[0].fit_rows == 150
+    assert results[0].rows[0].eval_rows == 50
+    assert results[0].rows[0].protocol == "holdout 0.25"
     assert results[0].path.name == "prob-h8-steps60-holdout0.25"
 
 
@@ -222,19 +231,20 @@ def test_fitting_on_train_images_evaluates_on_test_images(tmp_path):
     path = write_cache(tmp_path / "cache", {"a": 200}, splits=("test", "train"))
     on_train, on_test = (fit(FitConfig(path, PROB, fit_split=split)) for split in ("train", "test"))
     assert head_bytes(on_train) != head_bytes(on_test)
-    assert on_train.rows[0]["protocol"] == "train"
-    assert on_train.rows[0]["bias"]["before"] == on_test.rows[0]["bias"]["before"]
+    assert on_train.rows[0].protocol == "train"
+    assert on_train.rows[0].bias.before == on_test.rows[0].bias.before
     half = fit(FitConfig(path, PROB, fit_split="train", fraction=0.5))
-    assert half.rows[0]["fit_rows"] == 100
-    assert half.rows[0]["protocol"] == "train, fraction 0.5"
+    assert half.rows[0].fit_rows == 100
+    assert half.rows[0].protocol == "train, fraction 0.5"
 
 
 def test_the_loss_goes_down_and_is_recorded(tmp_path):
     path = write_cache(tmp_path / "cache", {"a": 300})
     result = fit(FitConfig(path, SurgerySettings(rank=8, steps=500)))
-    (one,) = json.loads((result.path / "head.json").read_text())["fits"]
-    assert one["loss_curve"][-1][0] == 500
-    assert one["loss_curve"][-1][1] < 0.8 * one["loss_curve"][0][1]
+    (training,) = json.loads((result.path / "head.json").read_text())["fits"]
+    assert training["loss_curve"][-1][0] == 500
+    assert training["loss_curve"][-1][1] < 0.8 * training["loss_curve"][0][1]
+    assert training["plan"].keys() == {"stack", "workers", "graph", "precision"}
     ridge = fit(FitConfig(path, RidgeSettings()))
     assert json.loads((ridge.path / "head.json").read_text())["fits"][0]["penalty"] > 0
 
@@ -289,3 +299,12 @@ def test_default_names_tell_settings_apart():
         "ridge-penalty0.5",
         "prob-h128-lr0.0001-kl0-shared-holdout0.2-fraction0.1-seed2",
     ]
+
+
+def test_paths_may_be_text(small_cache, tmp_path):
+    result = fit(FitConfig(str(small_cache.path), PROB, results=str(tmp_path / "results")))
+    assert result.path == tmp_path / "results" / "heads" / "prob-h8-steps60"
+    sweep = SweepConfig("cache/c", results="r")
+    assert (sweep.cache, sweep.results, sweep.expand()[0].cache) == (Path("cache/c"), Path("r"), Path("cache/c"))
+    extract = ExtractConfig("mini", root="r", coefficients="c.json")
+    assert (extract.root, extract.coefficients, extract.out) == (Path("r"), Path("c.json"), None)

@@ -1,4 +1,4 @@
-"""Stage two on more features than memory holds, and what it takes for the memory that there is."""
+"""Stage two on more features than memory holds, and how it measures available memory."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from support import write_cache
 ROWS, DIM = 100_000, 128
 MEBIBYTE = 2**20
 ROOM = 128 * MEBIBYTE
-"""For a fit; one task's merged, expert and pre-trained features have 146 MiB, both tasks' twice as much."""
+"""Memory for a fit; one task's merged, expert and pre-trained features have 146 MiB, both tasks' twice as much."""
 
 SCRIPT = textwrap.dedent(
     """
@@ -39,7 +39,7 @@ SCRIPT = textwrap.dedent(
     for number, (kind, settings) in enumerate(requests):
         config = FitConfig(cache, head_settings(kind, **settings), workers=0, results=f"{sys.argv[5]}/{number}")
         rows.append(fit.fit(config).rows)
-    print(json.dumps(rows))
+    print(json.dumps([[row.to_json() for row in result] for result in rows]))
     """
 )
 REQUESTS = [
@@ -59,12 +59,12 @@ def run(cache, folder, room=0, believed="limit", requests=REQUESTS):
     return subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True)
 
 
-def figures(rows):
-    return [[(row["task"], row["accuracy"], row["bias"], row["fit_rows"]) for row in one] for one in rows]
+def figures(results):
+    return [[(row["task"], row["accuracy"], row["bias"], row["fit_rows"]) for row in result] for result in results]
 
 
 def test_features_beyond_memory_give_the_results_of_the_run_in_memory(large, tmp_path):
-    """Under a limit of the system's that one task alone would break."""
+    """Under a limit of the operating system that one task alone would exceed."""
     free = run(large, tmp_path / "free")
     assert free.returncode == 0, free.stderr
     limited = run(large, tmp_path / "limited", ROOM)
@@ -76,7 +76,7 @@ def test_features_beyond_memory_give_the_results_of_the_run_in_memory(large, tmp
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_one_task_at_a_time_gives_the_same_heads(tmp_path, monkeypatch, workers):
-    """For a whole grid, whatever is trained together."""
+    """For whole grids, whatever is trained together."""
     path = write_cache(tmp_path / "cache", {"a": 300, "b": 200, "c": 11}, splits=("test", "train"))
     settings = {"rank": (2, 4), "hidden": (4,), "steps": (60,)}
     grids = [
@@ -91,20 +91,20 @@ def test_one_task_at_a_time_gives_the_same_heads(tmp_path, monkeypatch, workers)
         return inner(cache, tasks, *rest)
 
     monkeypatch.setattr(fit, "LoadedTasks", count)
-    found = []
+    lines = []
     for free in (2**50, 10_000):
         loaded.clear()
         monkeypatch.setattr(fit, "available_memory", lambda device, free=free: free)
         for number, grid in enumerate(grids):
             results = tmp_path / f"{free} {number}"
-            found.append(sweep.sweep(SweepConfig(**(vars(grid) | {"results": results}))).lines)
+            lines.append(sweep.sweep(SweepConfig(**(vars(grid) | {"results": results}))).lines)
         together, apart = [("a", "b", "c")], [("a",), ("b",), ("c",)]
         assert loaded == (4 * together if free > 10_000 else apart + together + apart + apart)
-    for whole, parts in zip(found[:4], found[4:], strict=True):
-        for one, other in zip(whole, parts, strict=True):
-            assert one.setting == other.setting
-            assert one.average_bias.mean == pytest.approx(other.average_bias.mean, abs=1e-5)
-            assert one.average_accuracy.mean == pytest.approx(other.average_accuracy.mean, abs=0.5)
+    for whole, parts in zip(lines[:4], lines[4:], strict=True):
+        for line, other in zip(whole, parts, strict=True):
+            assert line.setting == other.setting
+            assert line.average_bias.mean == pytest.approx(other.average_bias.mean, abs=1e-5)
+            assert line.average_accuracy.mean == pytest.approx(other.average_accuracy.mean, abs=0.5)
 
 
 def test_heads_are_kept_one_task_at_a_time_too(tmp_path, monkeypatch):
@@ -113,7 +113,7 @@ def test_heads_are_kept_one_task_at_a_time_too(tmp_path, monkeypatch):
     for settings in (ProbSettings(hidden=4, steps=20), SurgerySettings(steps=20), RidgeSettings()):
         result = fit.fit(FitConfig(path, settings))
         assert result.head.tasks == ("a", "b")
-        assert [row["task"] for row in result.rows] == ["a", "b"]
+        assert [row.task for row in result.rows] == ["a", "b"]
 
 
 def test_a_full_scratch_folder_is_one_line(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What heads compute, against plain formulas; saving and loading."""
+"""Corrections against plain formulas; saving and loading."""
 
 import json
 import math
@@ -9,16 +9,18 @@ from safetensors.torch import load_file, save_file
 
 from probsurgery.pipeline.config import ProbSettings, RidgeSettings, SurgerySettings, head_settings
 from probsurgery.pipeline.errors import InputError
-from probsurgery.pipeline.heads.head import HEADS, Head, load_head, parameter_count
-from probsurgery.pipeline.training.loop import generator
+from probsurgery.pipeline.heads.head import FitRecord, Head, load_head
+from probsurgery.pipeline.heads.kinds import HEADS, parameter_count
+from probsurgery.pipeline.training.batches import generator
 
 DIM = 12
+FITS = {"tasks": ["a"], "penalty": None, "loss_curve": [[64, 0.5]]}
 
 
 def random_head(settings, tasks=("a", "b")):
-    kind = {SurgerySettings: "surgery", ProbSettings: "prob", RidgeSettings: "ridge"}[type(settings)]
-    params = {n: torch.randn(len(tasks), *shape) for n, shape in HEADS[kind].shapes(settings, DIM).items()}
-    return Head(settings, tasks, DIM, params, record={"request": {"seed": 0}})
+    shapes = HEADS[settings.kind].shapes(settings, DIM)
+    params = {name: torch.randn(len(tasks), *shape) for name, shape in shapes.items()}
+    return Head(settings, tasks, DIM, params, record=FitRecord(request={"seed": 0}))
 
 
 def test_surgery_is_the_papers_formula():
@@ -71,7 +73,21 @@ def test_saved_and_loaded_heads_give_the_same_output(tmp_path, settings):
     assert torch.equal(load_head(tmp_path / "head.safetensors")(z, "a"), head(z, "a"))
 
 
-def test_a_lone_head_needs_no_task():
+def test_heads_without_a_record_and_with_keys_of_other_versions_are_read(tmp_path):
+    head = random_head(SurgerySettings(rank=3))
+    head.save(tmp_path)
+    file = tmp_path / "head.json"
+    plain = json.loads(file.read_text())
+    assert list(plain) == ["schema", "head", "settings", "tasks", "shared", "dim", "request"]
+    file.write_text(json.dumps(plain | {"threads": 2, "fits": [FITS | {"threads": 2}]}))
+    (fit,) = load_head(tmp_path).record.fits
+    assert (fit.penalty, fit.loss_curve, fit.plan) == (None, ((64, 0.5),), None)
+    del plain["request"]
+    file.write_text(json.dumps(plain))
+    assert load_head(tmp_path).record is None
+
+
+def test_a_single_head_needs_no_task():
     head, z = random_head(SurgerySettings(), tasks=("a",)), torch.randn(2, DIM)
     assert torch.equal(head(z), head(z, "a"))
 
@@ -90,7 +106,7 @@ def test_damaged_heads_are_refused(tmp_path):
     with pytest.raises(InputError, match="no head at"):
         load_head(tmp_path / "nothing")
     random_head(SurgerySettings()).save(tmp_path)
-    tensors, about = load_file(tmp_path / "head.safetensors"), json.loads((tmp_path / "head.json").read_text())
+    tensors, plain = load_file(tmp_path / "head.safetensors"), json.loads((tmp_path / "head.json").read_text())
 
     save_file({"down": tensors["down"]}, tmp_path / "head.safetensors")
     with pytest.raises(InputError, match="its settings ask for"):
@@ -103,12 +119,23 @@ def test_damaged_heads_are_refused(tmp_path):
         load_head(tmp_path)
     save_file(tensors, tmp_path / "head.safetensors")
 
-    (tmp_path / "head.json").write_text(json.dumps(about | {"schema": 99}))
+    (tmp_path / "head.json").write_text(json.dumps(plain | {"schema": 99}))
     with pytest.raises(InputError, match="schema 99"):
         load_head(tmp_path)
-    (tmp_path / "head.json").write_text(json.dumps({k: v for k, v in about.items() if k != "tasks"}))
+    (tmp_path / "head.json").write_text(json.dumps({k: v for k, v in plain.items() if k != "tasks"}))
     with pytest.raises(InputError, match="tasks"):
         load_head(tmp_path)
+    for bad in (
+        {"dim": 0},
+        {"dim": 2**60},
+        {"tasks": []},
+        {"tasks": [None]},
+        {"settings": {"lr": "x"}},
+        {"fits": [{}]},
+    ):
+        (tmp_path / "head.json").write_text(json.dumps(plain | bad))
+        with pytest.raises(InputError, match="is damaged|of a wrong type"):
+            load_head(tmp_path)
     (tmp_path / "head.json").write_text("{")
     with pytest.raises(InputError, match="damaged"):
         load_head(tmp_path)

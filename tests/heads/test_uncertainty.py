@@ -32,26 +32,26 @@ def rest():
 
 def test_a_calibrated_head_is_on_the_diagonal(rest):
     merged, expert = data()
-    found = measure(head_of(1), merged, expert, *rest)
-    assert found.within[1] == pytest.approx(0.683, abs=0.01)
-    assert found.within[2] == pytest.approx(0.954, abs=0.01)
-    assert len(found.bins) == BINS
-    for predicted, true in found.bins:
+    measured = measure(head_of(1), merged, expert, *rest)
+    assert measured.within[1] == pytest.approx(0.683, abs=0.01)
+    assert measured.within[2] == pytest.approx(0.954, abs=0.01)
+    assert len(measured.bins) == BINS
+    for predicted, true in measured.bins:
         assert true == pytest.approx(predicted, rel=0.1)
-    assert found.rank_correlation > 0.6
+    assert measured.rank_correlation > 0.6
 
 
 def test_a_head_that_is_too_sure_is_above_it(rest):
     merged, expert = data(scale=3.0)
-    found = measure(head_of(1), merged, expert, *rest)
-    assert found.within[1] == pytest.approx(0.261, abs=0.01)
-    assert all(true == pytest.approx(3 * predicted, rel=0.1) for predicted, true in found.bins)
+    measured = measure(head_of(1), merged, expert, *rest)
+    assert measured.within[1] == pytest.approx(0.261, abs=0.01)
+    assert all(true == pytest.approx(3 * predicted, rel=0.1) for predicted, true in measured.bins)
 
 
 def test_a_sigma_that_says_nothing_has_no_correlation(rest):
     merged, _ = data()
-    found = measure(head_of(1), merged, merged + torch.randn(ROWS, DIM), *rest)
-    assert abs(found.rank_correlation) < 0.06
+    measured = measure(head_of(1), merged, merged + torch.randn(ROWS, DIM), *rest)
+    assert abs(measured.rank_correlation) < 0.06
 
 
 def test_accuracy_rises_as_the_uncertain_are_left_out():
@@ -60,11 +60,11 @@ def test_accuracy_rises_as_the_uncertain_are_left_out():
     labels = (merged @ classifier.T).argmax(-1)
     wrong = merged[:, 0] > 1.5  # the quarter of the rows with the largest sigma
     labels[wrong] = (labels[wrong] + 1) % 3
-    found = measure(head_of(1), merged, expert, classifier, labels)
-    at = dict(zip(COVERAGES, found.by_sigma, strict=True))
+    measured = measure(head_of(1), merged, expert, classifier, labels)
+    at = dict(zip(COVERAGES, measured.by_sigma, strict=True))
     assert at[1.0] == pytest.approx(1 - wrong.double().mean().item())
     assert at[0.7] == at[0.1] == 1
-    by_confidence = dict(zip(COVERAGES, found.by_confidence, strict=True))
+    by_confidence = dict(zip(COVERAGES, measured.by_confidence, strict=True))
     assert by_confidence[1.0] == at[1.0]
     assert by_confidence[0.7] < 0.95
 

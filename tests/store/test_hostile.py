@@ -420,8 +420,7 @@ def test_reading_takes_no_more_memory_than_the_files_bear_out(tmp_path, store, l
     script = textwrap.dedent(
         f"""
         import resource
-        from probsurgery.pipeline.store.arrays import ArraySpec
-from probsurgery.pipeline.store.cache import Cache
+        from probsurgery.pipeline.store.cache import Cache
         from probsurgery.pipeline.errors import DamagedCacheError
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         resource.setrlimit(resource.RLIMIT_DATA, (2**33, resource.RLIM_INFINITY))

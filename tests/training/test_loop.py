@@ -1,6 +1,4 @@
-"""The trainer against an independent loop of plain autograd, written here; its randomness; ridge against its
-formula.
-"""
+"""The training loop against an independent loop in plain autograd; its random streams; ridge against its formula."""
 
 import pickle
 from dataclasses import replace
@@ -11,7 +9,8 @@ import torch
 from autograd_loop import DIM, assert_same, plain_loop, rows
 from probsurgery.pipeline.config import LOSSES, ProbSettings, RidgeSettings, SurgerySettings
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
-from probsurgery.pipeline.training.loop import Job, Rows, Stream, train_stack
+from probsurgery.pipeline.training.batches import Job, Rows, Stream
+from probsurgery.pipeline.training.loop import train_stack
 from probsurgery.pipeline.training.plan import fit_heads
 
 
@@ -67,11 +66,11 @@ def test_order_carries_over_from_block_to_block_and_noise_is_shared_by_settings(
     taken = torch.cat([stream.batches().flatten() for _ in range(3)])
     for epoch in range(2):
         assert sorted(taken[1_500 * epoch : 1_500 * (epoch + 1)].tolist()) == list(range(1_500))
-    one, five = (Stream("a", 0, 10, 4, 3, samples).noise() for samples in (1, 5))
-    assert torch.equal(one[0], five[0])
+    single, five = (Stream("a", 0, 10, 4, 3, samples).noise() for samples in (1, 5))
+    assert torch.equal(single[0], five[0])
     assert not torch.equal(five[0], five[1])
-    assert not torch.equal(one, Stream("b", 0, 10, 4, 3, 1).noise())
-    assert not torch.equal(one, Stream("a", 1, 10, 4, 3, 1).noise())
+    assert not torch.equal(single, Stream("b", 0, 10, 4, 3, 1).noise())
+    assert not torch.equal(single, Stream("a", 1, 10, 4, 3, 1).noise())
 
 
 def test_ridge_solves_the_penalised_normal_equations():
@@ -99,10 +98,10 @@ def test_ridge_recovers_an_affine_map_and_chooses_its_penalty_by_leaving_one_out
     def left_out_error(penalty):
         total = 0.0
         for i in range(len(few)):
-            kept = torch.arange(len(few)) != i
-            # The penalty is relative to what it is among all rows, so that leaving one out keeps it as it was.
+            others = torch.arange(len(few)) != i
+            # The penalty is relative to all rows, so leaving one out does not change it.
             full = few - few.mean(0)
-            x, y = few[kept].double(), noisy[kept].double()
+            x, y = few[others].double(), noisy[others].double()
             c = x - x.mean(0)
             strength = penalty * (full.double() ** 2).sum() / DIM
             w = torch.linalg.solve(c.T @ c + strength * torch.eye(DIM), c.T @ (y - y.mean(0))).T
@@ -135,7 +134,7 @@ def test_bad_rows_are_refused_by_task_and_row():
         fit_heads([Job((Rows("a", good.merged, good.expert[:, :4]),), SurgerySettings())])
 
 
-def test_a_loss_that_leaves_the_numbers_is_an_error_and_no_head():
+def test_a_loss_that_is_not_finite_is_an_error_and_no_head():
     with pytest.raises(ProbsurgeryError, match="the head for a: the loss is"):
         fit_heads([Job((rows("a", 20),), ProbSettings(lr=10.0, steps=500, kl_weight=1e6))])
 
@@ -145,13 +144,13 @@ def test_rows_on_disk_are_sent_as_paths_and_mapped(tmp_path):
     sent = pickle.dumps(data.spilled(tmp_path))
     assert len(sent) < 3_000
     assert len(pickle.dumps(data)) > 2 * 4 * 1_000 * DIM
-    there = pickle.loads(sent)
-    assert torch.equal(there.merged, data.merged)
-    assert torch.equal(there.expert, data.expert)
-    assert torch.equal(there.seen, data.seen)
-    assert len(there) == 3
+    received = pickle.loads(sent)
+    assert torch.equal(received.merged, data.merged)
+    assert torch.equal(received.expert, data.expert)
+    assert torch.equal(received.seen, data.seen)
+    assert len(received) == 3
     # Shared with the file: a private map would count against the memory that the features exceed.
-    there.merged[0] = 0
+    received.merged[0] = 0
     assert (pickle.loads(sent).merged[0] == 0).all()
 
 
@@ -165,20 +164,20 @@ def test_a_head_sees_the_rows_that_it_may_see():
 
 
 @pytest.mark.parametrize("tasks", [1, 3])
-def test_heads_on_the_way_are_those_of_shorter_runs_and_leave_the_run_as_it_is(tasks):
-    its_rows = tuple(rows(name, 50, seed) for seed, name in enumerate("abc"[:tasks]))
+def test_heads_copied_during_a_run_are_those_of_shorter_runs_and_do_not_change_the_run(tasks):
+    all_rows = tuple(rows(name, 50, seed) for seed, name in enumerate("abc"[:tasks]))
     settings = ProbSettings(steps=150, hidden=8)
-    job = Job(its_rows, settings, stops=(10, 64, 100))
+    job = Job(all_rows, settings, stops=(10, 64, 100))
     whole, (fitted,) = fit_heads([replace(job, stops=())])[0], fit_heads([job])
     assert list(fitted.earlier) == [10, 64, 100]
-    for steps, there in (*fitted.earlier.items(), (150, fitted)):
-        alone = fit_heads([Job(its_rows, replace(settings, steps=steps))])[0]
-        assert all(torch.equal(there.params[n], alone.params[n]) for n in alone.params), steps
-        assert not any(torch.equal(there.params[n], whole.params[n]) for n in whole.params) or steps == 150
+    for steps, copy in (*fitted.earlier.items(), (150, fitted)):
+        alone = fit_heads([Job(all_rows, replace(settings, steps=steps))])[0]
+        assert all(torch.equal(copy.params[n], alone.params[n]) for n in alone.params), steps
+        assert not any(torch.equal(copy.params[n], whole.params[n]) for n in whole.params) or steps == 150
     assert fitted.curve == whole.curve
 
 
-def test_online_takes_each_row_once_in_order_of_arrival():
+def test_online_takes_each_row_once_in_the_order_of_the_data():
     stream = Stream("a", 0, rows=150, batch_size=1, dim=2, samples=1, online=True)
     assert torch.cat([stream.batches().flatten() for _ in range(3)])[:150].tolist() == list(range(150))
     data, settings = rows("a", 70), SurgerySettings(steps=70, batch_size=1)
@@ -195,18 +194,18 @@ def test_without_noise_and_kl_a_probabilistic_head_is_surgery():
         fit_heads([Job((data,), ProbSettings(steps=100, hidden=8, samples=n, kl_weight=0))])[0] for n in (0, 1)
     )
     surgery = fit_heads([Job((data,), SurgerySettings(steps=100, rank=8))])[0]
-    for ours, theirs in (("hidden", "down"), ("mu", "up")):
-        assert torch.allclose(prob.params[ours], surgery.params[theirs], atol=1e-5, rtol=0)
-        assert not torch.allclose(other.params[ours], surgery.params[theirs], atol=1e-5, rtol=0)
+    for prob_name, surgery_name in (("hidden", "down"), ("mu", "up")):
+        assert torch.allclose(prob.params[prob_name], surgery.params[surgery_name], atol=1e-5, rtol=0)
+        assert not torch.allclose(other.params[prob_name], surgery.params[surgery_name], atol=1e-5, rtol=0)
     assert not prob.params["log_var"].any()
 
 
 @pytest.mark.gpu
-def test_heads_on_the_way_of_a_graph_are_those_of_shorter_runs():
+def test_heads_copied_during_a_run_with_a_graph_are_those_of_shorter_runs():
     job = Job((rows("a", 50),), ProbSettings(steps=150, hidden=8), stops=(2, 64, 100))
     (fitted,) = train_stack([job], "cuda", graph=True)
-    for steps, there in fitted.earlier.items():
+    for steps, copy in fitted.earlier.items():
         (alone,) = train_stack(
             [replace(job, settings=replace(job.settings, steps=steps), stops=())], "cuda", graph=True
         )
-        assert all(torch.equal(there.params[n], alone.params[n]) for n in alone.params), steps
+        assert all(torch.equal(copy.params[n], alone.params[n]) for n in alone.params), steps

@@ -1,4 +1,4 @@
-"""Whatever the plan, a head's result is that of the plain loop; what a plan chooses; what a dead worker leaves."""
+"""Whatever the plan, a head is that of the plain loop; what a plan chooses; what happens if a worker dies."""
 
 import contextlib
 import os
@@ -14,11 +14,13 @@ import torch
 from autograd_loop import assert_same, plain_loop, rows
 from probsurgery.pipeline.config import ProbSettings, RidgeSettings, SurgerySettings
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
+from probsurgery.pipeline.store.results import TrainingPlan
 from probsurgery.pipeline.training import loop, workers
 from probsurgery.pipeline.training import plan as plan_module
 from probsurgery.pipeline.training.adam_step import Stack
-from probsurgery.pipeline.training.loop import Feed, Fitted, Job, Rows
-from probsurgery.pipeline.training.plan import Plan, Wanted, execute, fit_heads, make_plan
+from probsurgery.pipeline.training.batches import Feed, Job, Rows
+from probsurgery.pipeline.training.loop import Fitted
+from probsurgery.pipeline.training.plan import Plan, Workload, execute, fit_heads, make_plan
 from probsurgery.pipeline.training.workers import Pool
 
 CPU = torch.device("cpu")
@@ -29,31 +31,30 @@ SURGERY = SurgerySettings(steps=250, rank=4, loss="smooth-l1")  # why: see `test
 def jobs():
     """Both kinds, several KL weights and seeds on the same rows, rows fewer than a batch, and a shared head."""
     a, b, c = rows("a", 120), rows("b", 37, 1), rows("c", 9, 2)
-    found = [Job((a,), ProbSettings(steps=250, hidden=16, kl_weight=k), seed) for k in (0, 1e-2) for seed in (0, 1)]
-    found += [Job((task,), SURGERY) for task in (a, b, c)]
-    return [*found, Job((a, b, c), ProbSettings(steps=80, hidden=16, samples=3))]
+    all_jobs = [Job((a,), ProbSettings(steps=250, hidden=16, kl_weight=k), seed) for k in (0, 1e-2) for seed in (0, 1)]
+    all_jobs += [Job((task,), SURGERY) for task in (a, b, c)]
+    return [*all_jobs, Job((a, b, c), ProbSettings(steps=80, hidden=16, samples=3))]
 
 
-def trained(plan, all_jobs, tmp_path, progress=lambda head_steps: None):
+def trained(plan, all_jobs, tmp_path, advance=None):
     """Outcomes of a plan, with features on disk if it has workers."""
     if not plan.workers:
-        return dict(execute(all_jobs, plan, progress=progress))
+        return dict(execute(all_jobs, plan, advance=advance))
     spilled = {}
     for job in all_jobs:
-        for its in job.rows:
-            if id(its) not in spilled:
+        for data in job.rows:
+            if id(data) not in spilled:
                 (folder := tmp_path / str(len(spilled))).mkdir()
-                spilled[id(its)] = its.spilled(folder)
+                spilled[id(data)] = data.spilled(folder)
     all_jobs = [Job(tuple(spilled[id(r)] for r in job.rows), job.settings, job.seed) for job in all_jobs]
     with Pool(plan.workers) as pool:
-        return dict(execute(all_jobs, plan, pool, progress))
+        return dict(execute(all_jobs, plan, pool, advance))
 
 
 @pytest.mark.parametrize("path", ["stacks", "single heads", "workers"])
 def test_every_path_takes_the_steps_of_the_plain_loop(path, tmp_path):
     all_jobs = jobs()
-    wanted = [Wanted(job.settings, len(job.rows), 24) for job in all_jobs]
-    plan = make_plan(wanted, CPU, workers=2 if path == "workers" else 0)
+    plan = make_plan([Workload.of(job) for job in all_jobs], CPU, workers=2 if path == "workers" else 0)
     if path == "single heads":
         plan = Plan(CPU, tuple((number,) for number in range(len(all_jobs))))
     else:
@@ -72,13 +73,13 @@ def test_at_the_papers_steps_metrics_are_those_of_the_plain_loop_within_seed_noi
         return (data.merged - correction - data.expert).abs().mean().item()
 
     settings = ProbSettings(steps=5_000, hidden=8)
-    ours = [fit_heads([Job((data,), settings, seed)])[0].params for seed in range(3)]
-    found = [bias({name: weight[0] for name, weight in params.items()}) for params in ours]
-    spread = torch.tensor(found).std().item()
+    heads = [fit_heads([Job((data,), settings, seed)])[0].params for seed in range(3)]
+    biases = [bias({name: weight[0] for name, weight in params.items()}) for params in heads]
+    spread = torch.tensor(biases).std().item()
     start = (data.merged - data.expert).abs().mean().item()
-    assert max(found) < 0.8 * start
+    assert max(biases) < 0.8 * start
     assert spread > 0
-    assert abs(found[0] - bias(plain_loop(Job((data,), settings, 0)))) < spread
+    assert abs(biases[0] - bias(plain_loop(Job((data,), settings, 0)))) < spread
 
 
 def test_other_heads_in_a_sweep_change_a_head_by_float_noise_at_most():
@@ -89,10 +90,10 @@ def test_other_heads_in_a_sweep_change_a_head_by_float_noise_at_most():
         assert all(torch.allclose(alone[n], among[number].params[n], atol=1e-5, rtol=0) for n in alone)
 
 
-def test_a_head_that_fails_leaves_those_of_its_stack_as_they_are():
+def test_a_head_that_fails_does_not_affect_the_others_of_its_stack():
     settings, huge = ProbSettings(steps=128, hidden=8, loss="mse"), rows("a", 50).merged * 1e25
     wild, tame = Job((Rows("a", huge, -huge),), settings), Job((rows("b", 50, 1),), settings)
-    plan = make_plan([Wanted(job.settings, 1, 24) for job in (wild, tame)], CPU)
+    plan = make_plan([Workload.of(job) for job in (wild, tame)], CPU)
     assert plan.stacks == ((0, 1),)
     outcomes = dict(execute([wild, tame], plan))
     assert isinstance(outcomes[0], ProbsurgeryError)
@@ -103,7 +104,7 @@ def test_a_head_that_fails_leaves_those_of_its_stack_as_they_are():
         fit_heads([tame, wild])
 
 
-def test_what_goes_wrong_in_one_stack_leaves_the_others(monkeypatch):
+def test_a_stack_that_fails_does_not_affect_the_others(monkeypatch):
     def fails_when_narrow(stack, *batch):
         if stack.weights[0].shape[1] == 4:
             raise RuntimeError("out of memory\nand more")
@@ -118,7 +119,7 @@ def test_what_goes_wrong_in_one_stack_leaves_the_others(monkeypatch):
 
 
 def plan_of(settings, heads, **choices):
-    return make_plan([Wanted(settings, 1, 512)] * heads, CPU, **choices)
+    return make_plan([Workload(settings, 1, 512)] * heads, CPU, **choices)
 
 
 def test_wide_heads_go_singly_or_in_few_and_narrow_ones_in_stacks(monkeypatch):
@@ -129,7 +130,7 @@ def test_wide_heads_go_singly_or_in_few_and_narrow_ones_in_stacks(monkeypatch):
     assert {len(stack) for stack in plan_of(narrow, 512, workers=2).stacks} == {64}
     assert {len(stack) for stack in plan_of(RidgeSettings(), 3).stacks} == {1}
     ranks = make_plan(
-        [Wanted(SurgerySettings(rank=r), 1, 512) for r in (4, 8, 16, 32) for _ in range(8)], CPU, workers=2
+        [Workload(SurgerySettings(rank=r), 1, 512) for r in (4, 8, 16, 32) for _ in range(8)], CPU, workers=2
     )
     assert {len(stack) for stack in ranks.stacks} == {8}
     monkeypatch.setattr(plan_module, "_last_level_cache", lambda: 64 * 2**20)
@@ -151,28 +152,28 @@ def test_workers_are_started_when_the_work_is_worth_it():
 
 
 def test_every_head_is_planned_once_and_the_longest_first():
-    wanted = [Wanted(ProbSettings(hidden=h, kl_weight=k), 1, 64) for h in (8, 128, 32) for k in (0, 1, 2)]
-    plan = make_plan(wanted, CPU, workers=2)
+    workloads = [Workload(ProbSettings(hidden=h, kl_weight=k), 1, 64) for h in (8, 128, 32) for k in (0, 1, 2)]
+    plan = make_plan(workloads, CPU, workers=2)
     assert sorted(number for stack in plan.stacks for number in stack) == list(range(9))
-    hidden = [wanted[stack[0]].settings.hidden for stack in plan.stacks]
+    hidden = [workloads[stack[0]].settings.hidden for stack in plan.stacks]
     assert hidden == sorted(hidden, reverse=True)
-    assert all(len({wanted[number].settings.hidden for number in stack}) == 1 for stack in plan.stacks)
-    assert plan.record(plan.stacks[0], ProbSettings())["workers"] == 2
+    assert all(len({workloads[number].settings.hidden for number in stack}) == 1 for stack in plan.stacks)
+    assert plan.record(plan.stacks[0], ProbSettings()).workers == 2
 
 
 def test_cuda_takes_stacks_as_large_as_memory_allows_and_a_graph(monkeypatch):
-    cuda, wanted = torch.device("cuda"), [Wanted(ProbSettings(), 1, 768)] * 400
+    cuda, workloads = torch.device("cuda"), [Workload(ProbSettings(), 1, 768)] * 400
     monkeypatch.setattr(plan_module, "available_memory", lambda device: 100 * 2**30)
-    plan = make_plan(wanted, cuda)
+    plan = make_plan(workloads, cuda)
     assert [len(stack) for stack in plan.stacks] == [400]
     assert plan.graph
     assert plan.workers == 0
     record = plan.record(plan.stacks[0], ProbSettings())
-    assert record == {"stack": 400, "workers": 0, "graph": True, "precision": "fp32"}
-    assert plan.record(plan.stacks[0], RidgeSettings())["graph"] is False
-    assert make_plan(wanted, cuda, tf32=True).record(plan.stacks[0], ProbSettings())["precision"] == "tf32"
+    assert record == TrainingPlan(stack=400, workers=0, graph=True, precision="fp32")
+    assert plan.record(plan.stacks[0], RidgeSettings()).graph is False
+    assert make_plan(workloads, cuda, tf32=True).record(plan.stacks[0], ProbSettings()).precision == "tf32"
     monkeypatch.setattr(plan_module, "available_memory", lambda device: 2**30)
-    small = make_plan(wanted, cuda)
+    small = make_plan(workloads, cuda)
     assert 1 < max(map(len, small.stacks)) < 100
 
 
@@ -214,7 +215,7 @@ def test_a_worker_that_dies_costs_its_own_heads_only(tmp_path):
 
 
 def test_a_worker_that_dies_in_the_middle_of_a_message_costs_its_own_heads_only(tmp_path, monkeypatch):
-    """Its result is larger than a pipe holds, and it is killed while the parent has read a part."""
+    """The result is larger than a pipe holds, and the worker is killed when the parent has read part of it."""
     wide = ProbSettings(steps=1, hidden=8_192, batch_size=1)
     all_jobs = [Job((rows("a", 50),), wide), Job((rows("b", 50),), PROB)]
     real, torn = workers._receive, []
@@ -241,7 +242,7 @@ def test_a_worker_that_does_not_find_its_rows_says_so(tmp_path):
     (tmp_path / "a.merged.npy").unlink()
     with Pool(1) as pool:
         outcomes = dict(execute([spilled], Plan(CPU, ((0,),), workers=1), pool))
-    assert "its worker failed: [Errno 2]" in str(outcomes[0])
+    assert "the worker failed: [Errno 2]" in str(outcomes[0])
 
 
 def test_workers_end_with_an_interrupt(tmp_path):
@@ -264,15 +265,15 @@ ORPHANS = """
 import torch
 from probsurgery.pipeline.config import (ProbSettings)
 from probsurgery.pipeline.training.plan import fit_heads
-from probsurgery.pipeline.training.loop import Job, Rows
+from probsurgery.pipeline.training.batches import Job, Rows
 z = torch.randn(50, 24)
-said = lambda n: n and print("training", flush=True)
-fit_heads([Job((Rows(t, z, z),), ProbSettings(steps=10**6, hidden=64)) for t in "ab"], workers=2, progress=said)
+show = lambda done, total: done and print("training", flush=True)
+fit_heads([Job((Rows(t, z, z),), ProbSettings(steps=10**6, hidden=64)) for t in "ab"], workers=2, progress=show)
 """
 
 
 def test_workers_end_when_their_parent_is_killed(tmp_path):
-    """The script has no guard for being imported again, which workers must not do."""
+    """The script has no `__main__` guard, so workers must not import it."""
     (script := tmp_path / "script.py").write_text(ORPHANS)
     parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     assert parent.stdout.readline() == "training\n"
@@ -298,12 +299,12 @@ class FakeGraph:
 
 @pytest.fixture
 def fake_graphs(monkeypatch):
-    capturing, made, real = [], [], Stack.step
+    capturing, captured, real = [], [], Stack.step
 
     @contextlib.contextmanager
     def capture(graph):
         capturing.append(graph)
-        made.append(graph)
+        captured.append(graph)
         yield
         capturing.pop()
 
@@ -316,15 +317,15 @@ def fake_graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(Stack, "step", step)
-    return made
+    return captured
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["drawn as needed", "drawn ahead"])
 def test_replayed_steps_are_those_of_the_plain_loop(fake_graphs, monkeypatch, ahead):
-    """What a CPU can tell of the path for CUDA: its buffers, its order of capture and replay, its drawing ahead."""
+    """The parts of the CUDA path that run on a CPU: buffers, order of capture and replay, drawing ahead."""
     monkeypatch.setattr(loop, "Feed", lambda jobs, device, **_: Feed(jobs, device, ahead=ahead))
     all_jobs = jobs()
-    stacks = make_plan([Wanted(job.settings, len(job.rows), 24) for job in all_jobs], CPU).stacks
+    stacks = make_plan([Workload.of(job) for job in all_jobs], CPU).stacks
     outcomes = dict(execute(all_jobs, Plan(CPU, stacks, graph=True)))
     assert len(fake_graphs) == 2 * len(stacks)  # with and without the loss
     for number, job in enumerate(all_jobs):
@@ -335,8 +336,7 @@ def test_replayed_steps_are_those_of_the_plain_loop(fake_graphs, monkeypatch, ah
 @pytest.mark.parametrize("graph", [False, True])
 def test_cuda_takes_the_steps_of_the_plain_loop(graph):
     all_jobs = jobs()
-    wanted = [Wanted(job.settings, len(job.rows), 24) for job in all_jobs]
-    stacks = make_plan(wanted, torch.device("cuda")).stacks
+    stacks = make_plan([Workload.of(job) for job in all_jobs], torch.device("cuda")).stacks
     outcomes = dict(execute(all_jobs, Plan(torch.device("cuda"), stacks, graph=graph)))
     for number, job in enumerate(all_jobs):
         assert isinstance(outcomes[number], Fitted)

@@ -12,12 +12,10 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from probsurgery import cli
 from probsurgery.pipeline.files import write_atomically
-from probsurgery.pipeline.store import writer
+from probsurgery.pipeline.store import lock
 from probsurgery.pipeline.store.cache import Cache
-from probsurgery.pipeline.store.manifest import write_manifest
-from support import refused, write_cache
+from support import drop_seal, refused, write_cache
 
 FEW = ("--hidden", 8, "--steps", 20)
 
@@ -165,9 +163,7 @@ def test_no_command_takes_a_cache_that_is_none(run, here, command):
 
 
 def test_an_unfinished_cache_is_refused(run, small_cache):
-    manifest = small_cache.manifest
-    manifest["arrays"]["test/b/expert"]["shards"][0] = None
-    write_manifest(small_cache.path, manifest)
+    drop_seal(small_cache.path, "test/b/expert", 0)
     refused(run("fit", "--cache", small_cache.path, *FEW), "unfinished: b (test)", "1 of 4 shards are missing")
     assert run("fit", "--cache", small_cache.path, *FEW, "--tasks", "a")[0] == 0
     status, out, _ = run("cache", "info", small_cache.path)
@@ -181,7 +177,7 @@ def test_an_unfinished_cache_is_refused(run, small_cache):
 
 def test_a_damaged_cache_is_refused_and_verify_says_where(run, small_cache):
     assert run("cache", "verify", small_cache.path)[0] == 0
-    path = small_cache._backend.file("test/a/merged", 0)
+    path = small_cache.file("test/a/merged", 0)
     content = bytearray(path.read_bytes())
     content[50] ^= 1
     path.write_bytes(content)
@@ -220,7 +216,7 @@ def test_a_report_without_results_is_refused(run, small_cache):
 
 def test_no_permission_is_refused(run, small_cache, here, monkeypatch):
     """The superuser may write anywhere, so the answer of the system is set here."""
-    monkeypatch.setattr(writer, "os", SimpleNamespace(**vars(os) | {"access": lambda path, mode: False}))
+    monkeypatch.setattr(lock, "os", SimpleNamespace(**vars(os) | {"access": lambda path, mode: False}))
     refused(run("fit", "--cache", small_cache.path, *FEW), "no permission", "--results")
     refused(run("extract", "--arch", "mini", "--tasks", "digits8", "--limit", 3), "no permission", "--root")
     assert not list(here.iterdir())
@@ -252,7 +248,7 @@ def test_an_extraction_over_a_cache_of_other_settings_is_refused(run, here):
     assert {p: p.read_bytes() for p in here.rglob("*") if p.is_file()} == before
     assert run(*base)[1] == "cache: complete already, nothing to do\n"
     assert run(*base, "--dtype", "float16", "--fresh")[0] == 0
-    assert Cache(here / "cache").identity["dtype"] == "float16"
+    assert Cache(here / "cache").identity.dtype == "float16"
 
 
 def test_a_wrong_checkpoint_names_its_first_differing_key(run, here):
@@ -290,7 +286,7 @@ def test_tables_name_every_task_and_head(run, small_cache):
     out = run("fit", "--cache", small_cache.path, *FEW)[1]
     assert "2 heads" in out
     status, out, err = run("fit", "--cache", small_cache.path, *FEW)
-    assert (status, "is there already" in err) == (0, True)
+    assert (status, "exists with the same settings" in err) == (0, True)
     run("fit", "--cache", small_cache.path, "--head", "ridge")
     out = run("report", "--cache", small_cache.path)[1]
     for word in ("individual experts", "merged (ta)", "+ ridge", "+ ProbSurgery (h=8, 20 steps)", "Bias", " a ", " b "):
@@ -328,7 +324,7 @@ def test_several_merges_are_locked_before_the_first_is_replaced(run, here):
     base = ("extract", "--arch", "mini", "--tasks", "digits8", "--limit", 5, "--merge", "ta", "--merge", "wa")
     assert run(*base)[0] == 0
     before = {p: p.read_bytes() for p in here.rglob("*") if p.is_file()}
-    with writer.locked(here / "cache" / "mini_wa_digits8"):
+    with lock.locked(here / "cache" / "mini_wa_digits8"):
         refused(run(*base, "--fresh"), "another process is writing", "mini_wa_digits8")
     assert {p: p.read_bytes() for p in here.rglob("*") if p.is_file()} == before
 
@@ -365,15 +361,3 @@ def _seconds(argument):
     start = time.perf_counter()
     subprocess.run([sys.executable, "-m", "probsurgery", argument], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
-
-
-def test_plain_progress_says_no_rate_before_there_is_one(capsys, monkeypatch):
-    now = iter([100.0, 102.0, 120.0])
-    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: next(now)))
-    show = cli._plain_progress("head-steps")
-    for done in (0, 0, 500):
-        show(done, 1_000, "best")
-    assert capsys.readouterr().err.splitlines() == [
-        "best: 0 of 1,000 head-steps",
-        "best: 500 of 1,000 head-steps, 25/s, 20 s left",
-    ]

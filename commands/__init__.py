@@ -1,0 +1,1 @@
+"""The commands of `probsurgery`, one module per group: parse the options, call a stage, render the result."""

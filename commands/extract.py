@@ -1,0 +1,133 @@
+"""`extract`, stage one, and `merges`, the list of merging methods."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Option
+
+from probsurgery.commands.options import AsJson, Device, comma_list, configured, key_values
+from probsurgery.commands.progress import shown_progress
+from probsurgery.commands.render import note, print_json
+from probsurgery.pipeline.config import DTYPES, PRECISIONS, STORES, ExtractConfig, number_text
+from probsurgery.pipeline.extraction.distributed import launched_rank
+
+if TYPE_CHECKING:
+    from probsurgery.pipeline.extraction.extract import Extraction
+
+default = ExtractConfig  # whose class attributes are the options' defaults
+
+
+def extract_command(
+    arch: Annotated[str, Option(help="mini, vitb32, vitb16, vitl14, or, with --checkpoints, any model of open_clip.")],
+    merges: Annotated[
+        list[str],
+        Option(
+            "--merge", help="A method of `probsurgery merges`, or the path of a merged checkpoint; may be repeated."
+        ),
+    ] = list(default.merges),  # noqa: B006
+    merge_args: Annotated[
+        list[str] | None,
+        Option("--merge-arg", metavar="KEY=VALUE", help="A setting, for the merges that have it; may be repeated."),
+    ] = None,
+    coefficients: Annotated[
+        Path | None, Option(help="Read AdaMerging's coefficients from this file instead of learning them.")
+    ] = default.coefficients,
+    name: Annotated[
+        str | None, Option(help="Name of the merged checkpoint in tables. [its file's name]")
+    ] = default.name,
+    tasks: Annotated[tuple | None, comma_list(str, "Tasks to merge and extract. [all of the suite]")] = default.tasks,
+    only: Annotated[tuple | None, comma_list(str, "Extract only these of the merged tasks. [all]")] = default.only,
+    checkpoints: Annotated[
+        str | None, Option(help="Folder of checkpoints; layouts: docs/sources.md. [the published ones]")
+    ] = default.checkpoints,
+    data: Annotated[
+        str | None, Option(help="Folder of data sets; layouts: docs/sources.md. [the published ones]")
+    ] = default.data,
+    split: Annotated[str, Option(help="test, train or both.")] = default.split,
+    limit: Annotated[int | None, Option(help="Take only the first N images of each task.")] = default.limit,
+    store: Annotated[str, Option(help=" or ".join(STORES) + ".")] = default.store,
+    dtype: Annotated[str, Option(help=f"Store features in {' or '.join(DTYPES)}.")] = default.dtype,
+    precision: Annotated[str, Option(help=f"Run the encoders in {', '.join(PRECISIONS)}.")] = default.precision,
+    batch_size: Annotated[int, Option(help="Images in a batch.")] = default.batch_size,
+    workers: Annotated[
+        int | None, Option(help="Processes that decode images. [the number of cores]")
+    ] = default.workers,
+    device: Device = default.device,
+    root: Annotated[Path, Option(help="Folder for caches under their default names.")] = default.root,
+    out: Annotated[Path | None, Option(help="Write the cache to exactly this folder (one merge only).")] = default.out,
+    pretrained: Annotated[
+        bool, Option("--pretrained/--no-pretrained", help="Store the pre-trained encoder's features too.")
+    ] = default.pretrained,
+    fresh: Annotated[
+        bool, Option("--fresh", help="First delete the cache that exists, heads included.")
+    ] = default.fresh,
+    skip_bad: Annotated[
+        bool, Option("--skip-bad", help="Leave out images that cannot be decoded, and record which.")
+    ] = default.skip_bad,
+    corrupt: Annotated[
+        str | None,
+        Option(metavar="KIND[:1-5]", help="Corrupt every image first: noise, blur, contrast or jpeg. [none]"),
+    ] = default.corrupt,
+    any_rows: Annotated[
+        bool, Option("--any-rows", help="Accept data sets of another size than in the papers.")
+    ] = default.any_rows,
+    as_json: AsJson = False,
+) -> None:
+    """Stage one: run the encoders over every image once and store the features."""
+    config = configured(ExtractConfig, locals(), merge_args=key_values("--merge-arg", merge_args or []))
+    from probsurgery.pipeline.extraction.extract import extract
+
+    with shown_progress("images") as progress:
+        result = extract(config, progress)
+    if launched_rank()[0]:  # rank 0 reports for all ranks
+        return
+    for text in result.notes:
+        note(text)
+    if as_json:
+        print_json(asdict(result) | {"caches": [str(path) for path in result.caches]})
+    else:
+        _print_result(result)
+
+
+def _print_result(result: Extraction) -> None:
+    encoding = sum(seconds for phase, seconds in result.seconds.items() if phase not in ("prepare", "merge"))
+    if result.images:
+        phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in result.seconds.items())
+        ranks = launched_rank()[1]
+        rate = f"{result.images / encoding:,.0f} images/s" if ranks == 1 else f"{ranks} ranks"
+        note(f"{result.images:,} images, {rate} ({phases})")
+    for name, rows in result.taken.items():
+        share = f"{100 * rows / (result.passes + sum(result.taken.values())):.0f} %"
+        note(f"{rows:,} forward passes saved ({share} of all): their features were in {name}")
+    for path in result.caches:
+        print(f"{path}: {'written' if result.images or result.taken else 'complete already, nothing to do'}")
+
+
+def merges_command(as_json: AsJson = False) -> None:
+    """The merging methods: description, publication, settings and their defaults."""
+    from probsurgery.pipeline.merging.registry import METHODS
+
+    if as_json:
+        print_json(
+            {
+                name: {
+                    "title": method.title,
+                    "paper": method.paper,
+                    "learns": method.learns,
+                    "settings": {
+                        key: {"default": setting.default, "about": setting.description}
+                        for key, setting in method.settings.items()
+                    },
+                }
+                for name, method in METHODS.items()
+            }
+        )
+        return
+    for name, method in METHODS.items():
+        print(f"{name}: {method.title}{', learns from unlabelled images' if method.learns else ''}\n  {method.paper}")
+        for key, setting in method.settings.items():
+            default = number_text(setting.default) if isinstance(setting.default, float) else str(setting.default)
+            print(f"    {key + '=' + default:<20} {setting.description}")

@@ -1,0 +1,189 @@
+"""Stage two: `fit` for one setting, `sweep` for a grid of settings, `study` for the papers' analyses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Argument, Option
+
+from probsurgery.commands.options import (
+    AsJson,
+    CacheFolder,
+    Device,
+    JsonFormat,
+    StoredResults,
+    TableFormat,
+    comma_list,
+    configured,
+)
+from probsurgery.commands.progress import shown_progress
+from probsurgery.commands.render import note, print_json, print_tables
+from probsurgery.pipeline.config import (
+    HEAD_SETTINGS,
+    LOSSES,
+    FitConfig,
+    ProbSettings,
+    SurgerySettings,
+    SweepConfig,
+    head_settings,
+)
+from probsurgery.pipeline.errors import InputError, ProbsurgeryError, unknown
+
+Shared = Annotated[bool, Option("--shared", help="Fit one head for all tasks.")]
+Holdout = Annotated[float, Option(help="Share of the test rows to exclude from the fit and evaluate on.")]
+FitSplit = Annotated[str, Option(help="Fit on test (the papers' protocol) or train images.")]
+Tasks = Annotated[tuple | None, comma_list(str, "Tasks to fit. [all in the cache]")]
+Online = Annotated[bool, Option("--online", help="See each row once, in order of arrival, one at a time.")]
+Workers = Annotated[int | None, Option(help="Processes that train on a CPU; 0: only this one. [by the amount of work]")]
+Tf32 = Annotated[bool, Option("--tf32", help="Multiply in TF32 on CUDA: faster, less exact.")]
+Seeds = Annotated[tuple, comma_list(int, "Seeds; figures are means and standard deviations over them.")]
+
+
+def fit_command(
+    cache: CacheFolder,
+    head: Annotated[str, Option(help=f"Kind of head: {', '.join(HEAD_SETTINGS)}.")] = FitConfig.head.kind,
+    hidden: Annotated[int | None, Option(help=f"prob: width h. [{ProbSettings.hidden}]")] = None,
+    rank: Annotated[int | None, Option(help=f"surgery: rank r. [{SurgerySettings.rank}]")] = None,
+    kl_weight: Annotated[float | None, Option(help=f"prob: KL weight. [{ProbSettings.kl_weight:g}]")] = None,
+    samples: Annotated[
+        int | None, Option(help=f"prob: noise samples in a step; 0: no noise. [{ProbSettings.samples}]")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        Option(help=f"Updates for each task. [prob {ProbSettings.steps}, surgery {SurgerySettings.steps}]"),
+    ] = None,
+    batch_size: Annotated[int | None, Option(help=f"Rows in a step. [{ProbSettings.batch_size}]")] = None,
+    lr: Annotated[float | None, Option(help=f"Adam's learning rate. [{ProbSettings.lr:g}]")] = None,
+    loss: Annotated[str | None, Option(help=f"{', '.join(LOSSES)}. [{ProbSettings.loss}]")] = None,
+    penalty: Annotated[float | None, Option(help="ridge: penalty. [by leave-one-out, without labels]")] = None,
+    shared: Shared = FitConfig.shared,
+    fraction: Annotated[float, Option(help="Share of the rows that the fit may see.")] = FitConfig.fraction,
+    holdout: Holdout = FitConfig.holdout,
+    fit_split: FitSplit = FitConfig.fit_split,
+    online: Online = FitConfig.online,
+    seed: Annotated[int, Option(help="Seed of row order, noise and initial weights.")] = FitConfig.seed,
+    tasks: Tasks = FitConfig.tasks,
+    device: Device = FitConfig.device,
+    workers: Workers = FitConfig.workers,
+    tf32: Tf32 = FitConfig.tf32,
+    name: Annotated[str | None, Option(help="Name of the head's folder. [from the settings]")] = FitConfig.name,
+    results: StoredResults = FitConfig.results,
+    as_json: AsJson = False,
+) -> None:
+    """Stage two: fit a head for each task on the cached features."""
+    config = configured(FitConfig, locals(), head=head_settings(head, **_given_settings(locals())))
+    from probsurgery.pipeline.analysis.runs import fit_table
+    from probsurgery.pipeline.fitting.fit import fit
+
+    with shown_progress("head-steps") as progress:
+        result = fit(config, progress)
+    if as_json:
+        rows = [row.to_json() for row in result.rows]
+        print_json({"path": str(result.path), "repeated": result.repeated, "results": rows})
+        return
+    if result.repeated:
+        note(f"{result.path} exists with the same settings; nothing to do")
+    print_tables([fit_table(result.rows, result.path)])
+
+
+def sweep_command(
+    cache: CacheFolder,
+    head: Annotated[tuple, comma_list(str, f"Kinds of head: {', '.join(HEAD_SETTINGS)}.")] = SweepConfig.head,
+    hidden: Annotated[tuple | None, comma_list(int, "prob: widths h, such as 32,64,128.")] = None,
+    rank: Annotated[tuple | None, comma_list(int, "surgery: ranks r.")] = None,
+    kl_weight: Annotated[tuple | None, comma_list(float, "prob: KL weights.")] = None,
+    samples: Annotated[tuple | None, comma_list(int, "prob: noise samples in a step.")] = None,
+    steps: Annotated[tuple | None, comma_list(int, "Updates for each task.")] = None,
+    batch_size: Annotated[tuple | None, comma_list(int, "Rows in a step.")] = None,
+    lr: Annotated[tuple | None, comma_list(float, "Adam's learning rates.")] = None,
+    loss: Annotated[tuple | None, comma_list(str, f"Losses: {', '.join(LOSSES)}.")] = None,
+    penalty: Annotated[tuple | None, comma_list(float, "ridge: penalties.")] = None,
+    fraction: Annotated[tuple, comma_list(float, "Shares of the rows that the fit may see.")] = SweepConfig.fraction,
+    seed: Seeds = SweepConfig.seed,
+    shared: Shared = SweepConfig.shared,
+    holdout: Holdout = SweepConfig.holdout,
+    fit_split: FitSplit = SweepConfig.fit_split,
+    online: Online = SweepConfig.online,
+    tasks: Tasks = SweepConfig.tasks,
+    device: Device = SweepConfig.device,
+    workers: Workers = SweepConfig.workers,
+    tf32: Tf32 = SweepConfig.tf32,
+    results: StoredResults = SweepConfig.results,
+    keep_heads: Annotated[
+        bool, Option("--keep-heads", help="Save the heads, not only their results.")
+    ] = SweepConfig.keep_heads,
+    as_json: AsJson = False,
+) -> None:
+    """Stage two for every combination of comma-separated values; settings that have results are not fitted again."""
+    config = configured(SweepConfig, locals(), values=_given_settings(locals()))
+    from probsurgery.pipeline.analysis.runs import sweep_tables
+    from probsurgery.pipeline.fitting.sweep import sweep
+
+    with shown_progress("head-steps") as progress:
+        result = sweep(config, progress)
+    if as_json:
+        print_json(asdict(result))
+    else:
+        print_tables(sweep_tables(result))
+        reused = result.heads - result.fitted - len(result.failures)
+        counts = [f"{result.fitted:,} of {result.heads:,} heads fitted in {result.seconds:.1f} s"]
+        counts += [f"{reused:,} were there already"] if reused else []
+        counts += [f"{len(result.failures):,} failed"] if result.failures else []
+        print(", ".join(counts))
+    _raise_failures(result.failures)
+
+
+def study_command(
+    names: Annotated[
+        list[str] | None, Argument(metavar="[NAME]...", help="Names of studies; without any, list them.")
+    ] = None,
+    cache: Annotated[Path | None, Option(help="Folder of the cache, such as cache/mini_ta.")] = None,
+    seed: Seeds = "0,1,2",  # type: ignore[assignment]
+    tasks: Tasks = SweepConfig.tasks,
+    device: Device = SweepConfig.device,
+    workers: Workers = SweepConfig.workers,
+    tf32: Tf32 = SweepConfig.tf32,
+    results: StoredResults = SweepConfig.results,
+    form: TableFormat = "text",
+    as_json: JsonFormat = False,
+) -> None:
+    """The papers' analyses, each a sweep; settings that have results are not fitted again."""
+    config = configured(SweepConfig, locals())
+    from probsurgery.pipeline.analysis.study import STUDIES, study
+
+    form = "json" if as_json else form
+    if not names:
+        if form == "json":
+            print_json({name: {"title": row.title, "paper": row.paper} for name, row in STUDIES.items()})
+            return
+        for name, row in STUDIES.items():
+            print(f"{name:<10} {row.title}{f' ({row.paper})' if row.paper else ''}")
+        return
+    for name in names:
+        if name not in STUDIES:
+            raise unknown("study", name, STUDIES)
+    if cache is None:
+        raise InputError("a study needs a cache; give --cache, such as cache/mini_ta")
+    studied = []
+    for name in dict.fromkeys(names):
+        with shown_progress("head-steps") as progress:
+            studied.append(study(name, config, progress))
+        note(f"{name}: {studied[-1].fitted:,} heads fitted")
+    print_tables([result.table for result in studied], form)
+    _raise_failures([failure for result in studied for failure in result.failures])
+
+
+def _given_settings(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a command's parameters that are settings of some kind of head and were given."""
+    names = {field.name for settings in HEAD_SETTINGS.values() for field in fields(settings)}
+    return {name: value for name, value in parameters.items() if name in names and value is not None}
+
+
+def _raise_failures(failures: list[tuple[str, str]] | tuple[tuple[str, str], ...]) -> None:
+    from probsurgery.pipeline.fitting.fit import failure_lines
+
+    if failures:
+        raise ProbsurgeryError("; ".join(failure_lines(failures)))

@@ -1,0 +1,81 @@
+"""Options that several commands share, parsers of their values, and configurations made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from typer import BadParameter, Option
+
+from probsurgery.pipeline.errors import InputError, unknown
+
+Config = TypeVar("Config")
+_KINDS = {str: ("A,B,...", "a name"), int: ("N,N,...", "a whole number"), float: ("N,N,...", "a number")}
+"""Types of the values in a comma list, with the metavar in the help and the noun in an error."""
+
+
+def comma_list(kind: type, help_text: str) -> Any:
+    """Declare an option that takes values separated by commas; the command's parameter is a tuple.
+
+    An empty list is left to the stage, whose error lists what there is to choose from.
+    """
+    metavar, noun = _KINDS[kind]
+
+    def parse(text: str | tuple) -> tuple:
+        if isinstance(text, tuple):  # the default
+            return text
+        values = []
+        for item in filter(None, map(str.strip, text.split(","))):
+            try:
+                values.append(kind(item))
+            except ValueError:
+                raise BadParameter(f"{item[:80]!r} is not {noun}; separate several by commas") from None
+        return tuple(values)
+
+    return Option(parser=parse, metavar=metavar, help=help_text)
+
+
+def key_values(option: str, texts: list[str]) -> dict[str, str]:
+    """The values of a repeated KEY=VALUE option by key; dashes in keys become underscores."""
+    values: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or not key or key in values:
+            problem = "names a setting that was given before" if key in values else "is not KEY=VALUE"
+            raise InputError(f"{option} {text[:80]!r} {problem}; write each setting once, such as scale=0.4")
+        values[key] = value.strip()
+    return values
+
+
+def table_format(text: str) -> str:
+    """A format for tables. Raises `InputError` for an unknown one."""
+    from probsurgery.pipeline.analysis.tables import FORMATS
+
+    formats = ("text", *FORMATS, "json")
+    if text not in formats:
+        raise unknown("format", text, formats)
+    return text
+
+
+def configured(config: type[Config], parameters: Mapping[str, Any], **computed: Any) -> Config:
+    """Build a configuration from a command's parameters, which are its `locals()` at its beginning.
+
+    Each field takes the parameter of the same name; `computed` gives or replaces the fields that differ from their
+    parameters. The list of a repeated option becomes a tuple.
+    """
+    values = {f.name: parameters[f.name] for f in fields(config) if f.name in parameters} | computed
+    return config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+AsJson = Annotated[bool, Option("--json", help="Print a machine-readable result on standard output.")]
+CacheFolder = Annotated[Path, Option("--cache", help="Folder of the cache, such as cache/mini_ta.")]
+Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
+StoredResults = Annotated[Path | None, Option(help="Folder of heads and results. [the cache]")]
+TableFormat = Annotated[
+    str,
+    Option("--format", parser=table_format, metavar="FORMAT", help="Print text, markdown, latex, csv or json tables."),
+]
+JsonFormat = Annotated[bool, Option("--json", help="The same as --format json.")]

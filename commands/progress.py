@@ -1,0 +1,78 @@
+"""Progress on standard error: a bar on a terminal, elsewhere a line every ten seconds."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from probsurgery.commands.render import note
+from probsurgery.pipeline.extraction.distributed import launched_rank
+from probsurgery.pipeline.progress import Progress, no_progress
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+
+_BAR_WIDTH = 16
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@contextmanager
+def shown_progress(unit: str) -> Iterator[Progress]:
+    """Show how much work is done, at which rate, and how long the rest takes. `unit` names what is counted."""
+    if launched_rank()[0]:  # rank 0 shows the progress of all ranks
+        yield no_progress
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        columns = (BarColumn(_BAR_WIDTH), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+        columns += (TimeRemainingColumn(), TextColumn("{task.description}"))
+        with RichProgress(*columns, console=Console(stderr=True), transient=True) as bar:
+            yield _Bar(bar, unit)
+    else:
+        yield PlainLines(unit)
+
+
+class _Bar:
+    """Progress as a bar that disappears when the work is done."""
+
+    def __init__(self, bar: RichProgress, unit: str) -> None:
+        self._bar, self._unit = bar, unit
+        self._task = bar.add_task("", total=None, rate="")
+
+    def __call__(self, done: int, total: int, what: str = "", *, unit: str | None = None) -> None:
+        unit = unit or self._unit
+        if unit != self._unit:  # other work, with its own rate
+            self._bar.remove_task(self._task)
+            self._task, self._unit = self._bar.add_task("", total=None, rate=""), unit
+        speed = self._bar.tasks[0].speed
+        rate = f"{speed:,.0f} {unit}/s" if speed else ""
+        # The description is cut here to the room that is left; rich would cut the numbers before it as well.
+        room = max(0, self._bar.console.width - _BAR_WIDTH - 2 * len(f"{total:,}") - len(rate) - 14)
+        self._bar.update(self._task, completed=done, total=total, description=what[:room], rate=rate)
+
+
+class PlainLines:
+    """Progress as lines of text, the first after a second."""
+
+    def __init__(self, unit: str) -> None:
+        self._default_unit = unit
+        self._unit = ""
+        self._started = self._printed = 0.0
+        self._done_at_start = 0
+
+    def __call__(self, done: int, total: int, what: str = "", *, unit: str | None = None) -> None:
+        unit, now = unit or self._default_unit, time.monotonic()
+        if unit != self._unit:  # other work, with its own rate
+            self._unit, self._started, self._done_at_start = unit, now, done
+            self._printed = now - _SECONDS_BETWEEN_LINES + 1
+        if now - self._printed < _SECONDS_BETWEEN_LINES:
+            return
+        self._printed = now
+        rate = (done - self._done_at_start) / (now - self._started)
+        speed = f", {rate:,.0f}/s, {(total - done) / rate:,.0f} s left" if rate else ""
+        note(f"{what + ': ' if what else ''}{done:,} of {total:,} {unit}{speed}")

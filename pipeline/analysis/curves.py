@@ -1,0 +1,126 @@
+"""Accuracy and bias against the settings that sweeps varied: one setting as a curve, two as a grid."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from types import UnionType
+
+from probsurgery.pipeline.analysis.labels import departure_count, head_label, sort_key, value_text
+from probsurgery.pipeline.analysis.summary import HeadFigures, head_figures
+from probsurgery.pipeline.analysis.tables import AVERAGE, Line, Table
+from probsurgery.pipeline.fingerprints import fingerprint
+from probsurgery.pipeline.store.results import ResultRow
+
+AXES = ("rank", "hidden", "kl_weight", "steps", "samples", "fraction", "loss", "batch_size", "lr", "penalty")
+"""Settings against which there are curves."""
+GRID_AXES = ("hidden", "kl_weight")
+"""Settings against which there is a grid: down, across."""
+_Group = dict[tuple, list[ResultRow]]
+"""Rows by their values on one or two axes."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Accuracy and bias against one setting, all others being equal."""
+
+    axis: str
+    label: str
+    """The head, with the settings that are held fixed."""
+    protocol: str
+    points: dict[object, HeadFigures]
+    """By the setting's value, in order."""
+
+    @property
+    def axis_title(self) -> str:
+        """The setting's name in titles."""
+        return self.axis.replace("_", " ")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Accuracy and bias against two settings, all others being equal."""
+
+    axes: tuple[str, str]
+    values: tuple[list, list]
+    """Of each setting, in order."""
+    label: str
+    protocol: str
+    points: dict[tuple, HeadFigures]
+    """By both settings' values."""
+
+
+def find_curves(rows: Sequence[ResultRow], prefix: str = "") -> list[Curve]:
+    """The longest curve for each setting that varies and each kind of head."""
+    curves: dict[tuple[str, str], list[_Group]] = defaultdict(list)
+    for axis in AXES:
+        for group in _equal_but_for(rows, (axis,), int | float | str):
+            if len(group) > 1:
+                curves[axis, _first_row(group).kind].append(group)
+    return [
+        _curve(axis, min(groups, key=lambda g: _priority(g, (axis,))), prefix) for (axis, _), groups in curves.items()
+    ]
+
+
+def _curve(axis: str, group: _Group, prefix: str) -> Curve:
+    # Numbers in order, then texts as they come.
+    values = sorted(group, key=lambda key: (1, 0) if isinstance(key[0], str) else (0, key[0]))
+    first = group[values[0]][0]
+    figures = _figures(group)
+    points = {value: figures[value,] for (value,) in values}
+    return Curve(axis, prefix + head_label(first, (axis,)), first.base_protocol, points)
+
+
+def find_grids(rows: Sequence[ResultRow], prefix: str = "") -> list[Grid]:
+    """The largest grid of widths and KL weights, or nothing if only one of them varies."""
+    grids = []
+    for group in _equal_but_for(rows, GRID_AXES, int | float):
+        weights = defaultdict(set)
+        for width, weight in group:
+            weights[width].add(weight)
+        most = max(weights.values(), key=len)  # a width with fewer weights would leave holes
+        values = sorted(width for width in weights if weights[width] >= most), sorted(most)
+        if min(map(len, values)) > 1:
+            grids.append((values, {key: group[key] for key in product(*values)}))
+    if not grids:
+        return []
+    values, group = min(grids, key=lambda grid: _priority(grid[1], GRID_AXES))
+    first = _first_row(group)
+    return [Grid(GRID_AXES, values, prefix + head_label(first, GRID_AXES), first.protocol, _figures(group))]
+
+
+def _equal_but_for(rows: Sequence[ResultRow], axes: tuple[str, ...], types: UnionType) -> list[_Group]:
+    """Rows with values of these types on the axes, in groups that are equal in all else but seed and task."""
+    groups: dict[str, _Group] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        settings = {**row.settings, "fraction": row.fraction}
+        values = tuple(settings.pop(axis, None) for axis in axes)
+        if all(isinstance(value, types) for value in values):
+            shared_by = row.tasks if row.shared else None
+            groups[fingerprint([row.kind, settings, shared_by, row.base_protocol])][values].append(row)
+    return list(groups.values())
+
+
+def _priority(group: _Group, axes: tuple[str, ...]) -> tuple:
+    """Sort key of groups: more values come first, then settings near the defaults."""
+    first = _first_row(group)
+    return -len(group), departure_count(first, axes), sort_key(first, axes)
+
+
+def _first_row(group: _Group) -> ResultRow:
+    return next(iter(group.values()))[0]
+
+
+def _figures(group: _Group) -> dict[tuple, HeadFigures]:
+    tasks = list(dict.fromkeys(row.task for rows in group.values() for row in rows))
+    return {values: head_figures(rows, tasks) for values, rows in group.items()}
+
+
+def curve_table(curve: Curve, tasks: Sequence[str]) -> Table:
+    """A curve as a table: one line for each value."""
+    lines = [Line(value_text(value), point.line_values) for value, point in curve.points.items()]
+    title = f"Accuracy in % against {curve.axis_title}: {curve.label} ({curve.protocol})"
+    columns = dict.fromkeys([*tasks, AVERAGE], ".1f") | {"bias": ".4f"}
+    return Table(title, columns, tuple(lines), first=curve.axis_title)

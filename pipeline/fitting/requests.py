@@ -1,0 +1,148 @@
+"""From configurations to requests for single heads, and what exists of them already."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from probsurgery.pipeline.config import FitConfig
+from probsurgery.pipeline.datasets.tasks import check_names
+from probsurgery.pipeline.errors import InputError
+from probsurgery.pipeline.fingerprints import differences, fingerprint
+from probsurgery.pipeline.fitting.splits import seen_count
+from probsurgery.pipeline.heads.head import Head, load_head
+from probsurgery.pipeline.store.cache import Cache
+from probsurgery.pipeline.store.lock import require_writable
+from probsurgery.pipeline.store.results import ResultRow, append_results, read_results
+from probsurgery.pipeline.training.plan import Workload
+
+
+@dataclass(frozen=True, eq=False)
+class HeadRequest:
+    """One head that is asked for: of one task, or shared by several."""
+
+    config: FitConfig
+    """The configuration that asks for it, with its tasks filled in."""
+    name: str
+    """Name of the configuration, and of the folder that heads are kept in."""
+    tasks: tuple[str, ...]
+    workload: Workload
+    """With the settings as they are trained: online, one step for each row that the head sees."""
+    digest: str
+    """Digest of what determines the head; rows of results carry it as `request`."""
+
+    @property
+    def label(self) -> str:
+        """What messages call the head."""
+        return f"{self.name} of {' and '.join(self.tasks)}"
+
+
+def chosen_tasks(cache: Cache, config: FitConfig) -> tuple[str, ...]:
+    """The tasks to fit, in the order of the cache. Raises `InputError` unless the splits that they need are whole."""
+    if config.tasks is None:
+        tasks = cache.tasks("test")
+        if not tasks:
+            raise InputError(f"{cache.path} holds no task; run `probsurgery extract`")
+    else:
+        check_names(config.tasks, cache.identity.tasks)
+        tasks = tuple(task for task in cache.identity.tasks if task in config.tasks)
+    for task in tasks:
+        cache.require(task, "test")
+        cache.require(task, config.fit_split)
+    return tasks
+
+
+def name_of(config: FitConfig, cache: Cache, *, keep_heads: bool) -> str:
+    """The name of a configuration whose tasks are filled in."""
+    # Named after its tasks unless these are all that are merged. While a cache is being extracted, a head of the tasks
+    # so far does not take the name of the head of all tasks.
+    by_tasks = (keep_heads or config.shared) and len(config.tasks) < len(cache.identity.tasks)
+    return config.name or replace(config, tasks=config.tasks if by_tasks else None).default_name()
+
+
+def head_requests(config: FitConfig, name: str, cache: Cache) -> tuple[HeadRequest, ...]:
+    """The heads that a configuration asks for, in the order of its tasks."""
+    requests = []
+    for tasks in [config.tasks] if config.shared else [(task,) for task in config.tasks]:
+        settings = config.head
+        if config.online:
+            settings = replace(settings, steps=seen_count(config, cache.rows(tasks[0], config.fit_split)))
+        workload = Workload(settings, len(tasks), cache.dim)
+        requests.append(HeadRequest(config, name, tasks, workload, fingerprint(description(config, cache, tasks))))
+    return tuple(requests)
+
+
+def description(config: FitConfig, cache: Cache, tasks: Sequence[str]) -> dict[str, Any]:
+    """What determines a head, in JSON's types. Equal descriptions give the same head."""
+    values = {
+        "head": config.head.kind,
+        "settings": asdict(config.head),
+        "tasks": list(tasks),
+        "shared": config.shared,
+        "seed": config.seed,
+        "protocol": config.protocol,
+        "data": {
+            task: [cache.task_fingerprint(task, split) for split in dict.fromkeys(("test", config.fit_split))]
+            for task in tasks
+        },
+    }
+    return values | ({"tf32": True} if config.tf32 else {})
+
+
+def training_runs(requests: Sequence[HeadRequest]) -> dict[HeadRequest, list[HeadRequest]]:
+    """The requests to train, each with those that differ from it in fewer steps only.
+
+    The heads of the latter are copied during the longer run.
+    """
+    groups = defaultdict(list)
+    for request in requests:
+        config = request.config
+        if config.head.is_trained:
+            alike = replace(config, head=replace(config.head, steps=1), name=None)
+            groups[alike, request.tasks].append(request)
+        else:
+            groups[request] = [request]
+    runs = {}
+    for group in groups.values():
+        longest = max(group, key=lambda request: request.config.head.steps) if len(group) > 1 else group[0]
+        runs[longest] = [request for request in group if request is not longest]
+    return runs
+
+
+def existing_head(folder: Path, wanted: dict[str, Any]) -> Head:
+    """The head in a folder. Raises `InputError` if its description is not the one that is `wanted`."""
+    head = load_head(folder)
+    if head.record is None or {row.task for row in head.record.results} != set(head.tasks):
+        raise InputError(f"{folder / 'head.json'} is damaged; delete {folder} and fit again")
+    differ = differences(head.record.request, wanted)
+    if differ:
+        raise InputError(
+            f"{folder} exists with other settings (there / asked): {'; '.join(differ[:3])}; choose another --name, or "
+            "delete it"
+        )
+    return head
+
+
+class RecordedResults:
+    """The rows of results.jsonl in a folder, as they were when this was made."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        rows = read_results(folder)
+        self._by_request = {(row.request, row.task): row for row in rows}
+        self._by_head = {(row.request, row.task, row.head): row for row in rows}
+
+    def rows_of(self, request: HeadRequest) -> dict[str, ResultRow]:
+        """The rows of a head, by task, whatever name it had."""
+        rows = {task: self._by_request.get((request.digest, task)) for task in request.tasks}
+        return {task: row for task, row in rows.items() if row is not None}
+
+    def restore(self, rows: Sequence[ResultRow]) -> None:
+        """Append those of the rows that are missing: results.jsonl may have been deleted, or cut off by a kill."""
+        missing = [row for row in rows if self._by_head.get((row.request, row.task, row.head)) != row]
+        if missing:
+            require_writable(self.folder, "--results")
+            append_results(self.folder, missing)

@@ -1,0 +1,208 @@
+"""What a head is trained on: the rows of its tasks, and the stream of batches and noise drawn from them.
+
+Each (task, seed) has one stream of random numbers, for the order of the rows and the noise. It is drawn on the CPU in
+blocks of `BLOCK` steps, whatever the device. It depends on the batch size, and on no other setting or head.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from probsurgery.pipeline.config import HeadSettings
+from probsurgery.pipeline.errors import InputError
+from probsurgery.pipeline.store.memmap import mapped, spill
+
+BLOCK = 64
+Batch = tuple[Float[Tensor, "K B d"], Float[Tensor, "K B d"], Float[Tensor, "S K B d"] | None]
+"""Merged features, expert features and noise (None without draws)."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a head is fitted on: a task's merged and expert features, both (N, d). No labels."""
+
+    task: str
+    merged: Tensor
+    expert: Tensor
+    seen: Tensor | None = None
+    """Numbers of the rows that the fit may see; None: all."""
+    files: tuple[Path, Path] | None = None
+    """The .npy files that hold both. With them, rows are pickled as paths, and mapped into memory when unpickled."""
+
+    def __len__(self) -> int:
+        return len(self.merged if self.seen is None else self.seen)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | ({"merged": None, "expert": None} if self.files else {})
+
+    def __setstate__(self, state: dict) -> None:
+        if state["files"]:
+            state |= {name: mapped(file) for name, file in zip(("merged", "expert"), state["files"], strict=True)}
+        self.__dict__.update(state)
+
+    def spilled(self, folder: Path) -> Rows:
+        """The same rows, with their features written to `folder` and mapped from there."""
+        files = (folder / f"{self.task}.merged.npy", folder / f"{self.task}.expert.npy")
+        pairs = zip(files, (self.merged, self.expert), strict=True)
+        merged, expert = (spill(file, tuple(values.shape), [values.numpy()]) for file, values in pairs)
+        return replace(self, merged=merged, expert=expert, files=files)
+
+    def check(self) -> None:
+        """Raise `InputError` unless both are finite, of one shape, and not empty."""
+        if self.merged.shape != self.expert.shape or self.merged.ndim != 2:
+            raise InputError(
+                f"task {self.task}: merged features have shape {tuple(self.merged.shape)}, expert features "
+                f"{tuple(self.expert.shape)}; both must be (N, d)"
+            )
+        if not len(self):
+            raise InputError(f"task {self.task} has no rows to fit")
+        for kind, values in (("merged", self.merged), ("expert", self.expert)):
+            bad = (~values.isfinite()).any(-1).nonzero()
+            if len(bad):
+                raise InputError(f"{kind} features of task {self.task} are NaN or infinite in row {bad[0].item()}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One head to fit on one task's rows, or on those of several tasks in turn (a shared head)."""
+
+    rows: tuple[Rows, ...]
+    settings: HeadSettings
+    seed: int = 0
+    online: bool = False
+    """Take each row once, in the order of the data, instead of a permutation per epoch."""
+    stops: tuple[int, ...] = ()
+    """Numbers of steps below `settings.steps` after which a copy of the head is wanted too. It equals the head of a run
+    of that many steps."""
+
+    @property
+    def label(self) -> str:
+        """The names of the tasks. With the seed, they determine the initial weights."""
+        return self.rows[0].task if len(self.rows) == 1 else "shared " + "+".join(rows.task for rows in self.rows)
+
+    @property
+    def dim(self) -> int:
+        """d, the features' width."""
+        return self.rows[0].merged.shape[1]
+
+
+def generator(task: str, seed: int, purpose: str) -> torch.Generator:
+    """A generator whose numbers depend on the arguments only; each `purpose` has its own."""
+    key = hashlib.sha256(f"{task}/{seed}/{purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
+
+
+class Stream:
+    """Row numbers and noise of one (task, seed), for heads of one batch size."""
+
+    def __init__(
+        self, task: str, seed: int, rows: int, batch_size: int, dim: int, samples: int, *, online: bool = False
+    ) -> None:
+        self.rows, self.batch_size, self.dim, self.online = rows, batch_size, dim, online
+        self._order = generator(task, seed, "rows")
+        self._noise = [generator(task, seed, f"noise {sample}") for sample in range(samples)]
+        self._pending = torch.empty(0, dtype=torch.long)
+
+    def batches(self) -> Int[Tensor, "BLOCK B"]:
+        """Row numbers of the next `BLOCK` steps: a permutation per epoch; online, the rows in the order of the data.
+
+        A batch that an epoch leaves incomplete is filled from the next, so a task with fewer rows than a batch trains.
+        """
+        count = BLOCK * self.batch_size
+        epochs, drawn = [self._pending], len(self._pending)
+        while drawn < count:
+            epochs.append(torch.arange(self.rows) if self.online else torch.randperm(self.rows, generator=self._order))
+            drawn += self.rows
+        flat = torch.cat(epochs)
+        self._pending = flat[count:]
+        return flat[:count].view(BLOCK, self.batch_size)
+
+    def noise(self, out: Tensor | None = None) -> Float[Tensor, "S BLOCK B d"]:
+        """Standard normal noise of the next `BLOCK` steps; the first sample does not depend on how many there are."""
+        out = torch.empty(len(self._noise), BLOCK, self.batch_size, self.dim) if out is None else out
+        for sample, noise_generator in zip(out, self._noise, strict=True):
+            sample.normal_(generator=noise_generator)
+        return out
+
+
+class Feed:
+    """The batches of a stack's heads, one block at a time. Heads of the same rows and seed share a stream.
+
+    Buffers are (U, T, ...) for U streams of T tasks each, and are overwritten by each block. With `ahead`, threads draw
+    the noise of the next block while the device works on this one.
+    """
+
+    def __init__(self, jobs: Sequence[Job], device: torch.device, *, ahead: bool) -> None:
+        settings, dim, tasks = jobs[0].settings, jobs[0].dim, len(jobs[0].rows)
+        batch, samples = settings.batch_size, settings.draws
+        keys = [(*map(id, job.rows), job.seed, job.online) for job in jobs]
+        unique = list(dict.fromkeys(keys))
+        self._stream_of_head = None
+        if len(unique) < len(jobs):
+            self._stream_of_head = torch.tensor([unique.index(key) for key in keys], device=device)
+        distinct = [jobs[keys.index(key)] for key in unique]
+        self._streams = [
+            [Stream(r.task, j.seed, len(r), batch, dim, samples, online=j.online) for r in j.rows] for j in distinct
+        ]
+        # Each task's features once on the device, however many streams read them.
+        features = {id(values): values for j in distinct for r in j.rows for values in (r.merged, r.expert)}
+        on_device = {key: values.to(device) for key, values in features.items()}
+        self._sources = [[(r.seen, on_device[id(r.merged)], on_device[id(r.expert)]) for r in j.rows] for j in distinct]
+        shape = (len(unique), tasks, BLOCK, batch, dim)
+        self._z, self._expert = (torch.empty(shape, device=device) for _ in range(2))
+        self._noise = torch.empty(*shape[:2], samples, *shape[2:], device=device)
+        self._device = device
+        # The views are made once: making one takes as long as a small operation. Tasks are taken in turn.
+        self._batches: list[Batch] = [
+            (self._z[:, t, b], self._expert[:, t, b], self._noise[:, t, :, b].transpose(0, 1) if samples else None)
+            for b in range(BLOCK)
+            for t in range(tasks)
+        ]
+        self._threads = ThreadPoolExecutor() if ahead else None
+        if ahead:
+            on_cuda = device.type == "cuda"
+            self._host = [torch.empty(self._noise.shape, pin_memory=on_cuda) for _ in range(2)]
+            self._drawn = self._draw_on_threads()
+
+    def fill(self, *, last: bool = False) -> None:
+        """Fill the buffers with the next block; after the `last` one none is drawn ahead."""
+        for u, sources in enumerate(self._sources):
+            for t, (seen, merged, expert) in enumerate(sources):
+                rows = self._streams[u][t].batches().flatten()
+                rows = (rows if seen is None else seen[rows]).to(self._device)
+                for out, values in ((self._z, merged), (self._expert, expert)):
+                    torch.index_select(values, 0, rows, out=out[u, t].view(-1, values.shape[1]))
+        if self._threads is None:
+            for u, t in np.ndindex(self._noise.shape[:2]):
+                self._streams[u][t].noise(self._noise[u, t])
+            return
+        for drawn in self._drawn:
+            drawn.result()
+        self._noise.copy_(self._host[0], non_blocking=True)
+        # The copy from the other buffer has finished: reading the losses at the end of a block waits for the device.
+        self._host.reverse()
+        if last:
+            self._threads.shutdown(wait=False)
+        else:
+            self._drawn = self._draw_on_threads()
+
+    def _draw_on_threads(self) -> list[Future]:
+        noise = self._host[0]
+        pairs = np.ndindex(noise.shape[:2])
+        return [self._threads.submit(self._streams[u][t].noise, noise[u, t]) for u, t in pairs]
+
+    def batch(self, update: int) -> Batch:
+        """The batch of every head in one update of the block: views of the buffers if every head has its own stream."""
+        z, expert, noise = self._batches[update]
+        if self._stream_of_head is None:
+            return z, expert, noise
+        return tuple(v if v is None else v.index_select(-3, self._stream_of_head) for v in (z, expert, noise))

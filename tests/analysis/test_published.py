@@ -1,0 +1,61 @@
+"""Published figures, marked as such, beside the same methods measured here."""
+
+from dataclasses import asdict
+
+import pytest
+from msgspec.structs import replace
+
+from probsurgery.pipeline.analysis.published import published, published_name
+from probsurgery.pipeline.analysis.report import report
+from probsurgery.pipeline.analysis.tables import DIFFERENCE, PUBLISHED
+from probsurgery.pipeline.config import FitConfig, ProbSettings, RidgeSettings, SurgerySettings
+from probsurgery.pipeline.fitting.fit import fit
+from support import edit_manifest, write_cache
+
+
+def test_published_figures_are_the_papers():
+    rows = {row["method"]: row for row in published("vitl14") if row["source"].startswith("Surgery")}
+    assert (rows["ta"]["Avg"], rows["ta+surgery(r=16)"]["Avg"], rows["individual"]["DTD"]) == ("84.5", "89.0", "84.1")
+    assert published("mini") == []
+
+
+def test_published_figures_are_marked_and_compared_with_the_same_method(tmp_path, run):
+    path = write_cache(tmp_path / "cache", {"mnist": 60, "dtd": 40})
+    edit_manifest(path, lambda manifest: manifest["identity"].update(arch="vitb32"))
+    for settings in (SurgerySettings(), SurgerySettings(rank=4), SurgerySettings(loss="mse"), RidgeSettings()):
+        fit(FitConfig(path, settings))
+    fit(FitConfig(path, SurgerySettings(rank=4), holdout=0.5))
+    transductive, holdout = report(path, with_published=True)
+    quoted = [line for line in transductive.accuracy.lines if line.kind == PUBLISHED]
+    assert len(quoted) == len(published("vitb32"))
+    assert all("[published: " in line.label for line in quoted)
+    assert not any(transductive.accuracy.is_best(line, "mnist") for line in quoted)
+    differences = {line.method: line for line in transductive.accuracy.lines if line.kind == DIFFERENCE}
+    assert {"ta", "individual", "pretrained", "ta+surgery(r=16)", "ta+surgery(r=4)"} == set(differences)
+    (measured,) = [line for line in transductive.accuracy.lines if line.label == "+ Surgery (r=4, 1000 steps)"]
+    assert differences["ta+surgery(r=4)"].values["dtd"] == pytest.approx(measured.values["dtd"].mean - 60.0)
+    assert "Avg" not in differences["ta"].values  # the published average is over eight tasks, ours over two
+    assert "Avg" not in quoted[0].values
+    assert not any(line.method.startswith("ta+") for line in holdout.accuracy.lines if line.kind == DIFFERENCE)
+    out = run("report", "--cache", path, "--published", "--format", "markdown")[1]
+    assert "[published: Surgery ICML2024 Tab.6]" in out
+
+
+def test_a_share_of_the_data_and_an_online_fit_have_their_published_names(small_cache):
+    (row, _) = fit(FitConfig(small_cache.path, SurgerySettings(steps=1))).rows
+    online = row.settings | {"steps": 1, "batch_size": 1}
+    row = replace(row, settings=online, protocol="transductive, online, fraction 0.1")
+    assert published_name("lw-adamerging", row) == "lw-adamerging+surgery(r=16;online 10%)"
+    share = replace(row, settings=asdict(SurgerySettings()), protocol="transductive, fraction 0.05")
+    assert published_name("lw-adamerging", share) == "lw-adamerging+surgery(r=16;5% data)"
+    known = {r["method"] for r in published("vitb32")}
+    assert {"lw-adamerging+surgery(r=16;online 10%)", "lw-adamerging+surgery(r=16;5% data)"} <= known
+    assert published_name("ta", replace(share, settings=online)) == ""
+    assert published_name("ta", replace(share, protocol="train")) == ""
+    assert published_name("ta", replace(share, shared=True)) == ""
+
+
+def test_no_published_figures_is_said(run, small_cache):
+    fit(FitConfig(small_cache.path, ProbSettings(hidden=8, steps=60)))
+    status, out, err = run("report", "--cache", small_cache.path, "--published")
+    assert (status, "Accuracy" in out, err) == (0, True, "no figures were published for mini\n")
