@@ -46,7 +46,7 @@ def measure(folder: Path, method: str, count: int) -> float:
     from probsurgery.pipeline.merging.vectors import ImageStream
     from probsurgery.pipeline.models.architectures import functional
     from probsurgery.pipeline.models.checkpoints import VisualState, read_tensors
-    from probsurgery.pipeline.models.sources import OnRequest
+    from probsurgery.pipeline.models.sources import LazyMapping
 
     def opened(index: int) -> VisualState:
         return VisualState(read_tensors(folder / f"{index}.safetensors"))
@@ -58,7 +58,7 @@ def measure(folder: Path, method: str, count: int) -> float:
 
     row = METHODS[method]
     pretrained = {name: tensor.clone() for name, tensor in opened(0).items()}
-    experts = OnRequest({f"task{i}": (lambda i=i: opened(i)) for i in range(1, count + 1)})
+    experts = LazyMapping({f"task{i}": (lambda i=i: opened(i)) for i in range(1, count + 1)})
     stream = ImageStream(functional("vitb32"), {task: torch.randn(10, 512) for task in experts}, batches)
     settings = {name: value for name, value in BRIEF.items() if name in row.settings}
     with torch.no_grad():

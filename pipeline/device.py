@@ -13,7 +13,7 @@ from probsurgery.pipeline.errors import InputError
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device for `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:n`. Unless n is given, each rank has a GPU.
+    """The device for `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:n`. Without n, each local rank has a GPU.
 
     Raises `InputError` for a device that does not exist.
     """

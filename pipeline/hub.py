@@ -70,9 +70,9 @@ def cached(repo: str, folder: Path) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     for name in WEIGHT_FILES:
-        found = try_to_load_from_cache(repo, name, cache_dir=folder)
-        if isinstance(found, str):
-            return Path(found)
+        path = try_to_load_from_cache(repo, name, cache_dir=folder)
+        if isinstance(path, str):
+            return Path(path)
     return None
 
 

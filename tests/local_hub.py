@@ -1,4 +1,4 @@
-"""A server on this machine that speaks as much of the Hugging Face Hub's protocol as its clients ask for here."""
+"""A local server for the part of the Hugging Face Hub's protocol that its clients use in these tests."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class LocalHub:
-    """Serves `root/models/<owner>/<name>/` and `root/datasets/<owner>/<name>/`. `asked` holds each request."""
+    """Serves `root/models/<owner>/<name>/` and `root/datasets/<owner>/<name>/`. `requests` lists all requests."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.asked = root, []
+        self.root, self.requests = root, []
         self.gated: set[str] = set()
         hub = self
 
@@ -38,7 +38,7 @@ class LocalHub:
         self._server.server_close()
 
     def environment(self, home: Path) -> dict[str, str]:
-        """Where the clients find this hub, and a home of their own."""
+        """Variables that point the clients to this hub and to a separate home."""
         return {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
@@ -67,7 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, *, body: bool = True, sent: bytes = b"") -> None:
         path = unquote(urlsplit(self.path).path)
-        self.hub.asked.append(f"{self.command} {path}")
+        self.hub.requests.append(f"{self.command} {path}")
         file = re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
         api = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)/?(.*))?", path)
         if not file and not api:
@@ -84,24 +84,24 @@ class _Handler(BaseHTTPRequestHandler):
         files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
         listed = [self._entry(folder, name) for name in files]
         if api[3] == "tree":
-            asked = f"{api[5]}/" if api[5] else ""
+            prefix = f"{api[5]}/" if api[5] else ""
             recursive = parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() in ("true", "1")
-            below = [e for e in listed if e["path"].startswith(asked)]
-            here = [e for e in below if recursive or "/" not in e["path"].removeprefix(asked)]
-            inner = {asked + e["path"].removeprefix(asked).split("/")[0] for e in below if e not in here}
+            below = [e for e in listed if e["path"].startswith(prefix)]
+            here = [e for e in below if recursive or "/" not in e["path"].removeprefix(prefix)]
+            inner = {prefix + e["path"].removeprefix(prefix).split("/")[0] for e in below if e not in here}
             return self._json(
                 here + [{"type": "directory", "path": n, "oid": "0" * 40, "size": 0} for n in inner], body
             )
         if api[3] == "paths-info":
-            wanted = json.loads(sent)["paths"] if sent[:1] == b"{" else parse_qs(sent.decode())["paths"]
-            found = [e for e in listed if e["path"] in wanted]
-            folders = [w for w in wanted if any(name.startswith(f"{w}/") for name in files)]
+            paths = json.loads(sent)["paths"] if sent[:1] == b"{" else parse_qs(sent.decode())["paths"]
+            entries = [e for e in listed if e["path"] in paths]
+            folders = [path for path in paths if any(name.startswith(f"{path}/") for name in files)]
             return self._json(
-                found + [{"type": "directory", "path": w, "oid": "0" * 40, "size": 0} for w in folders], body
+                entries + [{"type": "directory", "path": p, "oid": "0" * 40, "size": 0} for p in folders], body
             )
-        about = {"_id": "0", "id": repo, "sha": COMMIT, "private": False, "gated": False, "disabled": False, "tags": []}
-        about |= {"downloads": 0, "likes": 0, "siblings": [{"rfilename": name} for name in files]}
-        return self._json(about, body)
+        info = {"_id": "0", "id": repo, "sha": COMMIT, "private": False, "gated": False, "disabled": False, "tags": []}
+        info |= {"downloads": 0, "likes": 0, "siblings": [{"rfilename": name} for name in files]}
+        return self._json(info, body)
 
     def _entry(self, folder: Path, name: str) -> dict:
         size, sha256 = (folder / name).stat().st_size, _sha256(folder / name)
@@ -118,9 +118,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, body)
         content, headers = path.read_bytes(), {"ETag": f'"{_sha256(path)}"', "X-Repo-Commit": COMMIT}
         headers["X-Linked-Size"], headers["X-Linked-ETag"] = str(len(content)), headers["ETag"]
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if asked:
-            first, last = int(asked[1]), int(asked[2] or len(content) - 1)
+        byte_range = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if byte_range:
+            first, last = int(byte_range[1]), int(byte_range[2] or len(content) - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
             return self._send(206, content[first : last + 1], headers, body)
         return self._send(200, content, headers, body)

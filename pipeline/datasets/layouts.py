@@ -54,7 +54,7 @@ class ClassIndex:
                 return self._labels[_key(spelling)]
         return int(name) if name.isascii() and name.isdigit() and int(name) < len(self.names) else None
 
-    def of(self, name: str, where: Path) -> int:
+    def label(self, name: str, where: Path) -> int:
         """The label of a class name. Raises `InputError` if the name is unknown."""
         label = self.find(name)
         if label is None:
@@ -65,13 +65,13 @@ class ClassIndex:
         return label
 
     def check_order(self, names: Sequence[str], where: str) -> str:
-        """How many of a data set's class names are known. Raises `InputError` if one is at another place than ours."""
+        """Whether a data set's class names are known. Raises `InputError` if one is in another position than ours."""
         labels = [self.find(name) for name in names]
-        for label, (name, ours) in enumerate(zip(names, labels, strict=True)):
-            if ours is not None and ours != label:
+        for label, (name, expected) in enumerate(zip(names, labels, strict=True)):
+            if expected is not None and expected != label:
                 raise InputError(
                     f"{where} lists the classes of {self.task} in another order: {name!r} is number {label} there and "
-                    f"{ours} here, so every label would be misread"
+                    f"{expected} here, so every label would be misread"
                 )
         unknown = labels.count(None)
         return f"{unknown} of {len(names)} names unknown" if unknown else "checked"
@@ -100,11 +100,11 @@ def class_folders(folder: Path, split: str, classes: ClassIndex) -> Listing | No
     base = next((folder / name for name in names if _folders(folder / name)), None)
     if base is None:
         return None
-    labels = {folder: classes.of(folder.name, base) for folder in _folders(base)}
+    labels = {sub: classes.label(sub.name, base) for sub in _folders(base)}
     missing = sorted(set(range(len(classes.names))) - set(labels.values()))
     if missing:
         raise InputError(f"{base} has no folder for {len(missing)} classes, such as {classes.names[missing[0]]!r}")
-    return _listing((path, label) for folder, label in labels.items() for path in _files(folder))
+    return _listing((path, label) for sub, label in labels.items() for path in _files(sub))
 
 
 def sun397(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
@@ -113,7 +113,7 @@ def sun397(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
     if not partition.is_file():
         return None
     lines = [line.strip().lstrip("/") for line in partition.read_text().splitlines() if line.strip()]
-    return _listing((folder / line, classes.of(line.rpartition("/")[0], partition)) for line in lines)
+    return _listing((folder / line, classes.label(line.rpartition("/")[0], partition)) for line in lines)
 
 
 def resisc45(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
@@ -123,7 +123,7 @@ def resisc45(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
         return None
     names = set(partition.read_text().split())
     subs = _folders(folder / "NWPU-RESISC45")
-    return _listing((p, classes.of(sub.name, sub)) for sub in subs for p in _files(sub) if p.name in names)
+    return _listing((p, classes.label(sub.name, sub)) for sub in subs for p in _files(sub) if p.name in names)
 
 
 def dtd(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
@@ -132,7 +132,7 @@ def dtd(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
         lists = [base / "labels" / f"{name}1.txt" for name in (("test",) if split == "test" else ("train", "val"))]
         if all(path.is_file() for path in lists):
             lines = [line for path in lists for line in path.read_text().split()]
-            return _listing((base / "images" / line, classes.of(line.partition("/")[0], lists[0])) for line in lines)
+            return _listing((base / "images" / line, classes.label(line.partition("/")[0], lists[0])) for line in lines)
     return None
 
 
@@ -141,13 +141,13 @@ def gtsrb(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
     base = folder / "GTSRB" if (folder / "GTSRB").is_dir() else folder
     if split == "train":
         subs = _folders(base / "Training")
-        return _listing((p, classes.of(sub.name, sub)) for sub in subs for p in _files(sub)) if subs else None
+        return _listing((p, classes.label(sub.name, sub)) for sub in subs for p in _files(sub)) if subs else None
     table = next((p for p in (folder / "GT-final_test.csv", base / "GT-final_test.csv") if p.is_file()), None)
     if table is None:
         return None
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file, delimiter=";", skipinitialspace=True))
-    return _listing((base / "Final_Test" / "Images" / r["Filename"], classes.of(r["ClassId"], table)) for r in rows)
+    return _listing((base / "Final_Test" / "Images" / r["Filename"], classes.label(r["ClassId"], table)) for r in rows)
 
 
 def cars(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
@@ -158,10 +158,8 @@ def cars(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
         return None
     class_names = np.atleast_1d(_mat(names, "class_names"))
     rows = np.atleast_1d(_mat(annotations, "annotations"))
-    return _listing(
-        (folder / f"cars_{split}" / str(row["fname"]), classes.of(str(class_names[int(row["class"]) - 1]), annotations))
-        for row in rows
-    )
+    pairs = [(str(row["fname"]), str(class_names[int(row["class"]) - 1])) for row in rows]
+    return _listing((folder / f"cars_{split}" / file, classes.label(name, annotations)) for file, name in pairs)
 
 
 def svhn(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
@@ -208,14 +206,12 @@ Layout = Callable[[Path, str, ClassIndex], Listing | None]
 
 @dataclass(frozen=True)
 class TaskFolder:
-    """Where a task's data may be in a folder of data sets."""
+    """A task's data in a folder of data sets: folder names and a layout besides the usual ones."""
 
     names: tuple[str, ...] = ()
-    """Names of the folder, besides the task's own."""
     layout: Layout | None = None
-    """A layout besides class folders."""
     files: str = ""
-    """The files of that layout, for errors."""
+    """The files of the layout, for errors."""
 
 
 FOLDERS: dict[str, TaskFolder] = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -19,20 +19,16 @@ from probsurgery.pipeline.hub import explain
 
 
 class HubDataset(Record):
-    """A data set of the Hugging Face Hub."""
+    """A data set of the Hugging Face Hub: its names of our splits, its columns of images and labels."""
 
     id: str
     config: str | None
     split: dict[str, str]
-    """The Hub's names of our splits."""
     image: str
-    """Column of the images."""
     label: str
-    """Column of the labels."""
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(Record, rename={"class_names": "classes", "hub": "dataset"}):
     """One classification task."""
 
     name: str
@@ -45,7 +41,7 @@ class Task:
     expert_suffix: str = ""
     """The task's part of the name of its published expert."""
     hub: HubDataset | None = None
-    rows: dict[str, list[int]] = field(default_factory=dict)
+    rows: Mapping[str, tuple[int, ...]] = {}
     """Number of images of the papers' splits, where known. SUN397's test split exists in two sizes."""
     aliases: tuple[str, ...] = ()
     """The data set's own class names, where they differ from ours by more than case and separators."""
@@ -72,20 +68,7 @@ class Images:
 @cache
 def _clip8() -> dict[str, Task]:
     table = read_json(Path(__file__).parent / "clip8.json", 2**20)
-    return {
-        name: Task(
-            name,
-            "clip8",
-            tuple(row["classes"]),
-            row["title"],
-            tuple(row["templates"]),
-            row["expert_suffix"],
-            decode(HubDataset, row["dataset"]),
-            row["rows"],
-            tuple(row.get("aliases", ())),
-        )
-        for name, row in table.items()
-    }
+    return {name: decode(Task, row | {"name": name, "suite": "clip8"}) for name, row in table.items()}
 
 
 @cache

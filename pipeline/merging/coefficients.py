@@ -36,12 +36,12 @@ class Coefficients:
     """The method's settings when they were learned."""
 
     def table(self, tasks: Sequence[str], names: Sequence[str]) -> Tensor:
-        """A coefficient (T, L) for each of these tasks and tensors. Raises `InputError` if ours are for others."""
-        values, ours = self.values, self.tasks or tuple(tasks)
-        if len(ours) != len(values) or sorted(ours) != sorted(tasks):
-            listed = ", ".join(ours) if self.tasks else f"{len(values)} tasks"
+        """A coefficient (T, L) for each of these tasks and tensors. Raises `InputError` if these are for others."""
+        values, rows = self.values, self.tasks or tuple(tasks)
+        if len(rows) != len(values) or sorted(rows) != sorted(tasks):
+            listed = ", ".join(rows) if self.tasks else f"{len(values)} tasks"
             raise InputError(f"the coefficients are for {listed}, but the merge is of {', '.join(tasks)}")
-        values = values[[ours.index(task) for task in tasks]]
+        values = values[[rows.index(task) for task in tasks]]
         if values.ndim == 1:
             return values[:, None].expand(-1, len(names))
         if self.tensors is None and values.shape[1] == len(names) + 2 * _TEXT_ROWS:

@@ -1,4 +1,4 @@
-"""The table of merging methods, and `merge`: a pre-trained state dict and the experts' to one merged state dict.
+"""The table of merging methods, and `merge`, which applies one to a pre-trained state dict and those of the experts.
 
 Each family of methods has a module of its own. Methods that learn take an `ImageStream`: the encoder as a function, and
 batches of images. They depend on no encoder and no data set.
@@ -56,7 +56,7 @@ class Setting:
             or (self.choices and value not in self.choices)
             or (kind in (int, float) and not (self.low <= value <= self.high and math.isfinite(value)))
         ):
-            expected = " or ".join(self.choices) if self.choices else allowed.get(kind, "a text")
+            expected = " or ".join(self.choices) if self.choices else allowed.get(kind, "text")
             raise InputError(f"the setting {name} is {str(value)[:80]!r}; it must be {expected}")
         return value
 

@@ -8,7 +8,6 @@ same machine, library versions and number of threads give the same weights, othe
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -24,6 +23,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from probsurgery.pipeline.files import seal
 from probsurgery.pipeline.heads import metrics
 from probsurgery.pipeline.merging.registry import merge
 from probsurgery.pipeline.mini import MINI_TASKS, load
@@ -246,11 +246,6 @@ def write(base: State, experts: Mapping[str, State], classifiers: State, mtl: St
     return [folder / f"{name}.safetensors" for name in files]
 
 
-def describe_file(path: Path) -> dict[str, int | str]:
-    content = path.read_bytes()
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
 def make(folder: Path, recipe: Recipe) -> dict:
     """Train, write and evaluate. Returns the record, which is written next to the weights."""
     start = time.perf_counter()
@@ -297,7 +292,7 @@ def publish(
             for task in train
         },
         "test_accuracy": evaluate(base, experts, classifiers, mtl, test),
-        "files": {path.name: describe_file(path) for path in files},
+        "files": {path.name: seal(path).to_json() for path in files},
     }
     (folder / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record

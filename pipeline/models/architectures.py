@@ -13,7 +13,7 @@ from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.files import read_json
 
 MINI = Path(__file__).parents[1] / "mini"
-_MAX_CONFIG_BYTES = 2**20
+MAX_CONFIG_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def model_config(arch: str) -> dict:
     """open_clip's configuration of an architecture: embed_dim d, both towers, QuickGELU."""
     row = get_arch(arch)
     if row.config is not None:
-        return read_json(row.config, _MAX_CONFIG_BYTES)
+        return read_json(row.config, MAX_CONFIG_BYTES)
     import open_clip
 
     return open_clip.get_model_config(row.open_clip)

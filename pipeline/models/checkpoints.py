@@ -1,4 +1,4 @@
-"""Published checkpoint formats to state dicts with open_clip's names, without executing anything in the files."""
+"""Reads published checkpoint formats as state dicts with open_clip's names. Nothing in the files is executed."""
 
 from __future__ import annotations
 
@@ -195,13 +195,13 @@ def to_text(state: Mapping[str, Tensor]) -> StateDict | None:
     return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(tuple(prefix + name for name in names))}
 
 
-def to_classifier(state: Mapping[str, Tensor]) -> Tensor:
+def to_classifier(state: Mapping[str, Tensor], path: Path) -> Tensor:
     """Weights (C, d) of a pickled `ClassificationHead`. Raises `InputError` for anything else, or a non-zero bias."""
     weight, bias = state.get("weight"), state.get("bias")
     if weight is None or weight.ndim != 2 or state.keys() - {"weight", "bias"}:
-        raise InputError(f"it is not a classification head; it looks like {describe(state)}")
+        raise InputError(f"{path} is not a classification head; it looks like {describe(state)}")
     if bias is not None and bias.any():
-        raise InputError("its bias is not zero, so it is not a zero-shot classifier")
+        raise InputError(f"the bias of {path} is not zero, so it is not a zero-shot classifier")
     return weight.float()
 
 

@@ -1,4 +1,4 @@
-"""Pickled checkpoint files to named tensors, through the restricted unpickler.
+"""Reads named tensors from pickled checkpoint files, by the restricted unpickler.
 
 `torch.save` writes a zip archive since 1.6, and wrote a stream of pickles followed by raw storages before.
 `pickle.dump` of a model nests such a stream in every tensor.

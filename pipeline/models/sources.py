@@ -14,16 +14,9 @@ from probsurgery.pipeline.datasets.tasks import Task
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.files import MalformedError, SourceFile, read_json
 from probsurgery.pipeline.models import architectures
-from probsurgery.pipeline.models.checkpoints import (
-    StateDict,
-    VisualState,
-    check_state,
-    lacks_projection,
-    read_tensors,
-)
+from probsurgery.pipeline.models.checkpoints import StateDict, VisualState, check_state, lacks_projection, read_tensors
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-_MAX_CONFIG_BYTES = 2**20
 
 
 class Weights:
@@ -77,7 +70,7 @@ class Weights:
 
     def experts(self, tasks: Sequence[Task]) -> Mapping[str, Mapping[str, Tensor]]:
         """The experts by task, each opened on access, so that no more than one needs to be in memory."""
-        return OnRequest({task.name: partial(self.expert, task) for task in tasks})
+        return LazyMapping({task.name: partial(self.expert, task) for task in tasks})
 
     def own(self, name: str) -> Mapping[str, Tensor]:
         """Another tower of the folder, such as `traditional-mtl`."""
@@ -118,7 +111,7 @@ class Weights:
     def _check_activation(self, path: Path) -> None:
         """A wrong activation loads without an error and gives wrong features; transformers records the right one."""
         try:
-            config = read_json(path.parent / "config.json", _MAX_CONFIG_BYTES)
+            config = read_json(path.parent / "config.json", architectures.MAX_CONFIG_BYTES)
             activation = config.get("vision_config", config).get("hidden_act")
         except (OSError, MalformedError, AttributeError):
             return
@@ -159,7 +152,7 @@ class Weights:
         )
 
 
-class OnRequest(Mapping):
+class LazyMapping(Mapping):
     """Values that are built on each access."""
 
     def __init__(self, builders: dict[str, Callable[[], Mapping[str, Tensor]]]) -> None:

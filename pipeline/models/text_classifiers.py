@@ -46,19 +46,12 @@ def load_classifiers(weights: Weights, tasks: Sequence[Task], device: torch.devi
 
 def _from_folder(weights: Weights, task: Task) -> Tensor | None:
     for place in weights.places:
-        path = place / "classifiers.safetensors"
-        tensors = read_tensors(path) if path.is_file() else {}
-        if task.name in tensors:
-            weights.record(f"classifier {task.name}", path, str(path.relative_to(weights.folder)))
-            return tensors[task.name]
-        for title in (task.title, f"{task.title}Val") if task.title else ():
-            path = place / f"head_{title}.pt"
-            if path.is_file():
+        heads = [place / f"head_{title}.pt" for title in (task.title, f"{task.title}Val") if task.title]
+        for path in filter(Path.is_file, (place / "classifiers.safetensors", *heads)):
+            tensors = read_tensors(path)
+            if path in heads or task.name in tensors:
                 weights.record(f"classifier {task.name}", path, str(path.relative_to(weights.folder)))
-                try:
-                    return to_classifier(read_tensors(path))
-                except InputError as error:
-                    raise InputError(f"{path}: {str(error).removeprefix(f'{path} ')}") from None
+                return to_classifier(tensors, path) if path in heads else tensors[task.name]
     return None
 
 

@@ -203,13 +203,9 @@ class _Unpickler(pickle._Unpickler):
         args, function = self.stack.pop(), self.stack.pop()
         self.append(_call(function, args))
 
-    def load_newobj(self) -> None:
-        args, cls = self.stack.pop(), self.stack.pop()
-        self.append(_call(cls, args))
-
     def load_newobj_ex(self) -> None:
         self.stack.pop()
-        self.load_newobj()
+        self.load_reduce()
 
     def load_build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
@@ -218,29 +214,18 @@ class _Unpickler(pickle._Unpickler):
         elif not isinstance(target, dict | TensorView):  # the state of these two is not needed
             raise UnreadableError("it sets the state of something that has none")
 
-    def load_append(self) -> None:
-        value = self.stack.pop()
-        self._extend([value])
-
-    def load_appends(self) -> None:
+    def load_dict(self) -> None:
         values = self.pop_mark()
-        self._extend(values)
+        self.append({})
+        self.update(values)
 
-    def _extend(self, values: list) -> None:
+    def extend(self, values: list) -> None:
         if isinstance(self.stack[-1], list):
             self.stack[-1].extend(values)
         elif not isinstance(self.stack[-1], PickledObject):
             raise UnreadableError("it appends to something that is not a list")
 
-    def load_setitem(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self._update([key, value])
-
-    def load_setitems(self) -> None:
-        values = self.pop_mark()
-        self._update(values)
-
-    def _update(self, values: list) -> None:
+    def update(self, values: list) -> None:
         target = self.stack[-1].items if isinstance(self.stack[-1], PickledObject) else self.stack[-1]
         if not isinstance(target, dict):
             raise UnreadableError("it sets an entry of something that is not a dictionary")
@@ -248,32 +233,21 @@ class _Unpickler(pickle._Unpickler):
             if isinstance(key, str | int | float | bytes | None):  # hashing other keys can be slow, weights have names
                 target[key] = value
 
-    def load_dict(self) -> None:
-        values = self.pop_mark()
-        self.append({})
-        self._update(values)
-
-    def load_additems(self) -> None:
-        self.pop_mark()
-
-    def load_frozenset(self) -> None:
-        self.append(PickledObject("builtins.frozenset", tuple(self.pop_mark())))
-
     def refuse(self) -> None:
         raise UnreadableError("it uses a part of the pickle format that no checkpoint uses")
 
     for _opcode, _method in {
         pickle.REDUCE: load_reduce,
-        pickle.NEWOBJ: load_newobj,
+        pickle.NEWOBJ: load_reduce,
         pickle.NEWOBJ_EX: load_newobj_ex,
         pickle.BUILD: load_build,
-        pickle.APPEND: load_append,
-        pickle.APPENDS: load_appends,
-        pickle.SETITEM: load_setitem,
-        pickle.SETITEMS: load_setitems,
         pickle.DICT: load_dict,
-        pickle.ADDITEMS: load_additems,
-        pickle.FROZENSET: load_frozenset,
+        pickle.APPEND: lambda self: self.extend([self.stack.pop()]),
+        pickle.APPENDS: lambda self: self.extend(self.pop_mark()),
+        pickle.SETITEM: lambda self: self.update([self.stack.pop(-2), self.stack.pop()]),
+        pickle.SETITEMS: lambda self: self.update(self.pop_mark()),
+        pickle.ADDITEMS: lambda self: self.pop_mark(),
+        pickle.FROZENSET: lambda self: self.append(PickledObject("builtins.frozenset", tuple(self.pop_mark()))),
         **dict.fromkeys((pickle.INST, pickle.OBJ, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEXT_BUFFER), refuse),
     }.items():
         dispatch[_opcode[0]] = _method

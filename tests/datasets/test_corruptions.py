@@ -1,4 +1,4 @@
-"""Corrupted images: more of it at a higher severity, the same every time, and caches of their own."""
+"""Corruptions grow with the severity, are reproducible, and lead to separate caches."""
 
 import json
 
@@ -22,18 +22,18 @@ def image():
     return open_images(task, "test").decode(0).convert("RGB").resize((64, 64))
 
 
-def off(a, b):
+def difference(a, b):
     return np.abs(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).mean()
 
 
 @pytest.mark.parametrize("kind", CORRUPTIONS)
-def test_a_higher_severity_changes_more_and_always_the_same(image, kind):
-    changes = [off(corrupted(image, f"{kind}:{severity}", 0), image) for severity in range(1, 6)]
+def test_a_higher_severity_changes_more_and_is_reproducible(image, kind):
+    changes = [difference(corrupted(image, f"{kind}:{severity}", 0), image) for severity in range(1, 6)]
     assert changes[0] > 0
     assert changes == sorted(set(changes))
     again = corrupted(image, f"{kind}:3", 0)
-    assert off(again, corrupted(image, f"{kind}:3", 0)) == 0
-    assert (off(again, corrupted(image, f"{kind}:3", 1)) > 0) == (kind == "noise")
+    assert difference(again, corrupted(image, f"{kind}:3", 0)) == 0
+    assert (difference(again, corrupted(image, f"{kind}:3", 1)) > 0) == (kind == "noise")
 
 
 def test_noise_has_its_standard_deviation():
@@ -52,18 +52,18 @@ def test_contrast_keeps_the_mean(image):
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
 @pytest.mark.parametrize("kind", CORRUPTIONS)
 def test_every_kind_of_image(kind, mode):
-    made = corrupted(Image.new(mode, (8, 9)), f"{kind}:5", 0)
-    assert (made.mode, made.size) == ("RGB", (8, 9))
+    image = corrupted(Image.new(mode, (8, 9)), f"{kind}:5", 0)
+    assert (image.mode, image.size) == ("RGB", (8, 9))
 
 
-def test_a_kind_alone_has_the_middle_severity():
+def test_a_kind_without_severity_has_the_middle_one():
     assert checked("noise") == checked("noise:3") == "noise:3"
     for text in ("noise:0", "noise:6", "noise:", "noise:33", "noise:x", "noise:1:2"):
         with pytest.raises(InputError, match="it must be from 1 to 5"):
             checked(text)
 
 
-def test_a_corrupted_cache_is_one_of_its_own(run, tmp_path):
+def test_a_corrupted_cache_is_separate(run, tmp_path):
     paths = {}
     for corrupt in ((), ("--corrupt", "noise:5")):
         status, out, _ = run("extract", *FEW, *corrupt, "--root", tmp_path, "--json")
@@ -77,7 +77,7 @@ def test_a_corrupted_cache_is_one_of_its_own(run, tmp_path):
         assert (clean.labels(task) == noisy.labels(task)).all()
         assert (clean.classifier(task) == noisy.classifier(task)).all()
         for kind in ("merged", "expert", "pretrained"):
-            assert off(clean.features(task, kind), noisy.features(task, kind)) > 0.05
+            assert difference(clean.features(task, kind), noisy.features(task, kind)) > 0.05
     assert "nothing to do" in run("extract", *FEW, "--corrupt", "noise:5", "--root", tmp_path)[1]
     refused(run("extract", *FEW, "--out", noisy.path), "corruption: noise:5 / None")
     assert "corrupted by noise:5" in run("cache", "info", noisy.path)[1]

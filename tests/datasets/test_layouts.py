@@ -1,4 +1,4 @@
-"""Data sets in the layouts of torchvision, of the task-vectors code and of the archives, made small."""
+"""Small data sets in the layouts of torchvision, of the task-vectors code and of the archives."""
 
 import gzip
 
@@ -16,7 +16,7 @@ TASKS = {task.name: task for task in select_tasks("clip8", None)}
 
 
 def picture(path, shade):
-    """An image whose first pixel tells which it is."""
+    """An image that its first pixel identifies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (6, 5), (shade, 0, 0)).save(path)
 
@@ -29,16 +29,16 @@ def opened(task, folder, split="test"):
     ]
 
 
-def spelt(task):
-    """Class names as the data set's own folders spell them."""
-    spell = {
+def folder_names(task):
+    """Class names in the spelling of the data set's own folders."""
+    spelling = {
         "sun397": lambda name: f"{name[0]}_{name.replace(' ', '_')}",
         "resisc45": lambda name: name.replace(" ", "_"),
         "cars": lambda name: name.replace("/", "-"),
     }.get(task, lambda name: name)
     if task == "gtsrb":
         return [f"{label:05d}" for label in range(43)]
-    return [spell(name) for name in (TASKS[task].aliases or TASKS[task].class_names)]
+    return [spelling(name) for name in (TASKS[task].aliases or TASKS[task].class_names)]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def spelt(task):
     ],
 )
 def test_class_folders_give_labels_by_name(tmp_path, task, folder):
-    names = spelt(task)
+    names = folder_names(task)
     for split, shift in (("train", 0), ("val" if task == "dtd" else "test", 7)):
         for label, name in enumerate(names):
             picture(tmp_path / folder / split / name / "x.png", (label + shift) % 256)
@@ -65,9 +65,9 @@ def test_class_folders_give_labels_by_name(tmp_path, task, folder):
         assert shades == [(label + shift) % 256 for label in labels]
 
 
-def test_class_folders_that_are_strange_or_missing_are_named(tmp_path):
+def test_unknown_or_missing_class_folders_are_named(tmp_path):
     base = tmp_path / "eurosat" / "test"
-    for name in spelt("eurosat")[1:]:
+    for name in folder_names("eurosat")[1:]:
         picture(base / name / "x.png", 1)
     with pytest.raises(InputError, match=r"no folder for 1 classes, such as 'annual crop land'"):
         opened("eurosat", tmp_path)
@@ -97,8 +97,8 @@ def test_sun397s_archive_with_its_partition(tmp_path):
 def test_resisc45s_lists_of_file_names(tmp_path):
     base = tmp_path / "resisc45"
     for shade, name in enumerate(("airplane", "storage_tank", "sea_ice")):
-        for part in ("001", "002"):
-            picture(base / "NWPU-RESISC45" / name / f"{name}_{part}.png", shade)
+        for number in ("001", "002"):
+            picture(base / "NWPU-RESISC45" / name / f"{name}_{number}.png", shade)
     (base / "resisc45-test.txt").write_text("airplane_002.png\nstorage_tank_001.png\n")
     (base / "resisc45-train.txt").write_text("sea_ice_001.png\n")
     names = TASKS["resisc45"].class_names
@@ -121,7 +121,7 @@ def test_dtds_archive(tmp_path):
     assert opened("dtd", tmp_path, "train") == ([0, TASKS["dtd"].class_names.index("dotted")], [0, 2])
 
 
-def test_gtsrb_as_torchvision_keeps_it(tmp_path):
+def test_gtsrb_in_torchvisions_layout(tmp_path):
     base = tmp_path / "gtsrb"
     for name, shade in (("00000.ppm", 9), ("00001.ppm", 8)):
         picture(base / "GTSRB" / "Final_Test" / "Images" / name, shade)
@@ -131,7 +131,7 @@ def test_gtsrb_as_torchvision_keeps_it(tmp_path):
     assert opened("gtsrb", tmp_path, "train") == ([42], [3])
 
 
-def test_cars_as_torchvision_keeps_them(tmp_path):
+def test_cars_in_torchvisions_layout(tmp_path):
     base, names = tmp_path / "stanford_cars", list(TASKS["cars"].class_names)
     (base / "devkit").mkdir(parents=True)
     scipy.io.savemat(base / "devkit" / "cars_meta.mat", {"class_names": np.array([names], dtype=object)})
@@ -144,13 +144,13 @@ def test_cars_as_torchvision_keeps_them(tmp_path):
         labels, shades = opened("cars", tmp_path, split)
         assert labels == [195, 0]
         assert abs(shades[1] - 100) < 5  # JPEG
-    turned = names[::-1]
-    scipy.io.savemat(base / "devkit" / "cars_meta.mat", {"class_names": np.array([turned], dtype=object)})
+    reversed_names = names[::-1]
+    scipy.io.savemat(base / "devkit" / "cars_meta.mat", {"class_names": np.array([reversed_names], dtype=object)})
     assert opened("cars", tmp_path)[0] == [0, 195]
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_svhn_as_torchvision_keeps_it(tmp_path, count):
+def test_svhn_in_torchvisions_layout(tmp_path, count):
     pixels = np.zeros((32, 32, 3, count), np.uint8)
     pixels[0, 0, 0] = np.arange(count)
     for folder in (tmp_path / "svhn", tmp_path / "flat"):
@@ -166,7 +166,7 @@ def idx(values):
 
 
 @pytest.mark.parametrize(("inner", "suffix"), [("MNIST/raw", ""), ("mnist", ".gz"), ("mnist/MNIST/raw", "")])
-def test_mnist_as_torchvision_keeps_it(tmp_path, inner, suffix):
+def test_mnist_in_torchvisions_layout(tmp_path, inner, suffix):
     folder = tmp_path / inner
     folder.mkdir(parents=True)
     pack = gzip.compress if suffix else bytes
@@ -181,7 +181,7 @@ def test_mnist_as_torchvision_keeps_it(tmp_path, inner, suffix):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_an_unknown_layout_is_answered_with_the_known_ones_and_what_was_found(tmp_path, task):
+def test_an_unknown_layout_is_refused_with_the_known_ones_and_what_was_found(tmp_path, task):
     with pytest.raises(InputError, match=rf"no folder of {task}; it may be called: .*; the folder holds: nothing"):
         opened(task, tmp_path)
     (tmp_path / task / "photographs").mkdir(parents=True)
@@ -191,7 +191,7 @@ def test_an_unknown_layout_is_answered_with_the_known_ones_and_what_was_found(tm
         opened(task, tmp_path)
 
 
-def test_damaged_lists_are_one_line(tmp_path):
+def test_damaged_lists_give_one_line(tmp_path):
     (tmp_path / "svhn").mkdir()
     (tmp_path / "svhn" / "test_32x32.mat").write_bytes(b"MATLAB 5.0 MAT-file" + b"x" * 300)
     (tmp_path / "gtsrb").mkdir()
@@ -222,13 +222,13 @@ def test_the_papers_rows_are_87433_in_all():
 def test_a_permuted_list_of_class_names_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "hf"))
     names = [name.title() for name in TASKS["eurosat"].class_names]
-    for made, order in (
+    for listed, order in (
         (names, "checked"),
         (list(TASKS["eurosat"].aliases), "checked"),
         ([*names[:9], "something else"], "1 of 10 names unknown"),
         ([names[1], names[0], *names[2:]], None),
     ):
-        hub_data_set(tmp_path / "eurosat", [0, 1, 2], names=made)
+        hub_data_set(tmp_path / "eurosat", [0, 1, 2], names=listed)
         if order:
             images = open_images(TASKS["eurosat"], "test", str(tmp_path), any_rows=True)
             assert images.class_order == order
@@ -237,7 +237,7 @@ def test_a_permuted_list_of_class_names_is_refused(tmp_path, monkeypatch):
                 open_images(TASKS["eurosat"], "test", str(tmp_path), any_rows=True)
 
 
-def test_names_are_told_apart_in_every_task():
+def test_class_names_are_distinct_in_every_task():
     for task in TASKS.values():
         classes = ClassIndex(task.name, task.class_names, task.aliases)
         assert [classes.find(name) for name in task.class_names] == list(range(len(task.class_names)))

@@ -43,7 +43,7 @@ def test_selection_keeps_the_suites_order_and_refuses_what_is_unknown():
 
 @pytest.fixture
 def eurosat(tmp_path, monkeypatch):
-    """Writes a data set of EuroSAT's name into a folder, and gives the folder."""
+    """A function that writes a data set named like EuroSAT, and returns the folder around it."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "hf"))
 
     def write(labels, **other):
@@ -53,7 +53,7 @@ def eurosat(tmp_path, monkeypatch):
     return write
 
 
-def test_a_folder_of_parquet_is_read_like_the_hubs(eurosat):
+def test_a_folder_of_parquet_files_is_read_like_the_hubs(eurosat):
     folder = eurosat([3, 1, 4, 1, 5])
     (task,) = select_tasks("clip8", ["eurosat"])
     images = open_images(task, "test", str(folder), any_rows=True)
@@ -64,7 +64,7 @@ def test_a_folder_of_parquet_is_read_like_the_hubs(eurosat):
     assert first.fingerprint != images.fingerprint
 
 
-def test_data_of_another_shape_are_refused(eurosat, tmp_path):
+def test_missing_data_and_other_classes_are_refused(eurosat, tmp_path):
     (task,) = select_tasks("clip8", ["eurosat"])
     with pytest.raises(InputError, match="no folder .*--data takes a folder"):
         open_images(task, "test", str(tmp_path / "nothing"))

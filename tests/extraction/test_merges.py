@@ -518,7 +518,7 @@ import sys, torch
 from pathlib import Path
 from probsurgery.pipeline.merging.registry import merge
 from probsurgery.pipeline.models.checkpoints import VisualState, read_tensors
-from probsurgery.pipeline.models.sources import OnRequest
+from probsurgery.pipeline.models.sources import LazyMapping
 
 folder, method, count, keep = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
 torch.set_num_threads(1)
@@ -536,7 +536,7 @@ pretrained = {name: tensor.clone() for name, tensor in opened("0").items()}
 before = resident("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")
 experts = {str(i): (lambda i=i: opened(str(i))) for i in range(1, count + 1)}
-experts = {n: make() for n, make in experts.items()} if keep == "all at once" else OnRequest(experts)
+experts = {n: make() for n, make in experts.items()} if keep == "all at once" else LazyMapping(experts)
 experts = {n: {k: t.clone() for k, t in e.items()} for n, e in experts.items()} if keep == "all at once" else experts
 state = merge(method, pretrained, experts).state
 assert len(state) == len(pretrained)

@@ -1,4 +1,4 @@
-"""Merges by their algebra, and those that learn against what can be computed in another way."""
+"""Merging methods by their algebra, and those that learn against independent computations."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def batches(task, split, size, seed):
         yield images[rows], labels[rows]
 
 
-def stream(tasks=EXPERTS, run=forward, dtype=torch.float32, progress=no_progress):
+def make_stream(tasks=EXPERTS, run=forward, dtype=torch.float32, progress=no_progress):
     g = torch.Generator().manual_seed(99)
     classifiers = {task: 4 * F.normalize(torch.randn(CLASSES, D, generator=g), dim=-1).to(dtype) for task in EXPERTS}
     return ImageStream(run, {task: classifiers[task] for task in tasks}, batches, torch.device("cpu"), progress)
@@ -72,8 +72,8 @@ def stream(tasks=EXPERTS, run=forward, dtype=torch.float32, progress=no_progress
 def merged(method, base, experts, **settings):
     row = METHODS[method]
     brief = {k: v for k, v in BRIEF.items() if k in row.settings}
-    given = stream(experts) if row.learns else None
-    return merge(method, base, experts, given, **(brief | settings))
+    stream = make_stream(experts) if row.learns else None
+    return merge(method, base, experts, stream, **(brief | settings))
 
 
 def close(a, b, atol=1e-5):
@@ -82,8 +82,8 @@ def close(a, b, atol=1e-5):
 
 @pytest.mark.parametrize("method", MERGES)
 def test_one_task_at_full_weight_gives_the_expert_back(method):
-    one = merged(method, BASE, {"task1": EXPERTS["task1"]}, **AT_FULL_WEIGHT[method]).state
-    assert close(one, EXPERTS["task1"], atol=1e-4)
+    state_of_one = merged(method, BASE, {"task1": EXPERTS["task1"]}, **AT_FULL_WEIGHT[method]).state
+    assert close(state_of_one, EXPERTS["task1"], atol=1e-4)
 
 
 @pytest.mark.parametrize("method", MERGES)
@@ -106,7 +106,7 @@ def test_the_distance_to_the_base_grows_with_the_scale(method):
 
 
 @pytest.mark.parametrize("method", MERGES)
-def test_every_expert_takes_part_and_their_order_does_not(method):
+def test_every_expert_matters_and_their_order_does_not(method):
     whole = merged(method, BASE, EXPERTS).state
     assert close(whole, merged(method, BASE, dict(reversed(EXPERTS.items()))).state, atol=1e-4)
     for dropped in EXPERTS:
@@ -154,18 +154,18 @@ def test_the_threshold_is_the_one_that_sorting_gives(keep, kind):
 
 def test_ties_on_identical_task_vectors_is_their_trimmed_sum():
     same = {f"t{i}": EXPERTS["task1"] for i in range(4)}
-    kept = flat(merged("ties", BASE, same, scale=0.25, keep=0.2).state, BASE)
+    update = flat(merged("ties", BASE, same, scale=0.25, keep=0.2).state, BASE)
     tau = flat(EXPERTS["task1"], BASE)
     largest = tau.abs().topk(round(0.2 * len(tau))).indices  # over the whole vector
     expected = torch.zeros_like(tau)
     expected[largest] = tau[largest]
-    assert torch.allclose(kept, expected, atol=1e-6)
+    assert torch.allclose(update, expected, atol=1e-6)
 
 
 def test_ties_by_hand():
     base = {"w": torch.zeros(5)}
     experts = [{"w": torch.tensor(v)} for v in ([4.0, 3, 0.1, 0, 0], [-1.0, 5, 0, 0.2, 0], [-2.0, 0.1, 0, 0, 3])]
-    # Two of five entries are kept of each: (4, 3), (-1, 5), (-2 at 0, 3 at 4). Entry 0: 4 - 1 - 2 > 0, so 4 stays.
+    # Of each expert, two of five entries remain: (4, 3), (-1, 5), (-2 at 0, 3 at 4). Entry 0: 4 - 1 - 2 > 0 elects 4.
     assert merge("ties", base, experts, scale=0.5, keep=0.4).state["w"].tolist() == [2.0, 4.0, 0.0, 0.0, 1.5]
 
 
@@ -178,7 +178,7 @@ def test_the_processed_vectors_add_up_to_what_ties_adds():
     assert close({n: BASE[n] + summed[n] for n in BASE}, expected)
 
 
-def test_dare_drops_the_share_it_says_and_keeps_the_mean():
+def test_dare_drops_the_given_share_and_keeps_the_mean():
     base = {"w": torch.zeros(200, 200)}
     dropped = merge("dare", base, [{"w": torch.ones(200, 200)}], scale=1.0, drop=0.9).state["w"]
     assert dropped.unique().tolist() == pytest.approx([0, 10], rel=1e-6)
@@ -190,10 +190,10 @@ def test_dare_drops_the_share_it_says_and_keeps_the_mean():
 def test_breadcrumbs_by_hand():
     base = {"a": torch.zeros(10), "b": torch.zeros(2, 5)}
     tau = torch.tensor([1.0, -2, 3, -4, 5, -6, 7, -8, 9, -10])
-    expert = {"a": tau, "b": 100 * tau.view(2, 5)}  # each tensor for itself
-    found = merge("breadcrumbs", base, [expert], scale=1.0, small=0.7, large=0.1).state
-    assert found["a"].tolist() == [0.0, 0, 0, 0, 0, 0, 0, -8, 9, 0]
-    assert found["b"].flatten().tolist() == [0.0, 0, 0, 0, 0, 0, 0, -800, 900, 0]
+    expert = {"a": tau, "b": 100 * tau.view(2, 5)}  # each tensor separately
+    result = merge("breadcrumbs", base, [expert], scale=1.0, small=0.7, large=0.1).state
+    assert result["a"].tolist() == [0.0, 0, 0, 0, 0, 0, 0, -8, 9, 0]
+    assert result["b"].flatten().tolist() == [0.0, 0, 0, 0, 0, 0, 0, -800, 900, 0]
     nothing = merge("breadcrumbs", base, [expert], small=0.7, large=0.4).state
     assert not any(t.any() for t in nothing.values())
 
@@ -216,16 +216,16 @@ def test_the_gradient_of_coefficients_is_that_of_finite_differences(layerwise, i
     g = torch.Generator().manual_seed(5)
     free = 0.1 + 0.3 * torch.rand(len(EXPERTS), len(BASE) if layerwise else 1, generator=g, dtype=torch.float64)
     free[0, 0] = -0.2  # beyond the clamp: no gradient
-    given = stream(dtype=torch.float64)
+    stream = make_stream(dtype=torch.float64)
     batch = {task: images_of(task, images, torch.float64)[0] for task in EXPERTS}
 
     def total(values):
         build = blend(double, stacked, values)
         weights = {n: build(n) for n in double}
-        return sum(entropy(given.logits(weights, t, x)) for t, x in batch.items())
+        return sum(entropy(stream.logits(weights, t, x)) for t, x in batch.items())
 
     free.requires_grad_()
-    mean = add_gradients(blend(double, stacked, free), double, given, batch)
+    mean = add_gradients(blend(double, stacked, free), double, stream, batch)
     assert mean == pytest.approx(total(free).item() / len(EXPERTS), rel=1e-12)
     numeric = torch.zeros_like(free)
     for index in range(free.numel()):
@@ -240,41 +240,41 @@ def test_the_gradient_of_coefficients_is_that_of_finite_differences(layerwise, i
 
 
 def test_a_step_holds_one_copy_of_the_merged_model_and_no_gradients():
-    """Every gradient has gone back to the coefficients before the next layer's is made."""
+    """Every gradient is propagated to the coefficients before the next layer's is computed."""
     stacked = {n: torch.stack([e[n] - BASE[n] for e in EXPERTS.values()]) for n in BASE}
     free = torch.full((len(EXPERTS), 1), 0.3, requires_grad=True)
-    held = []
+    gradients = []
 
     def watched(weights, images):
         for name, weight in weights.items():
             weight.register_hook(
-                lambda grad, name=name: held.append((name, [n for n, w in weights.items() if w.grad is not None]))
+                lambda grad, name=name: gradients.append((name, [n for n, w in weights.items() if w.grad is not None]))
             )
         return forward(weights, images)
 
-    add_gradients(blend(BASE, stacked, free), BASE, stream(run=watched), {"task1": images_of("task1", 4)[0]})
-    assert {name for name, _ in held} == set(BASE)
-    assert all(others == [] for _, others in held)
+    add_gradients(blend(BASE, stacked, free), BASE, make_stream(run=watched), {"task1": images_of("task1", 4)[0]})
+    assert {name for name, _ in gradients} == set(BASE)
+    assert all(others == [] for _, others in gradients)
 
 
 @pytest.mark.parametrize("method", ["tw-adamerging", "lw-adamerging", "lw-adamerging++", "concrete-ta", "concrete-am"])
 def test_entropy_falls(method):
-    seen = []
-    given = stream(progress=lambda done, total, what, **_: seen.append((done, total, what)))
+    progress = []
+    stream = make_stream(progress=lambda done, total, what, **_: progress.append((done, total, what)))
     steps = 150 if method == "concrete-am" else 300
-    found = merge(method, BASE, EXPERTS, given, steps=steps, lr=0.02)
-    course = found.entropy
-    assert len(course) == (300 if method != "concrete-am" else 2 * steps)
-    assert sum(course[-20:]) / 20 < 0.9 * sum(course[:20]) / 20
-    assert seen[-1][:2] == (steps, steps)
-    assert f"entropy {course[-1]:.3f}" in seen[-1][2]
+    result = merge(method, BASE, EXPERTS, stream, steps=steps, lr=0.02)
+    entropies = result.entropy
+    assert len(entropies) == (300 if method != "concrete-am" else 2 * steps)
+    assert sum(entropies[-20:]) / 20 < 0.9 * sum(entropies[:20]) / 20
+    assert progress[-1][:2] == (steps, steps)
+    assert f"entropy {entropies[-1]:.3f}" in progress[-1][2]
     whole = {t: images_of(t, 64)[0] for t in EXPERTS}
 
     def over_all(weights):
-        return sum(entropy(given.logits(weights, t, x)).item() for t, x in whole.items())
+        return sum(entropy(stream.logits(weights, t, x)).item() for t, x in whole.items())
 
     start = merged("ties" if "++" in method else "ta", BASE, EXPERTS).state
-    assert over_all(found.state) < over_all(start)
+    assert over_all(result.state) < over_all(start)
 
 
 @pytest.mark.parametrize(("method", "plain"), [("lw-adamerging", "ta"), ("lw-adamerging++", "ties")])
@@ -298,18 +298,18 @@ def test_learned_coefficients_given_back_give_the_same_bytes(method):
     assert close(merge(method, BASE, shuffled, coefficients=coefficients).state, learned.state)
 
 
-def test_an_entropy_that_is_no_number_ends_the_merge():
+def test_a_nan_entropy_ends_the_merge():
     def broken(weights, images):
         return forward(weights, images) * float("nan")
 
     with pytest.raises(ProbsurgeryError, match="the entropy is nan in step 0; try a smaller lr"):
-        merge("tw-adamerging", BASE, EXPERTS, stream(run=broken), steps=2)
+        merge("tw-adamerging", BASE, EXPERTS, make_stream(run=broken), steps=2)
 
 
 # Concrete masks
 
 
-def test_a_mask_is_the_same_within_a_step_and_another_in_the_next():
+def test_a_mask_is_the_same_within_a_step_and_differs_in_the_next():
     mask = Mask({"w": torch.zeros(300, 30)}, 0.5, 0, torch.device("cpu"))
     first, again, second, other = (mask.sample("w", step).detach() for step in (0, 0, 1, None))
     assert torch.equal(first, again)
@@ -328,45 +328,45 @@ def test_fisher_information_of_a_linear_softmax_is_the_closed_form():
     """For logits W x: E[(d log p(y|x) / d W_ij)^2] = p_i (1 - p_i) x_j^2, the sum over y weighted with p(y|x)."""
     torch.manual_seed(0)
     weight, x = torch.randn(CLASSES, D_IN), torch.randn(7, D_IN)
-    given = stream(["task1"])
-    given = ImageStream(lambda weights, images: images @ weights["w"].T, given.classifiers, batches)
-    object.__setattr__(given, "logits", lambda weights, task, images: images @ weights["w"].T)
+    stream = make_stream(["task1"])
+    stream = ImageStream(lambda weights, images: images @ weights["w"].T, stream.classifiers, batches)
+    object.__setattr__(stream, "logits", lambda weights, task, images: images @ weights["w"].T)
     p = (x @ weight.T).softmax(-1)
     expected = torch.einsum("ni,nj->ij", p * (1 - p), x**2)
-    found = torch.zeros(CLASSES, D_IN)
+    result = torch.zeros(CLASSES, D_IN)
     for row in range(len(x)):
         for label in range(CLASSES):
             squares = {"w": torch.zeros(CLASSES, D_IN)}
-            add_squares(squares, {"w": weight}, given, "task1", x[row : row + 1], torch.tensor([label]), None)
-            found += p[row, label] * squares["w"]
-    assert torch.allclose(found, expected, atol=1e-5)
+            add_squares(squares, {"w": weight}, stream, "task1", x[row : row + 1], torch.tensor([label]), None)
+            result += p[row, label] * squares["w"]
+    assert torch.allclose(result, expected, atol=1e-5)
     drawn = {"w": torch.zeros(CLASSES, D_IN)}
     for seed in range(60):
-        add_squares(drawn, {"w": weight}, given, "task1", x, None, torch.Generator().manual_seed(seed))
+        add_squares(drawn, {"w": weight}, stream, "task1", x, None, torch.Generator().manual_seed(seed))
     assert torch.allclose(drawn["w"] / 60, expected, atol=0.1 * expected.max().item())
 
 
 def test_fisher_merging_weighs_each_parameter_by_its_information():
     """Against per-sample gradients from torch.func, and the formula."""
     experts = {t: EXPERTS[t] for t in ("task1", "task2")}
-    given = stream(experts)
-    found = merge("fisher", BASE, experts, given, images=20, labels=True, normalise=False, floor=0.0, seed=4).state
+    stream = make_stream(experts)
+    result = merge("fisher", BASE, experts, stream, images=20, labels=True, normalise=False, floor=0.0, seed=4).state
     weighted, total = (dict.fromkeys(BASE, 0) for _ in range(2))
     for task, expert in experts.items():
         images, labels = next(batches(task, "test", 20, 4))
 
         def log_p(weights, x, y, task=task):
-            return given.logits(weights, task, x[None])[0].log_softmax(-1).gather(0, y)[0]
+            return stream.logits(weights, task, x[None])[0].log_softmax(-1).gather(0, y)[0]
 
         gradients = torch.func.vmap(torch.func.grad(log_p), (None, 0, 0))(expert, images, labels[:, None])
         for n in BASE:
             information = gradients[n].square().mean(0).clamp(min=1e-30)
             weighted[n] = weighted[n] + information * expert[n]
             total[n] = total[n] + information
-    assert close(found, {n: weighted[n] / total[n] for n in BASE}, atol=1e-4)
+    assert close(result, {n: weighted[n] / total[n] for n in BASE}, atol=1e-4)
     mean = merged("wa", BASE, experts).state
-    assert not close(found, mean, atol=1e-2)
-    assert not close(found, merge("fisher", BASE, experts, given, images=20, seed=4).state, atol=1e-3)
+    assert not close(result, mean, atol=1e-2)
+    assert not close(result, merge("fisher", BASE, experts, stream, images=20, seed=4).state, atol=1e-3)
 
 
 # RegMean
@@ -377,24 +377,24 @@ def test_regmean_of_one_linear_layer_is_the_least_squares_answer():
     experts = {
         t: {"w": torch.randn(D, D_IN, generator=torch.Generator().manual_seed(i))} for i, t in enumerate(EXPERTS)
     }
-    given = ImageStream(
+    stream = ImageStream(
         lambda weights, x: F.linear(x, weights["w"]), dict.fromkeys(experts, torch.zeros(2, D)), batches
     )
-    found = merge("regmean", base, experts, given, images=100, off_diagonal=1.0).state["w"]  # batches of 64 and 36
-    inputs = {t: torch.cat([x for x, _ in given.take(t, "test", 100, 0)]) for t in experts}
+    result = merge("regmean", base, experts, stream, images=100, off_diagonal=1.0).state["w"]  # batches of 64 and 36
+    inputs = {t: torch.cat([x for x, _ in stream.take(t, "test", 100, 0)]) for t in experts}
     x = torch.cat([inputs[t] for t in experts]).double()
     y = torch.cat([inputs[t].double() @ experts[t]["w"].double().T for t in experts])
     best = torch.linalg.lstsq(x, y).solution.T
-    assert torch.allclose(found.double(), best, atol=1e-5)
+    assert torch.allclose(result.double(), best, atol=1e-5)
     mean = torch.stack([e["w"] for e in experts.values()]).mean(0)
-    assert not torch.allclose(found, mean, atol=0.1)
-    diagonal = merge("regmean", base, experts, given, images=100, off_diagonal=0.0).state["w"]
+    assert not torch.allclose(result, mean, atol=0.1)
+    diagonal = merge("regmean", base, experts, stream, images=100, off_diagonal=0.0).state["w"]
     weights = {t: inputs[t].square().mean(0) for t in experts}
     expected = sum(weights[t] * experts[t]["w"] for t in experts) / sum(weights.values())
     assert torch.allclose(diagonal, expected, atol=1e-5)
 
 
-def test_grams_are_seen_for_linear_layers_and_for_plain_products_alone():
+def test_grams_are_summed_for_linear_layers_and_plain_products_only():
     watch = InputGrams(BASE)
     x = images_of("task1", 9)[0]
     with watch:
@@ -444,7 +444,7 @@ def test_bad_requests_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("method", "setting", "value", "said"),
+    ("method", "setting", "value", "message"),
     [
         ("ta", "scale", "x", "the setting scale is 'x'; it must be a number"),
         ("ta", "scale", "nan", "it must be a number"),
@@ -459,12 +459,12 @@ def test_bad_requests_are_refused():
         ("tw-adamerging", "steps", True, "it must be a whole number"),
     ],
 )
-def test_settings_out_of_range_are_refused(method, setting, value, said):
-    with pytest.raises(InputError, match=said):
+def test_settings_out_of_range_are_refused(method, setting, value, message):
+    with pytest.raises(InputError, match=message):
         METHODS[method].checked(method, {setting: value})
 
 
-def test_settings_may_be_texts():
+def test_settings_may_be_text():
     assert METHODS["fisher"].checked("fisher", {"labels": "True", "images": "12", "floor": "0"}) == {
         "images": 12,
         "split": "test",
@@ -475,7 +475,7 @@ def test_settings_may_be_texts():
     }
 
 
-def test_methods_of_the_papers_tables_are_all_there():
+def test_the_table_has_all_methods_of_the_papers_tables():
     import csv
     from pathlib import Path
 

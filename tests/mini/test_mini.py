@@ -1,5 +1,4 @@
-"""The mini suite: what its readers give, that its splits share nothing, and that the weights are those of
-the record."""
+"""The mini suite: images and labels of its readers, disjoint splits, and weights that match the record."""
 
 import hashlib
 import json
@@ -42,7 +41,7 @@ def record():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_no_image_is_met_twice_within_or_across_splits(task):
+def test_no_image_is_repeated_within_or_across_splits(task):
     train, test = digests(task, "train"), digests(task, "test")
     assert len(set(train)) == len(train)
     assert len(set(test)) == len(test)
@@ -89,7 +88,7 @@ def test_land_cover_patches_share_no_pixel_across_splits():
 
 
 def test_texture_tiles_share_no_pixel_across_splits():
-    """Every pixel of a mock picture is its own number, so that shared numbers would be shared pixels."""
+    """Every pixel of a mock picture has a different value, so that shared values would be shared pixels."""
     picture = np.arange(303 * 384, dtype=np.float64).reshape(303, 384)
     train, test = (
         {float(v) for tile in readers.texture_tiles(picture, split) for v in tile.ravel()} for split in mini.SPLITS
@@ -97,13 +96,12 @@ def test_texture_tiles_share_no_pixel_across_splits():
     assert train
     assert test
     assert not train & test
-    columns = [sorted({int(value) % 384 for value in part}) for part in (train, test)]
+    columns = [sorted({int(value) % 384 for value in values}) for values in (train, test)]
     assert columns[1][0] - columns[0][-1] > readers.TEXTURE_GAP
 
 
 def test_street_frames_of_one_run_stay_in_one_split():
-    """Places in the sequence of a class: a test frame is further from any training frame than the frames
-    left out."""
+    """A test frame is further from any train frame of its class than the number of dropped frames."""
     places = {split: [place for place in range(100) if readers.street_split(place) == split] for split in mini.SPLITS}
     assert min(abs(a - b) for a in places["train"] for b in places["test"]) > 2 * readers.STREET_GAP
 
@@ -116,14 +114,14 @@ def test_no_patient_is_in_both_splits():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_installed_packages_are_those_of_the_record(task):
+def test_installed_packages_match_the_record(task):
     entry = MINI_TASKS[task]
     assert metadata.version(entry.package) == entry.version
     assert f"{entry.package}=={entry.version}" in PINS
     assert record()["tasks"][task]["package"] == f"{entry.package}=={entry.version}"
 
 
-def test_weights_are_those_of_the_record_and_small():
+def test_weights_match_the_record_and_are_small():
     files = record()["files"]
     assert set(files) == {path.name for path in WEIGHTS.glob("*.safetensors")}
     for name, entry in files.items():
@@ -137,8 +135,8 @@ def test_every_encoder_fits_the_config_and_classifiers_fit_the_encoder():
     shapes = {name: tuple(tensor.shape) for name, tensor in tower.state_dict().items()}
     for name in ["pretrained", "traditional-mtl", *TASKS]:
         with safe_open(WEIGHTS / f"{name}.safetensors", "pt") as file:
-            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        assert found == shapes, name
+            stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        assert stored == shapes, name
     scale = record()["recipe"]["logit_scale"]
     classifiers = load_file(WEIGHTS / "classifiers.safetensors")
     assert sorted(classifiers) == TASKS
@@ -148,7 +146,7 @@ def test_every_encoder_fits_the_config_and_classifiers_fit_the_encoder():
         assert torch.allclose(rows.norm(dim=1), torch.tensor(scale), rtol=1e-5)
 
 
-def test_the_record_shows_what_the_suite_is_for():
+def test_the_record_shows_interference_by_merging():
     means = {name: row["mean"] for name, row in record()["test_accuracy"].items()}
     assert means["expert"] >= 80
     assert means["expert"] - means["task_arithmetic"] >= 15
@@ -156,16 +154,16 @@ def test_the_record_shows_what_the_suite_is_for():
 
 
 @pytest.mark.parametrize(
-    ("task", "split", "said"),
+    ("task", "split", "message"),
     [("cats", "test", "choose from: mnist"), ("mnist", "validation", "choose from: train, test")],
 )
-def test_unknown_names_are_answered_with_the_known_ones(task, split, said):
-    with pytest.raises(InputError, match=said):
+def test_unknown_names_are_refused_with_the_known_ones(task, split, message):
+    with pytest.raises(InputError, match=message):
         mini.load(task, split)
 
 
 @pytest.mark.parametrize("error", ["missing", "other"])
-def test_a_missing_or_other_package_is_named_with_the_remedy(monkeypatch, error):
+def test_a_missing_or_other_package_is_named_with_the_command_to_install_it(monkeypatch, error):
     def version(package):
         if error == "missing":
             raise metadata.PackageNotFoundError(package)

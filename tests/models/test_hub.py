@@ -1,4 +1,4 @@
-"""A dress rehearsal of the papers' tasks with the real clients, against a hub on this machine."""
+"""The papers' tasks with the real clients of the Hub, against a hub server on this machine."""
 
 import errno
 import hashlib
@@ -24,7 +24,7 @@ from support import hub_data_set, hugging_face_config, tiny_clip
 
 TASKS = ("eurosat", "svhn", "mnist")
 DATA = {"eurosat": "tanganke/eurosat", "svhn": "ufldl-stanford/svhn", "mnist": "ylecun/mnist"}
-# The command as it is, with one more architecture: the published ones are too large to make here.
+# The command with one more architecture: the published ones are too large for tests.
 COMMAND = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
@@ -60,15 +60,15 @@ def hub(tmp_path_factory):
 
 @pytest.fixture
 def command(hub, tmp_path):
-    """Run the command in a process of its own, which has only this hub and an empty home."""
+    """Run the command in a separate process with an empty home, which can reach this hub only."""
 
     def call(*arguments, **environment):
-        ours = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        ours |= hub.environment(tmp_path / "home") | {"XDG_CACHE_HOME": str(tmp_path / "xdg")} | environment
+        variables = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        variables |= hub.environment(tmp_path / "home") | {"XDG_CACHE_HOME": str(tmp_path / "xdg")} | environment
         return subprocess.run(
             [sys.executable, "-c", COMMAND, str(Path(__file__).parents[1]), *map(str, arguments)],
             cwd=tmp_path,
-            env=ours,
+            env=variables,
             capture_output=True,
             text=True,
             timeout=300,
@@ -101,16 +101,16 @@ def test_extract_fit_and_report_from_the_hub_and_then_without_it(hub, command, t
         assert done.returncode == 0, done.stderr
     assert "eurosat" in done.stdout
 
-    asked = len(hub.asked)
+    requests = len(hub.requests)
     offline = command(*EXTRACT, "--out", tmp_path / "again", HF_HUB_OFFLINE="1")
     assert offline.returncode == 0, offline.stderr
-    assert len(hub.asked) == asked
+    assert len(hub.requests) == requests
     again = Cache(tmp_path / "again")
     assert torch.equal(again.features("svhn"), cache.features("svhn"))
 
 
 def test_a_merge_learns_from_images_of_the_hub(hub, command, tmp_path):
-    """Of all merged tasks, although one is extracted, and with the train images of Hugging Face checkpoints' tasks."""
+    """The images of all merged tasks are used, although one task is extracted, from the train split."""
     brief = ("--merge-arg", "steps=2", "--merge-arg", "batch-size=4", "--merge-arg", "split=train")
     asked = ("--merge", "lw-adamerging++", "--merge", "regmean", "--merge-arg", "images=8", "--only", "svhn")
     done = command(*EXTRACT, *asked, *brief, "--workers", "2")
@@ -134,8 +134,8 @@ def test_features_are_those_of_the_checkpoints_on_the_hub(hub, command, tmp_path
     batch = torch.stack([image_transform("mini")(images.decode(row)) for row in range(40)])
     with torch.no_grad():
         expected = build_visual("mini", to_visual(expert, projection))(batch)
-    held = Cache(tmp_path / "cache" / "tiny_ta_eurosat+svhn+mnist").features("mnist", "expert")
-    assert torch.allclose(held, expected, atol=1e-5)
+    features = Cache(tmp_path / "cache" / "tiny_ta_eurosat+svhn+mnist").features("mnist", "expert")
+    assert torch.allclose(features, expected, atol=1e-5)
 
 
 def refused(done, *words):
@@ -147,7 +147,7 @@ def refused(done, *words):
         assert word in errors[0], errors[0]
 
 
-def test_what_cannot_be_had_is_named_with_the_way_to_have_it(hub, command, tmp_path):
+def test_what_cannot_be_fetched_is_named_with_what_to_do(hub, command, tmp_path):
     refused(
         command(*EXTRACT, HF_HUB_OFFLINE="1"),
         "the model someone/clip-tiny is not in",
@@ -174,7 +174,7 @@ def test_a_full_disk_is_not_called_a_connection_problem():
     assert explain(full, "a/b", "--data", "dataset").startswith("no space left for the dataset a/b; free some in")
 
 
-def test_a_download_that_stopped_half_way_goes_on(hub, command, tmp_path):
+def test_an_interrupted_download_is_resumed(hub, command, tmp_path):
     file = hub.root / "models/someone/clip-tiny_mnist/model.safetensors"
     content = file.read_bytes()
     blobs = tmp_path / "home/hub/models--someone--clip-tiny_mnist/blobs"
@@ -186,7 +186,7 @@ def test_a_download_that_stopped_half_way_goes_on(hub, command, tmp_path):
 
 
 def test_local_copies_of_the_hubs_repositories_need_no_network(hub, command, tmp_path):
-    """As `hf download --local-dir` makes them: the command that the errors name."""
+    """Copies as made by `hf download --local-dir`, the command in the error messages."""
     (tmp_path / "models").symlink_to(hub.root / "models")
     (tmp_path / "datasets").symlink_to(hub.root / "datasets")
     done = command(*EXTRACT, "--checkpoints", tmp_path / "models", "--data", tmp_path / "datasets", HF_HUB_OFFLINE="1")

@@ -1,0 +1,99 @@
+"""Zero-shot classifiers: from a folder of checkpoints, or from the text tower and then from the user's cache."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from probsurgery.pipeline.datasets.tasks import Task, select_tasks
+from probsurgery.pipeline.errors import InputError
+from probsurgery.pipeline.models import text_classifiers
+from probsurgery.pipeline.models.architectures import model_config
+from probsurgery.pipeline.models.checkpoints import to_text
+from probsurgery.pipeline.models.sources import Weights
+from probsurgery.pipeline.models.text_classifiers import build_classifiers, load_classifiers
+from support import tiny_clip
+
+CPU = torch.device("cpu")
+(EUROSAT, SVHN) = select_tasks("clip8", ["eurosat", "svhn"])
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return tiny_clip()
+
+
+@torch.no_grad()
+def test_classifiers_average_normalised_prompts_and_include_the_scale(tiny, clip):
+    """Against transformers' own text tower, with open_clip's tokens."""
+    import open_clip
+
+    task = Task("t", "clip8", ("cat", "dog"), templates=("a {}.", "the {}!", "{}"))
+    classifier = build_classifiers("tiny", to_text(clip.state_dict()), [task], torch.device("cpu"))["t"]
+    tokenizer = open_clip.get_tokenizer("ViT-B-32-quickgelu")
+    for row, name in zip(classifier, task.class_names, strict=True):
+        tokens = tokenizer([template.format(name) for template in task.templates])[:, :77]
+        prompts = clip.get_text_features(input_ids=tokens)
+        prompts = getattr(prompts, "pooler_output", prompts)
+        mean = torch.nn.functional.normalize(prompts, dim=-1).mean(0)
+        assert torch.allclose(row, clip.logit_scale.exp() * mean / mean.norm(), atol=1e-4)
+
+
+def test_heads_that_are_not_classifiers_are_refused(tmp_path, tiny, clip):
+    clip.save_pretrained(tmp_path / "pretrained")
+    dim = model_config("tiny")["embed_dim"]
+    path = tmp_path / "head_EuroSAT.pt"
+    for value, words in [
+        ({"weight": torch.zeros(10, dim), "bias": torch.ones(10)}, "the bias of .* is not zero"),
+        ({"weight": torch.zeros(9, dim)}, rf"has shape \(9, {dim}\), not \(C, d\) = \(10, {dim}\)"),
+        ({"conv1.weight": torch.zeros(3)}, "is not a classification head; it looks like tensors named 'conv1.weight'"),
+    ]:
+        torch.save(value, path)
+        with pytest.raises(InputError, match=words) as caught:
+            load_classifiers(Weights("tiny", tmp_path), [EUROSAT], CPU)
+        assert "head_EuroSAT.pt" in str(caught.value)
+
+
+def test_classifiers_are_built_from_the_pretrained_text_tower_once(tmp_path, tiny, clip, monkeypatch):
+    clip.save_pretrained(tmp_path / "pretrained")
+    expected = build_classifiers("tiny", to_text(clip.state_dict()), [EUROSAT, SVHN], CPU)
+    first = load_classifiers(Weights("tiny", tmp_path), [EUROSAT, SVHN], CPU)
+    assert all(torch.equal(first[name], expected[name]) for name in expected)
+    built = []
+    monkeypatch.setattr(
+        text_classifiers,
+        "build_classifiers",
+        lambda a, t, tasks, d: built.append(tasks) or build_classifiers(a, t, tasks, d),
+    )
+    again = load_classifiers(Weights("tiny", tmp_path), [EUROSAT, SVHN], CPU)
+    assert built == []
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+    files = sorted((text_classifiers.user_cache() / "classifiers").iterdir())
+    assert len(files) == 2
+    files[0].write_bytes(b"torn")
+    files[1].unlink()
+    assert torch.equal(load_classifiers(Weights("tiny", tmp_path), [SVHN], CPU)["svhn"], expected["svhn"])
+    assert len(built) == 1
+
+
+def test_classifiers_are_built_even_if_the_users_cache_is_not_writable(tmp_path, tiny, clip, monkeypatch):
+    clip.save_pretrained(tmp_path / "pretrained")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert load_classifiers(Weights("tiny", tmp_path), [SVHN], CPU)["svhn"].shape[0] == 10
+
+
+def test_classifiers_come_from_the_folder_if_it_has_them(tmp_path):
+    tasks = select_tasks("mini", ["mnist"])
+    dim = model_config("mini")["embed_dim"]
+    with pytest.raises(InputError, match="no folder of checkpoints"):
+        Weights("mini", tmp_path / "nothing")
+    for tensors, words in [
+        ({"other": torch.zeros(10, dim)}, "holds no classifier of 'mnist'"),
+        ({"mnist": torch.full((10, dim), torch.nan)}, "the classifier of 'mnist' in .* holds NaN"),
+        ({"mnist": torch.zeros(9, dim)}, r"has shape \(9, 64\), not \(C, d\) = \(10, 64\)"),
+    ]:
+        save_file(tensors, tmp_path / "classifiers.safetensors")
+        with pytest.raises(InputError, match=words):
+            load_classifiers(Weights("mini", tmp_path), tasks, CPU)
+    save_file({"mnist": torch.ones(10, dim).half()}, tmp_path / "classifiers.safetensors")
+    assert load_classifiers(Weights("mini", tmp_path), tasks, CPU)["mnist"].dtype == torch.float32
