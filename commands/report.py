@@ -63,8 +63,8 @@ def report_command(
     method = "t-SNE" if tsne else "PCA"
     projections = [p for cache in opened if has_figures and (p := projection(cache, results, method))]
     if plots is not None:
-        for figure in draw(reports, plots, measured, projections):
-            note(f"{figure.path} and .svg")
+        for path in draw(reports, plots, measured, projections):
+            note(f"{path} and .svg")
     if page is not None:
         write_page(page, reports, measured, projections)
         note(f"{page}: written")

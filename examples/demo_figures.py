@@ -39,8 +39,8 @@ def main(folder: Path) -> None:
 
     opened = probsurgery.open_cache(cache)
     from_features = uncertainties(opened), [projection(opened)]
-    for figure in draw(reports, folder / "figures", *from_features):
-        print(figure.path)
+    for path in draw(reports, folder / "figures", *from_features):
+        print(path)
     write_page(folder / "report.html", reports, *from_features)
     print(folder / "report.html")
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probsurgery.pipeline.analysis.kept_heads import kept_heads
+from probsurgery.pipeline.analysis.saved_heads import saved_heads
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.store.cache import Cache
 
@@ -30,25 +30,22 @@ class Projection:
 
 
 def projection(cache: Cache, results: Path | None = None, method: str = "PCA") -> Projection | None:
-    """Features of all tasks in one plane, corrected by the first kept head; None without a head.
+    """Features of all tasks in one plane, corrected by the first saved head; None without a head.
 
     The first `SHOWN_ROWS` rows of each task in a fixed random order. PCA, or t-SNE by scikit-learn.
     """
-    first = next(kept_heads(cache, results), None)
+    first = next(saved_heads(cache, results), None)
     if first is None:
         return None
-    features = {}
+    features = []
     for task in first.head.tasks:
         merged, expert = cache.features(task), cache.features(task, "expert")
         rows = torch.randperm(len(merged), generator=torch.Generator().manual_seed(0))[:SHOWN_ROWS]
-        features[task, "merged"] = merged[rows]
-        features[task, "corrected"] = first.head(merged[rows], task)
-        features[task, "expert"] = expert[rows]
-    plane = _project(torch.cat([*features.values()]), method).split([*map(len, features.values())])
-    points: dict[str, dict[str, Tensor]] = {task: {} for task in first.head.tasks}
-    for (task, kind), values in zip(features, plane, strict=True):
-        points[task][kind] = values
-    return Projection(str(cache.path), first.label, method, points)
+        features.append(torch.cat([merged[rows], first.head(merged[rows], task), expert[rows]]))
+    plane = _project(torch.cat(features), method).split([*map(len, features)])
+    kinds = ("merged", "corrected", "expert")
+    points = [dict(zip(kinds, values.chunk(3), strict=True)) for values in plane]
+    return Projection(str(cache.path), first.label, method, dict(zip(first.head.tasks, points, strict=True)))
 
 
 def _project(values: Float[Tensor, "N d"], method: str) -> Float[Tensor, "N 2"]:

@@ -1,14 +1,15 @@
-"""Kept heads where they were not fitted: on other tasks, and on other caches, such as those of corrupted images."""
+"""Saved heads where they were not fitted: on other tasks, and on other caches, such as those of corrupted images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 
 from torch import Tensor
 
-from probsurgery.pipeline.analysis.kept_heads import KeptHead, kept_heads
+from probsurgery.pipeline.analysis.saved_heads import SavedHead, saved_heads
 from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, Line, Table
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.fingerprints import shortened
@@ -17,26 +18,23 @@ from probsurgery.pipeline.store.cache import Cache
 
 
 def transfer(cache: str | Path, on: Sequence[str | Path] = (), results: Path | None = None) -> list[Table]:
-    """Accuracy in percent of a cache's kept heads where they were not fitted, on all test images.
+    """Accuracy in percent of a cache's saved heads where they were not fitted, on all test images.
 
     One table for each head on every task of the cache; then, for each cache in `on`, one of all heads on that cache's
     features, beside the heads that were fitted there. Raises `InputError` if no head is kept, or if a cache has another
     architecture or other tasks.
     """
     source = Cache(cache)
-    heads = list(kept_heads(source, results))
+    heads = list(saved_heads(source, results))
     if not heads:
         raise InputError(f"no head of {source.path} is kept; `probsurgery fit --cache {source.path}` keeps one")
     targets = [Cache(path) for path in on]
-    for target in targets:
-        for field in ("arch", "dim", "tasks"):
-            expected, given = getattr(source.identity, field), getattr(target.identity, field)
-            if given != expected:
-                raise InputError(
-                    f"{target.path} has {field} {shortened(given)}, but {source.path} has {shortened(expected)}; "
-                    "heads do not fit it"
-                )
-    across_tasks = [_across_tasks(source, kept_head) for kept_head in heads]
+    for target, field in product(targets, ("arch", "dim", "tasks")):
+        expected, given = (getattr(cache.identity, field) for cache in (source, target))
+        if given != expected:
+            difference = f"has {field} {shortened(given)}, but {source.path} has {shortened(expected)}"
+            raise InputError(f"{target.path} {difference}; heads do not fit it")
+    across_tasks = [_across_tasks(source, saved_head) for saved_head in heads]
     return across_tasks + [_on_cache(target, source, heads) for target in targets]
 
 
@@ -52,32 +50,32 @@ def _encoders(cache: Cache, tasks: Sequence[str]) -> list[Line]:
     return lines
 
 
-def _across_tasks(cache: Cache, kept_head: KeptHead) -> Table:
+def _across_tasks(cache: Cache, saved_head: SavedHead) -> Table:
     """A line for each task that has a head, or one for a shared head; a column for each task."""
-    tasks, head = cache.tasks("test"), kept_head.head
+    tasks, head = cache.tasks("test"), saved_head.head
     lines = _encoders(cache, tasks)
     for fitted_on in [head.tasks] if head.shared else [(task,) for task in head.tasks]:
         values = {task: _percent(head(cache.features(task), fitted_on[0]), cache, task) for task in tasks}
-        elsewhere = [value for task, value in values.items() if task not in fitted_on]
-        values |= {"elsewhere": fmean(elsewhere)} if elsewhere else {}
+        if elsewhere := [value for task, value in values.items() if task not in fitted_on]:
+            values["elsewhere"] = fmean(elsewhere)
         lines.append(Line(f"fitted on {'+'.join(fitted_on)}", values))
-    fitted = f"{cache.path}: fitted {kept_head.protocol}"
-    title = f"Accuracy in %. On every task: {kept_head.label} ({fitted}, evaluated on all test images)"
+    protocol = f"{cache.path}: fitted {saved_head.protocol}, evaluated on all test images"
+    title = f"Accuracy in %. On every task: {saved_head.label} ({protocol})"
     columns = dict.fromkeys([*tasks, AVERAGE, "elsewhere"], ".1f")
     notes = ("elsewhere: the mean over tasks that the head was not fitted on.",)
     return Table(title, columns, tuple(lines), first="head", notes=notes)
 
 
-def _on_cache(target: Cache, source: Cache, heads: Sequence[KeptHead]) -> Table:
+def _on_cache(target: Cache, source: Cache, heads: Sequence[SavedHead]) -> Table:
     """Heads of a source cache on a target's features, beside those fitted there."""
     tasks = [task for task in target.tasks("test") if any(task in source_head.head.tasks for source_head in heads)]
     lines = _encoders(target, tasks)
-    for origin, origin_heads in ((source, heads), (target, kept_heads(target))):
-        for kept_head in origin_heads:
-            fitted = [task for task in tasks if task in kept_head.head.tasks]
-            values = {task: _percent(kept_head.head(target.features(task), task), target, task) for task in fitted}
+    for origin, origin_heads in ((source, heads), (target, saved_heads(target))):
+        for saved_head in origin_heads:
+            fitted = [task for task in tasks if task in saved_head.head.tasks]
+            values = {task: _percent(saved_head.head(target.features(task), task), target, task) for task in fitted}
             if len(values) == len(tasks):
                 values[AVERAGE] = fmean(values.values())
-            lines.append(Line(f"{kept_head.label}, fitted on {origin.path.name} ({kept_head.protocol})", values))
+            lines.append(Line(f"{saved_head.label}, fitted on {origin.path.name} ({saved_head.protocol})", values))
     title = f"Accuracy in %. On {target.path}, all test images: heads of {source.path.name}, and those fitted there"
     return Table(title, dict.fromkeys([*tasks, AVERAGE], ".1f"), tuple(lines), max, first="head")

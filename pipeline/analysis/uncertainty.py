@@ -1,4 +1,4 @@
-"""Uncertainty of the kept heads that predict it: measured on the features of a cache, and as a table."""
+"""Uncertainty of the saved heads that predict it: measured on the features of a cache, and as a table."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from probsurgery.pipeline.analysis.kept_heads import kept_heads
+from probsurgery.pipeline.analysis.saved_heads import saved_heads
 from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, Line, Table
+from probsurgery.pipeline.heads.head import Head
 from probsurgery.pipeline.heads.uncertainty import COVERAGES, Uncertainty, measure
 from probsurgery.pipeline.store.cache import Cache
 
@@ -31,26 +32,18 @@ class HeadUncertainty:
 
 
 def uncertainties(cache: Cache, results: Path | None = None) -> list[HeadUncertainty]:
-    """The uncertainty of every kept head that predicts sigma, on all test images of its tasks."""
-    return [
-        HeadUncertainty(
-            str(cache.path),
-            kept_head.label,
-            kept_head.protocol,
-            {
-                task: measure(
-                    kept_head.head.params_of(task),
-                    cache.features(task),
-                    cache.features(task, "expert"),
-                    cache.classifier(task),
-                    cache.labels(task),
-                )
-                for task in kept_head.head.tasks
-            },
-        )
-        for kept_head in kept_heads(cache, results)
-        if kept_head.head.settings.predicts_sigma
-    ]
+    """The uncertainty of every saved head that predicts sigma, on all test images of its tasks."""
+    measured = []
+    for saved in saved_heads(cache, results):
+        if saved.head.settings.predicts_sigma:
+            tasks = {task: _measured(saved.head, cache, task) for task in saved.head.tasks}
+            measured.append(HeadUncertainty(str(cache.path), saved.label, saved.protocol, tasks))
+    return measured
+
+
+def _measured(head: Head, cache: Cache, task: str) -> Uncertainty:
+    merged, expert = cache.features(task), cache.features(task, "expert")
+    return measure(head.params_of(task), merged, expert, cache.classifier(task), cache.labels(task))
 
 
 def uncertainty_table(head: HeadUncertainty) -> Table:
@@ -63,17 +56,17 @@ def uncertainty_table(head: HeadUncertainty) -> Table:
 
 
 def _figures(measured: Uncertainty) -> dict[str, float]:
+    sigmas, residuals = zip(*measured.bins, strict=True)
     figures = {
         "rank corr.": measured.rank_correlation,
         "of doubt": measured.confidence_correlation,
         "in 1 sigma, %": 100 * measured.within[1],
         "in 2 sigma, %": 100 * measured.within[2],
-        "sigma": fmean(sigma for sigma, _ in measured.bins),
-        "residual": fmean(residual for _, residual in measured.bins),
+        "sigma": fmean(sigmas),
+        "residual": fmean(residuals),
         "acc. at 100%": 100 * measured.by_sigma[COVERAGES.index(1.0)],
     }
     for share in (0.9, 0.8, 0.5):
-        at = COVERAGES.index(share)
-        figures[f"at {share:.0%} by sigma"] = 100 * measured.by_sigma[at]
-        figures[f"at {share:.0%} by doubt"] = 100 * measured.by_confidence[at]
+        for order, accuracy in (("sigma", measured.by_sigma), ("doubt", measured.by_confidence)):
+            figures[f"at {share:.0%} by {order}"] = 100 * accuracy[COVERAGES.index(share)]
     return figures

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from probsurgery.pipeline.analysis import figures
-from probsurgery.pipeline.analysis.kept_heads import kept_heads
 from probsurgery.pipeline.analysis.projection import projection
 from probsurgery.pipeline.analysis.report import report
+from probsurgery.pipeline.analysis.saved_heads import saved_heads
 from probsurgery.pipeline.analysis.uncertainty import uncertainties, uncertainty_table
 from probsurgery.pipeline.config import FitConfig, ProbSettings, SurgerySettings, SweepConfig
 from probsurgery.pipeline.fitting.fit import fit
@@ -37,9 +37,9 @@ def results(tmp_path_factory):
 @pytest.fixture(scope="module")
 def drawn(results):
     """Every figure by its name."""
-    with figures._matplotlib() as new_figure:
-        cache = Cache(results)
-        return dict(figures._figures(report(results), uncertainties(cache), [projection(cache)], new_figure))
+    cache = Cache(results)
+    with figures._matplotlib_style():
+        return dict(figures._figures(report(results), uncertainties(cache), [projection(cache)]))
 
 
 def test_every_figure_that_the_results_allow_is_there(drawn):
@@ -93,7 +93,7 @@ def test_a_heat_map_has_every_cell(drawn, results):
 def test_a_projection_is_of_the_features(results):
     cache = Cache(results)
     projected = projection(cache)
-    assert projected.label == next(kept_heads(cache)).label
+    assert projected.label == next(saved_heads(cache)).label
     merged, points = cache.features("b"), projected.points["b"]
     assert {kind: tuple(values.shape) for kind, values in points.items()} == dict.fromkeys(
         ("merged", "corrected", "expert"), (40, 2)
@@ -133,7 +133,7 @@ def test_uncertainty_is_of_kept_probabilistic_heads_only(results, tmp_path):
 
 def test_heads_of_other_data_are_left_out(results, tmp_path):
     other = write_cache(tmp_path / "other", {"a": 121, "b": 40})
-    assert list(kept_heads(Cache(other), results)) == []
+    assert list(saved_heads(Cache(other), results)) == []
     assert projection(Cache(other), results) is None
 
 

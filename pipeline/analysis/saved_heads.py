@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from probsurgery.pipeline.analysis.labels import head_label
+from probsurgery.pipeline.analysis.settings import head_label
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.heads.head import Head, load_head
 from probsurgery.pipeline.store.cache import Cache
@@ -14,7 +14,7 @@ from probsurgery.pipeline.store.results import ResultRow
 
 
 @dataclass(frozen=True)
-class KeptHead:
+class SavedHead:
     """A head with its name in tables."""
 
     label: str
@@ -22,8 +22,8 @@ class KeptHead:
     head: Head
 
 
-def kept_heads(cache: Cache, results: Path | None = None) -> Iterator[KeptHead]:
-    """The heads kept with a cache, defaults first. Damaged heads are skipped, and those fitted on other features."""
+def saved_heads(cache: Cache, results: Path | None = None) -> Iterator[SavedHead]:
+    """The heads saved with a cache, defaults first. Damaged heads are skipped, and those fitted on other features."""
     paths = [path for path in ((results or cache.path) / "heads").glob("[!.]*") if path.is_dir()]
     for path in sorted(paths, key=lambda path: (path.name.count("-"), path.name)):
         try:
@@ -33,11 +33,11 @@ def kept_heads(cache: Cache, results: Path | None = None) -> Iterator[KeptHead]:
         rows = [*head.record.results] if head.record else []
         if rows and head.dim == cache.dim and current_rows(rows, cache) == rows:
             seed = f", seed {rows[0].seed}" if rows[0].seed else ""
-            yield KeptHead(head_label(rows[0]) + seed, rows[0].protocol, head)
+            yield SavedHead(head_label(rows[0]) + seed, rows[0].protocol, head)
 
 
 def current_rows(rows: Iterable[ResultRow], cache: Cache) -> list[ResultRow]:
     """The rows whose heads were fitted on the features that the cache holds now."""
-    tasks = [name for name, task in cache.manifest.tasks.items() if "test" in task.splits]
-    current = {task: cache.task_fingerprint(task) for task in tasks}
+    tasks = cache.manifest.tasks.items()
+    current = {name: cache.task_fingerprint(name) for name, task in tasks if "test" in task.splits}
     return [row for row in rows if row.cache == current.get(row.task)]
