@@ -33,10 +33,9 @@ def report_command(
     as_json: JsonFormat = False,
 ) -> None:
     """Tables of the results stored with caches: accuracy, bias, costs of heads, and sweeps."""
-    from probsurgery.pipeline.analysis.projection import projection
     from probsurgery.pipeline.analysis.published import published
     from probsurgery.pipeline.analysis.report import report as make_reports
-    from probsurgery.pipeline.analysis.uncertainty import uncertainties, uncertainty_table
+    from probsurgery.pipeline.analysis.saved_heads import projection, uncertainties, uncertainty_table
     from probsurgery.pipeline.store.cache import Cache
 
     form = "json" if as_json else form
@@ -92,6 +91,6 @@ def transfer_command(
     as_json: JsonFormat = False,
 ) -> None:
     """Accuracy of saved heads on tasks and caches that they were not fitted on."""
-    from probsurgery.pipeline.analysis.transfer import transfer
+    from probsurgery.pipeline.analysis.saved_heads import transfer
 
     print_tables(transfer(cache, on or (), results), "json" if as_json else form)

@@ -48,12 +48,10 @@ class Curve:
 class Grid:
     """Accuracy and bias against `GRID_AXES`, all other settings being equal."""
 
-    values: tuple[list, list]
-    """Of each setting, in order."""
     label: str
     protocol: str
     points: dict[tuple, HeadFigures]
-    """By both settings' values, row by row."""
+    """By both settings' values, in order: a row for each width, a column for each weight."""
 
 
 def find_curves(rows: Sequence[ResultRow], prefix: str = "") -> list[Curve]:
@@ -78,9 +76,7 @@ def find_grids(rows: Sequence[ResultRow], prefix: str = "") -> list[Grid]:
     """The largest grid of widths and KL weights, or nothing if only one of them varies."""
     grids = []
     for group in _equal_but_for(rows, GRID_AXES, int | float):
-        weights = defaultdict(set)
-        for width, weight in group:
-            weights[width].add(weight)
+        weights = {width: {weight for w, weight in group if w == width} for width, _ in group}
         most = max(weights.values(), key=len)  # a width with fewer weights would leave holes
         values = sorted(width for width in weights if weights[width] >= most), sorted(most)
         if min(map(len, values)) > 1:
@@ -88,8 +84,8 @@ def find_grids(rows: Sequence[ResultRow], prefix: str = "") -> list[Grid]:
     if not grids:
         return []
     group = min(grids, key=lambda group: _priority(group, GRID_AXES))
-    first, values = _first_row(group), tuple(list(dict.fromkeys(axis)) for axis in zip(*group, strict=True))
-    return [Grid(values, prefix + head_label(first, GRID_AXES), first.protocol, _figures(group))]
+    first = _first_row(group)
+    return [Grid(prefix + head_label(first, GRID_AXES), first.protocol, _figures(group))]
 
 
 def _equal_but_for(rows: Sequence[ResultRow], axes: tuple[str, ...], types: UnionType) -> list[_Group]:
@@ -123,5 +119,4 @@ def curve_table(curve: Curve, tasks: Sequence[str]) -> Table:
     """A curve as a table: one line for each value."""
     lines = [Line(value_text(value), point.line_values) for value, point in curve.points.items()]
     title = f"Accuracy in % against {curve.axis_title}: {curve.label} ({curve.protocol})"
-    columns = dict.fromkeys([*tasks, AVERAGE], ".1f") | {"bias": ".4f"}
-    return Table(title, columns, tuple(lines), first=curve.axis_title)
+    return Table(title, dict.fromkeys([*tasks, AVERAGE], ".1f") | {"bias": ".4f"}, tuple(lines), first=curve.axis_title)

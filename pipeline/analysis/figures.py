@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from probsurgery.pipeline.analysis.curves import Curve, Grid
-from probsurgery.pipeline.analysis.projection import Projection
 from probsurgery.pipeline.analysis.report import Report
+from probsurgery.pipeline.analysis.saved_heads import HeadUncertainty, Projection
 from probsurgery.pipeline.analysis.settings import value_text
 from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, spread_text
-from probsurgery.pipeline.analysis.uncertainty import HeadUncertainty
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.heads.uncertainty import COVERAGES
 from probsurgery.pipeline.store.results import Spread
@@ -39,6 +38,7 @@ _STYLE = {
     "grid.alpha": 0.3,
     "legend.frameon": False,
     "legend.fontsize": 7,
+    "legend.title_fontsize": 7,
     "svg.hashsalt": "probsurgery",
     "figure.constrained_layout.use": True,
 }
@@ -202,7 +202,7 @@ def _draw_encoders(axes: Axes, report: Report) -> None:
 def _heat_map(grid: Grid) -> Figure:
     """Average accuracy and bias over two settings."""
     figure = _new_figure(7.2, 2.9)
-    rows, columns = grid.values
+    rows, columns = ([*dict.fromkeys(values)] for values in zip(*grid.points, strict=True))
     for axes, (measure, (title, spec, colours)) in zip(figure.subplots(1, 2), _MEASURES.items(), strict=True):
         spreads = {key: s for key, point in grid.points.items() if (s := getattr(point, measure).get(AVERAGE))}
         means = [[spreads[r, c].mean if (r, c) in spreads else math.nan for c in columns] for r in rows]
@@ -237,9 +237,7 @@ def _calibration(head: HeadUncertainty) -> Figure:
     axes.set_xlabel("predicted sigma (root mean square)")
     axes.set_ylabel("true residual (root mean square)")
     figure.suptitle(f"Is sigma calibrated? {head.label} ({head.protocol})")
-    figure.legend(
-        *axes.get_legend_handles_labels(), loc="outside right center", title="task (rank correlation)", title_fontsize=7
-    )
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", title="task (rank correlation)")
     return figure
 
 

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import jinja2
+from jinja2 import Environment, StrictUndefined
 
 from probsurgery.pipeline.analysis.figures import draw, prepare
-from probsurgery.pipeline.analysis.projection import Projection
 from probsurgery.pipeline.analysis.report import Report
+from probsurgery.pipeline.analysis.saved_heads import HeadUncertainty, Projection, uncertainty_table
 from probsurgery.pipeline.analysis.settings import value_text
-from probsurgery.pipeline.analysis.uncertainty import HeadUncertainty, uncertainty_table
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.files import write_atomically
 from probsurgery.pipeline.store.cache import Cache
@@ -28,8 +27,7 @@ def write_page(
 ) -> None:
     """Write the page. Raises `InputError` as `check_page` does."""
     check_page(path)
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.undefined = jinja2.StrictUndefined
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     template = environment.from_string((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
     caches = list(dict.fromkeys(cache for report in reports for cache in report.caches))
     sections = [(f"Results: {report.arch}, {report.protocol}", report.tables) for report in reports]

@@ -196,10 +196,7 @@ def _costs(rows: Sequence[ResultRow], tasks: Sequence[str], arch: str) -> dict[s
 
 
 def _won_back(rows: Sequence[ResultRow], tasks: Sequence[str]) -> float | None:
-    """Share of the average accuracy lost by merging that the heads of one seed win back.
-
-    None without every task, or if merging lost nothing.
-    """
+    """Share of merging's loss of accuracy that one seed's heads win back; None without every task, or without loss."""
     if len(rows) < len(tasks):
         return None
     merged, head, individual = (

@@ -8,7 +8,7 @@ from statistics import fmean
 
 from probsurgery.pipeline.analysis.settings import head_count, training_seconds, value_text
 from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, Line, Table
-from probsurgery.pipeline.fitting.sweep import SettingLine, SweepResult
+from probsurgery.pipeline.fitting.sweep import SweepResult
 from probsurgery.pipeline.store.results import ResultRow
 
 
@@ -35,20 +35,15 @@ def sweep_tables(result: SweepResult) -> list[Table]:
     for line in result.lines:
         figures = line.accuracy | {AVERAGE: line.average_accuracy, "bias": line.average_bias}
         incomplete = f" ({line.seeds} of {result.seeds} seeds)" if line.seeds < result.seeds else ""
-        lines.append(Line(_setting_label(line) + incomplete, figures))
+        setting = [f"{name.replace('_', '-')} {value_text(value)}" for name, value in line.setting.items()]
+        lines.append(Line((" ".join(setting) or "with head") + incomplete, figures))
     over_seeds = "; mean and standard deviation over seeds" if result.seeds > 1 else ""
     title = f"Accuracy in % ({result.cache}: {result.protocol}){over_seeds}"
-    columns = dict.fromkeys([*result.tasks, AVERAGE], ".1f") | {"bias": ".4f"}
-    tables = [Table(title, columns, tuple(lines), first="")]
+    tables = [Table(title, dict.fromkeys([*result.tasks, AVERAGE], ".1f") | {"bias": ".4f"}, tuple(lines), first="")]
     if len(result.varied) == 2 and all(len(line.setting) == 2 for line in result.lines):
         tables.append(_grid("Average accuracy", result, "average_accuracy", ".1f"))
         tables.append(_grid("Bias", result, "average_bias", ".4f"))
     return tables
-
-
-def _setting_label(line: SettingLine) -> str:
-    settings = [f"{name.replace('_', '-')} {value_text(value)}" for name, value in line.setting.items()]
-    return " ".join(settings) or "with head"
 
 
 def _grid(title: str, result: SweepResult, figure: str, spec: str) -> Table:

@@ -94,10 +94,7 @@ def head_figures(rows: Sequence[ResultRow], tasks: Sequence[str]) -> HeadFigures
 
 
 def encoder_accuracy(rows: Sequence[ResultRow], tasks: Sequence[str], encoder: str) -> dict[str, Spread]:
-    """Accuracy in percent of the `pretrained`, `individual` or `merged` encoder, or nothing if it is unknown.
-
-    It is that of the rows on which the heads were evaluated.
-    """
+    """Accuracy in percent of the `pretrained`, `individual` or `merged` encoder on the rows of evaluation, if known."""
     known = [row for row in rows if getattr(row.accuracy, encoder) is not None]
     return _without_equal_seeds(_over_seeds(known, tasks, lambda row: 100 * getattr(row.accuracy, encoder)))
 

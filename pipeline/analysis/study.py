@@ -15,6 +15,7 @@ from probsurgery.pipeline.store.cache import Cache
 from probsurgery.pipeline.store.results import ResultRow
 
 BOTH = ("surgery", "prob")
+RANKS = (4, 8, 16, 32, 64)
 STEPS = (50, 100, 250, 500, 1_000, 2_500, 5_000)
 _Sweeps = Callable[[SweepConfig], Sequence[SweepConfig]]
 
@@ -60,9 +61,7 @@ def _budgets(base: SweepConfig) -> list[SweepConfig]:
 
 STUDIES: dict[str, Study] = {
     "rank": Study(
-        "accuracy against Surgery's rank",
-        "Surgery, Tab. 6",
-        _one_sweep(head=("surgery",), values={"rank": (4, 8, 16, 32, 64)}),
+        "accuracy against Surgery's rank", "Surgery, Tab. 6", _one_sweep(head=("surgery",), values={"rank": RANKS})
     ),
     "width": Study(
         "accuracy against ProbSurgery's width and KL weight",

@@ -3,16 +3,15 @@
 import builtins
 import re
 import sys
+from itertools import product
 
 import pytest
 import torch
 from PIL import Image
 
 from probsurgery.pipeline.analysis import figures
-from probsurgery.pipeline.analysis.projection import projection
 from probsurgery.pipeline.analysis.report import report
-from probsurgery.pipeline.analysis.saved_heads import saved_heads
-from probsurgery.pipeline.analysis.uncertainty import uncertainties, uncertainty_table
+from probsurgery.pipeline.analysis.saved_heads import projection, saved_heads, uncertainties, uncertainty_table
 from probsurgery.pipeline.config import FitConfig, ProbSettings, SurgerySettings, SweepConfig
 from probsurgery.pipeline.fitting.fit import fit
 from probsurgery.pipeline.fitting.sweep import sweep
@@ -81,11 +80,12 @@ def test_curves_and_bands_are_means_and_deviations(drawn, results):
 def test_a_heat_map_has_every_cell(drawn, results):
     (result,) = report(results)
     (grid,) = result.grids
-    assert grid.values == ([4, 8], [0.0, 1e-4, 1e-2])
+    widths, weights = [4, 8], [0.0, 1e-4, 1e-2]
+    assert list(grid.points) == list(product(widths, weights))
     for axes, measure in zip(drawn["hidden-kl-weight"].axes, ("accuracy", "bias"), strict=True):
         shown = axes.images[0].get_array()
-        for i, width in enumerate(grid.values[0]):
-            for j, weight in enumerate(grid.values[1]):
+        for i, width in enumerate(widths):
+            for j, weight in enumerate(weights):
                 assert shown[i, j] == getattr(grid.points[width, weight], measure)["Avg"].mean
         assert len(axes.texts) == 6
 
