@@ -13,7 +13,7 @@ from probsurgery.pipeline.store.results import ResultRow
 
 
 def fit_table(rows: Sequence[ResultRow], folder: Path | None = None) -> Table:
-    """Accuracy in percent and bias of one fit on each task and on average; `folder` is where its head is kept."""
+    """Accuracy in percent and bias of one fit on each task and on average; `folder` is where the head is saved."""
     columns = {"merged": ".1f", "with head": ".1f", "expert": ".1f", "bias before": ".3f", "after": ".3f"}
     lines = []
     for row in rows:

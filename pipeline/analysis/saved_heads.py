@@ -1,4 +1,4 @@
-"""The heads saved with a cache, and what its features show of them: uncertainty, projection, transfer."""
+"""The heads saved with a cache, and what they do to features: uncertainty, projection, transfer."""
 
 from __future__ import annotations
 
