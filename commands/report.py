@@ -33,10 +33,9 @@ def report_command(
     as_json: JsonFormat = False,
 ) -> None:
     """Tables of the results stored with caches: accuracy, bias, costs of heads, and sweeps."""
-    from probsurgery.pipeline.analysis.projection import projection
     from probsurgery.pipeline.analysis.published import published
     from probsurgery.pipeline.analysis.report import report as make_reports
-    from probsurgery.pipeline.analysis.uncertainty import uncertainties, uncertainty_table
+    from probsurgery.pipeline.analysis.saved_heads import projection, uncertainties, uncertainty_table
     from probsurgery.pipeline.store.cache import Cache
 
     form = "json" if as_json else form
@@ -63,8 +62,8 @@ def report_command(
     method = "t-SNE" if tsne else "PCA"
     projections = [p for cache in opened if has_figures and (p := projection(cache, results, method))]
     if plots is not None:
-        for figure in draw(reports, plots, measured, projections):
-            note(f"{figure.path} and .svg")
+        for path in draw(reports, plots, measured, projections):
+            note(f"{path} and .svg")
     if page is not None:
         write_page(page, reports, measured, projections)
         note(f"{page}: written")
@@ -92,6 +91,6 @@ def transfer_command(
     as_json: JsonFormat = False,
 ) -> None:
     """Accuracy of saved heads on tasks and caches that they were not fitted on."""
-    from probsurgery.pipeline.analysis.transfer import transfer
+    from probsurgery.pipeline.analysis.saved_heads import transfer
 
     print_tables(transfer(cache, on or (), results), "json" if as_json else form)

@@ -12,10 +12,9 @@ from pathlib import Path
 import probsurgery
 from probsurgery.pipeline.analysis.figures import draw
 from probsurgery.pipeline.analysis.page import write_page
-from probsurgery.pipeline.analysis.projection import projection
+from probsurgery.pipeline.analysis.saved_heads import projection, uncertainties
 from probsurgery.pipeline.analysis.study import study
 from probsurgery.pipeline.analysis.tables import to_markdown
-from probsurgery.pipeline.analysis.uncertainty import uncertainties
 
 
 def main(folder: Path) -> None:
@@ -39,8 +38,8 @@ def main(folder: Path) -> None:
 
     opened = probsurgery.open_cache(cache)
     from_features = uncertainties(opened), [projection(opened)]
-    for figure in draw(reports, folder / "figures", *from_features):
-        print(figure.path)
+    for path in draw(reports, folder / "figures", *from_features):
+        print(path)
     write_page(folder / "report.html", reports, *from_features)
     print(folder / "report.html")
 

@@ -8,8 +8,14 @@ from dataclasses import dataclass
 from itertools import product
 from types import UnionType
 
-from probsurgery.pipeline.analysis.labels import departure_count, head_label, sort_key, value_text
-from probsurgery.pipeline.analysis.summary import HeadFigures, head_figures
+from probsurgery.pipeline.analysis.settings import (
+    HeadFigures,
+    departure_count,
+    head_figures,
+    head_label,
+    sort_key,
+    value_text,
+)
 from probsurgery.pipeline.analysis.tables import AVERAGE, Line, Table
 from probsurgery.pipeline.fingerprints import fingerprint
 from probsurgery.pipeline.store.results import ResultRow
@@ -35,60 +41,51 @@ class Curve:
 
     @property
     def axis_title(self) -> str:
-        """The setting's name in titles."""
         return self.axis.replace("_", " ")
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Accuracy and bias against two settings, all others being equal."""
+    """Accuracy and bias against `GRID_AXES`, all other settings being equal."""
 
-    axes: tuple[str, str]
-    values: tuple[list, list]
-    """Of each setting, in order."""
     label: str
     protocol: str
     points: dict[tuple, HeadFigures]
-    """By both settings' values."""
+    """By both settings' values, in order: a row for each width, a column for each weight."""
 
 
 def find_curves(rows: Sequence[ResultRow], prefix: str = "") -> list[Curve]:
     """The longest curve for each setting that varies and each kind of head."""
-    curves: dict[tuple[str, str], list[_Group]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[_Group]] = defaultdict(list)
     for axis in AXES:
         for group in _equal_but_for(rows, (axis,), int | float | str):
             if len(group) > 1:
-                curves[axis, _first_row(group).kind].append(group)
-    return [
-        _curve(axis, min(groups, key=lambda g: _priority(g, (axis,))), prefix) for (axis, _), groups in curves.items()
-    ]
-
-
-def _curve(axis: str, group: _Group, prefix: str) -> Curve:
-    # Numbers in order, then texts as they come.
-    values = sorted(group, key=lambda key: (1, 0) if isinstance(key[0], str) else (0, key[0]))
-    first = group[values[0]][0]
-    figures = _figures(group)
-    points = {value: figures[value,] for (value,) in values}
-    return Curve(axis, prefix + head_label(first, (axis,)), first.base_protocol, points)
+                groups[axis, _first_row(group).kind].append(group)
+    curves = []
+    for (axis, _), of_kind in groups.items():
+        group = min(of_kind, key=lambda group: _priority(group, (axis,)))
+        # Numbers in order, then texts as they come.
+        values = sorted(group, key=lambda key: (1, 0) if isinstance(key[0], str) else (0, key[0]))
+        first, figures = group[values[0]][0], _figures(group)
+        points = {value: figures[value,] for (value,) in values}
+        curves.append(Curve(axis, prefix + head_label(first, (axis,)), first.base_protocol, points))
+    return curves
 
 
 def find_grids(rows: Sequence[ResultRow], prefix: str = "") -> list[Grid]:
     """The largest grid of widths and KL weights, or nothing if only one of them varies."""
     grids = []
     for group in _equal_but_for(rows, GRID_AXES, int | float):
-        weights = defaultdict(set)
-        for width, weight in group:
-            weights[width].add(weight)
+        weights = {width: {weight for w, weight in group if w == width} for width, _ in group}
         most = max(weights.values(), key=len)  # a width with fewer weights would leave holes
         values = sorted(width for width in weights if weights[width] >= most), sorted(most)
         if min(map(len, values)) > 1:
-            grids.append((values, {key: group[key] for key in product(*values)}))
+            grids.append({key: group[key] for key in product(*values)})
     if not grids:
         return []
-    values, group = min(grids, key=lambda grid: _priority(grid[1], GRID_AXES))
+    group = min(grids, key=lambda group: _priority(group, GRID_AXES))
     first = _first_row(group)
-    return [Grid(GRID_AXES, values, prefix + head_label(first, GRID_AXES), first.protocol, _figures(group))]
+    return [Grid(prefix + head_label(first, GRID_AXES), first.protocol, _figures(group))]
 
 
 def _equal_but_for(rows: Sequence[ResultRow], axes: tuple[str, ...], types: UnionType) -> list[_Group]:
@@ -122,5 +119,4 @@ def curve_table(curve: Curve, tasks: Sequence[str]) -> Table:
     """A curve as a table: one line for each value."""
     lines = [Line(value_text(value), point.line_values) for value, point in curve.points.items()]
     title = f"Accuracy in % against {curve.axis_title}: {curve.label} ({curve.protocol})"
-    columns = dict.fromkeys([*tasks, AVERAGE], ".1f") | {"bias": ".4f"}
-    return Table(title, columns, tuple(lines), first=curve.axis_title)
+    return Table(title, dict.fromkeys([*tasks, AVERAGE], ".1f") | {"bias": ".4f"}, tuple(lines), first=curve.axis_title)

@@ -7,14 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import jinja2
+from jinja2 import Environment, StrictUndefined
 
 from probsurgery.pipeline.analysis.figures import draw, prepare
-from probsurgery.pipeline.analysis.labels import value_text
-from probsurgery.pipeline.analysis.projection import Projection
 from probsurgery.pipeline.analysis.report import Report
-from probsurgery.pipeline.analysis.tables import Table
-from probsurgery.pipeline.analysis.uncertainty import HeadUncertainty, uncertainty_table
+from probsurgery.pipeline.analysis.saved_heads import HeadUncertainty, Projection, uncertainty_table
+from probsurgery.pipeline.analysis.settings import value_text
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.files import write_atomically
 from probsurgery.pipeline.store.cache import Cache
@@ -29,15 +27,20 @@ def write_page(
 ) -> None:
     """Write the page. Raises `InputError` as `check_page` does."""
     check_page(path)
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.undefined = jinja2.StrictUndefined
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     template = environment.from_string((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
     caches = list(dict.fromkeys(cache for report in reports for cache in report.caches))
+    sections = [(f"Results: {report.arch}, {report.protocol}", report.tables) for report in reports]
+    if uncertainties:
+        sections.append(("Uncertainty", [*map(uncertainty_table, uncertainties)]))
+    with TemporaryDirectory() as folder:
+        titles = draw(reports, folder, uncertainties, projections)
+        figures = [(title, b64encode(png.with_suffix(".svg").read_bytes()).decode()) for png, title in titles.items()]
     text = template.render(
         title="Representation surgery: " + ", ".join(Path(cache).name for cache in caches),
         version=software().get("probsurgery", ""),
-        sections=_sections(reports, uncertainties),
-        figures=_figures(reports, uncertainties, projections),
+        sections=sections,
+        figures=[(title, f"data:image/svg+xml;base64,{svg}") for title, svg in figures],
         caches=[_provenance(Cache(cache)) for cache in caches],
     )
     write_atomically(Path(path), text)
@@ -45,24 +48,9 @@ def write_page(
 
 def check_page(path: str | Path) -> None:
     """Raise `InputError` without matplotlib, or if there is no folder for the file."""
-    prepare(None)
+    prepare()
     if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
         raise InputError(f"cannot write a page to {path}; --html takes a file name in a folder that exists")
-
-
-def _sections(reports: Sequence[Report], uncertainties: Sequence[HeadUncertainty]) -> list[tuple[str, list[Table]]]:
-    sections = [(f"Results: {report.arch}, {report.protocol}", [*report.tables]) for report in reports]
-    return sections + ([("Uncertainty", [*map(uncertainty_table, uncertainties)])] if uncertainties else [])
-
-
-def _figures(
-    reports: Sequence[Report], uncertainties: Sequence[HeadUncertainty], projections: Sequence[Projection]
-) -> list[tuple[str, str]]:
-    """The caption of each figure, and the figure as a data URL."""
-    with TemporaryDirectory() as folder:
-        figures = draw(reports, folder, uncertainties, projections)
-        svgs = [(figure.title, figure.path.with_suffix(".svg").read_bytes()) for figure in figures]
-    return [(title, "data:image/svg+xml;base64," + b64encode(svg).decode()) for title, svg in svgs]
 
 
 def _provenance(cache: Cache) -> list[tuple[str, str]]:
@@ -78,14 +66,9 @@ def _provenance(cache: Cache) -> list[tuple[str, str]]:
         ("preprocessing", _listed(identity.preprocessing or {})),
     ]
     for name, task in manifest.tasks.items():
-        splits = "; ".join(
-            f"{split}: {record.rows:,} images, fingerprint {record.fingerprint}"
-            for split, record in task.splits.items()
-        )
-        rows.append((f"task {name}", f"{task.classes} classes; {splits}"))
-    for name, file in manifest.files.items():
-        rows.append((f"file of {name}", f"{file.source}, sha256 {file.sha256}"))
-    return rows
+        splits = [f"{split}: {s.rows:,} images, fingerprint {s.fingerprint}" for split, s in task.splits.items()]
+        rows.append((f"task {name}", f"{task.classes} classes; {'; '.join(splits)}"))
+    return rows + [(f"file of {name}", f"{file.source}, sha256 {file.sha256}") for name, file in manifest.files.items()]
 
 
 def _listed(values: Mapping[str, object]) -> str:

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from probsurgery.pipeline.analysis.labels import departures
+from probsurgery.pipeline.analysis.settings import departures
 from probsurgery.pipeline.analysis.tables import AVERAGE, DIFFERENCE, PUBLISHED, Line
 from probsurgery.pipeline.datasets.tasks import SUITES
 from probsurgery.pipeline.store.results import ResultRow
@@ -34,13 +34,13 @@ def published_name(merge: str, row: ResultRow) -> str:
         return ""
     if row.kind == "prob":
         return f"{merge}+probsurgery" if row.fraction == 1 and not row.is_online else ""
-    details = [f"r={row.settings.get('rank')}"]
     share = f"{100 * row.fraction:g}%"
+    details = f"r={row.settings.get('rank')}"
     if row.is_online:
-        details.append(f"online {share}")
+        details += f";online {share}"
     elif row.fraction != 1:
-        details.append(f"{share} data")
-    return f"{merge}+surgery({';'.join(details)})"
+        details += f";{share} data"
+    return f"{merge}+surgery({details})"
 
 
 def published_lines(arch: str, measured: Sequence[Line], tasks: Sequence[str]) -> list[Line]:
@@ -48,11 +48,11 @@ def published_lines(arch: str, measured: Sequence[Line], tasks: Sequence[str]) -
     columns = {task.title: name for name, task in SUITES["clip8"]().items()} | {AVERAGE: AVERAGE}
     # An average over other tasks is not comparable.
     comparable = {*tasks, AVERAGE} if set(columns.values()) == {*tasks, AVERAGE} else set(tasks)
+    columns = {title: column for title, column in columns.items() if column in comparable}
     lines = []
     for row in published(arch):
         method = row["method"]
-        values = {columns[title]: float(text) for title, text in row.items() if title in columns and text}
-        values = {column: value for column, value in values.items() if column in comparable}
+        values = {column: float(row[title]) for title, column in columns.items() if row[title]}
         lines.append(Line(f"{method} [published: {row['source']}]", values, PUBLISHED, method))
         for line in measured:
             if line.method == method:

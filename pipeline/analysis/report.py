@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from probsurgery.pipeline.analysis import settings
 from probsurgery.pipeline.analysis.curves import Curve, Grid, curve_table, find_curves, find_grids
-from probsurgery.pipeline.analysis.kept_heads import current_rows
-from probsurgery.pipeline.analysis.labels import by_setting, departure_count, head_label, setting_digest, sort_key
 from probsurgery.pipeline.analysis.published import published_lines, published_name
-from probsurgery.pipeline.analysis.summary import (
-    encoder_accuracy,
-    head_count,
-    head_figures,
-    merged_bias,
-    training_seconds,
-)
+from probsurgery.pipeline.analysis.saved_heads import current_rows
 from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, Line, Table
 from probsurgery.pipeline.config import HEAD_SETTINGS
 from probsurgery.pipeline.errors import InputError
@@ -26,6 +20,9 @@ from probsurgery.pipeline.merging.registry import merge_label
 from probsurgery.pipeline.models import architectures
 from probsurgery.pipeline.store.cache import Cache
 from probsurgery.pipeline.store.results import ResultRow, Spread, read_results, spread
+
+_COSTS = {"won back, %": ".0f", "parameters": ",", "of the encoder, %": ".2f", "all heads": ",", "fit, s": ".1f"}
+"""Columns of the costs, and their formats."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +59,9 @@ class _Source:
     cache: Cache
     folder: Path
     """Where the results and heads are."""
+    merge: str
+    """The merge's label."""
     rows: list[ResultRow]
-    name: str = ""
-    """The merge's label; with the folder's name where several caches have the same merge."""
-
-    @property
-    def merge(self) -> str:
-        """The merge's label."""
-        merge = self.cache.identity.merge
-        return merge_label(merge.method, merge.settings, merge.name)
 
 
 def report(
@@ -82,7 +73,7 @@ def report(
 ) -> list[Report]:
     """Tables of the results of one or several caches, for each architecture, set of tasks and protocol.
 
-    The main tables have the heads that are kept and those with default settings; sweeps are summed up as curves.
+    The main tables have the heads that are saved and those with default settings; sweeps are summed up as curves.
     `everything` gives every setting a line. Results for another cache identity are left out. Raises `InputError` if
     there is no cache or no result.
     """
@@ -93,50 +84,39 @@ def report(
         raise InputError("--results goes with one --cache; results of several are read from the caches themselves")
     groups: dict[tuple, list[_Source]] = defaultdict(list)
     for path in paths:
-        source = _read(Cache(path), results)
-        identity = source.cache.identity
-        for protocol in dict.fromkeys(row.base_protocol for row in source.rows):
-            rows = [row for row in source.rows if row.base_protocol == protocol]
-            groups[identity.arch, identity.tasks, protocol].append(replace(source, rows=rows))
-    return [
-        _report(protocol, _named(sources), with_published, everything) for (_, _, protocol), sources in groups.items()
-    ]
-
-
-def _read(cache: Cache, results: str | Path | None) -> _Source:
-    folder = Path(results) if results is not None else cache.path
-    # The last row counts where a head was fitted more than once.
-    last = {(setting_digest(row), row.seed, row.task): row for row in current_rows(read_results(folder), cache)}
-    rows = list(last.values())
-    if not rows:
-        raise InputError(f"no results of this cache in {folder}; run `probsurgery fit --cache {cache.path}` first")
-    return _Source(cache, folder, rows)
-
-
-def _named(sources: Sequence[_Source]) -> list[_Source]:
-    """The sources with names. Caches of the same merge, of other images or in another type, get their folder's name."""
-    counts = Counter(source.merge for source in sources)
-    folders = [f", {source.cache.path.name}" if counts[source.merge] > 1 else "" for source in sources]
-    return [replace(source, name=source.merge + folder) for source, folder in zip(sources, folders, strict=True)]
+        cache = Cache(path)
+        folder, merge = Path(cache.path if results is None else results), cache.identity.merge
+        label = merge_label(merge.method, merge.settings, merge.name)
+        rows = current_rows(read_results(folder), cache)
+        if not rows:
+            raise InputError(f"no results of this cache in {folder}; run `probsurgery fit --cache {cache.path}` first")
+        # The last row counts where a head was fitted more than once.
+        last = {(settings.setting_digest(row), row.seed, row.task): row for row in rows}.values()
+        for protocol in dict.fromkeys(row.base_protocol for row in last):
+            source = _Source(cache, folder, label, [row for row in last if row.base_protocol == protocol])
+            groups[cache.identity.arch, cache.identity.tasks, protocol].append(source)
+    return [_report(protocol, sources, with_published, everything) for (_, _, protocol), sources in groups.items()]
 
 
 def _report(protocol: str, sources: Sequence[_Source], with_published: bool, everything: bool) -> Report:
     identity = sources[0].cache.identity
     tasks = tuple(task for task in identity.tasks if any(row.task == task for s in sources for row in s.rows))
-    accuracy, bias, costs = _baselines(sources, tasks), [], []
+    # Caches of the same merge, of other images or in another type, are told apart by their folders.
+    counts = Counter(source.merge for source in sources)
+    names = [s.merge + (f", {s.cache.path.name}" if counts[s.merge] > 1 else "") for s in sources]
+    accuracy, bias, costs = _baselines(sources, names, tasks), [], []
     curves, grids, others = [], [], 0
-    for source in sources:
-        prefix = f"{source.name} + " if len(sources) > 1 else ""
-        merged = f"merged ({source.name})"
-        accuracy.append(Line(merged, encoder_accuracy(source.rows, tasks, "merged"), method=source.merge))
-        bias.append(Line(merged, merged_bias(source.rows, tasks)))
-        settings = _labelled_settings(source.rows)
-        main = [(label, rows) for label, rows in settings if _is_default(rows[0]) or _is_kept(source, rows)]
-        shown = settings if everything or not main else main
-        others += len(settings) - len(shown)
+    for name, source in zip(names, sources, strict=True):
+        prefix = f"{name} + " if len(sources) > 1 else ""
+        merged = f"merged ({name})"
+        accuracy.append(Line(merged, settings.encoder_accuracy(source.rows, tasks, "merged"), method=source.merge))
+        bias.append(Line(merged, settings.merged_bias(source.rows, tasks)))
+        labelled = _labelled_settings(source.rows)
+        main = [(label, rows) for label, rows in labelled if _is_main(rows, source.folder)]
+        shown = labelled if everything or not main else main
+        others += len(labelled) - len(shown)
         for label, rows in shown:
-            label = (prefix or "+ ") + label
-            figures = head_figures(rows, tasks)
+            label, figures = (prefix or "+ ") + label, settings.head_figures(rows, tasks)
             accuracy.append(Line(label, figures.accuracy, method=published_name(source.merge, rows[0])))
             bias.append(Line(label, figures.bias))
             costs.append(Line(label, _costs(rows, tasks, identity.arch)))
@@ -144,48 +124,35 @@ def _report(protocol: str, sources: Sequence[_Source], with_published: bool, eve
         grids += find_grids(source.rows, prefix)
     if with_published:
         accuracy += published_lines(identity.arch, accuracy, tasks)
-    where = _circumstances(protocol, sources)
+    corruptions = {source.cache.identity.corruption for source in sources}
+    corrupted = [f"images corrupted by {kind}" for kind in corruptions if kind and len(corruptions) == 1]
+    where = ", ".join([identity.arch, *corrupted, protocol])
     over_seeds = any(isinstance(v, Spread) and v.sd is not None for line in accuracy for v in line.values.values())
     notes = ("Mean and standard deviation over seeds where there are several.",) if over_seeds else ()
-    columns = [*tasks, AVERAGE]
+    percents, biases = (dict.fromkeys([*tasks, AVERAGE], spec) for spec in (".1f", ".3f"))
+    bias_title = f"Bias, mean absolute difference to the expert's features ({where})"
+    cost_title = f"Heads: share of the average loss to the experts won back, and what they cost ({where})"
     return Report(
         caches=tuple(str(source.cache.path) for source in sources),
         arch=identity.arch,
-        merges=tuple(source.name for source in sources),
+        merges=tuple(names),
         protocol=protocol,
         tasks=tasks,
-        accuracy=Table(f"Accuracy in % ({where})", dict.fromkeys(columns, ".1f"), tuple(accuracy), max, notes=notes),
-        bias=Table(
-            f"Bias, mean absolute difference to the expert's features ({where})",
-            dict.fromkeys(columns, ".3f"),
-            tuple(bias),
-            min,
-            notes=notes,
-        ),
-        costs=Table(
-            f"Heads: share of the average loss to the experts won back, and what they cost ({where})",
-            {"won back, %": ".0f", "parameters": ",", "of the encoder, %": ".2f", "all heads": ",", "fit, s": ".1f"},
-            tuple(costs),
-        ),
+        accuracy=Table(f"Accuracy in % ({where})", percents, tuple(accuracy), max, notes=notes),
+        bias=Table(bias_title, biases, tuple(bias), min, notes=notes),
+        costs=Table(cost_title, _COSTS, tuple(costs)),
         curves=tuple(curves),
         grids=tuple(grids),
         others=others,
     )
 
 
-def _circumstances(protocol: str, sources: Sequence[_Source]) -> str:
-    """Architecture, corruption of the images if there is one in common, and protocol."""
-    corruptions = {source.cache.identity.corruption for source in sources}
-    corrupted = [f"images corrupted by {kind}" for kind in corruptions if len(corruptions) == 1 and kind]
-    return ", ".join([sources[0].cache.identity.arch, *corrupted, protocol])
-
-
-def _baselines(sources: Sequence[_Source], tasks: Sequence[str]) -> list[Line]:
+def _baselines(sources: Sequence[_Source], names: Sequence[str], tasks: Sequence[str]) -> list[Line]:
     """The pre-trained encoder and the experts: one line each if all caches agree, else one for each cache."""
     lines = []
     for encoder, label in (("pretrained", "pretrained"), ("individual", "individual experts")):
-        figures = [(source.name, encoder_accuracy(source.rows, tasks, encoder)) for source in sources]
-        figures = [(name, values) for name, values in figures if values]
+        figures = [settings.encoder_accuracy(source.rows, tasks, encoder) for source in sources]
+        figures = [(name, values) for name, values in zip(names, figures, strict=True) if values]
         if all(_are_equal(values, figures[0][1]) for _, values in figures):
             lines += [Line(label, values, BASELINE, encoder) for _, values in figures[:1]]
         else:
@@ -198,55 +165,38 @@ def _are_equal(a: dict[str, Spread], b: dict[str, Spread]) -> bool:
 
 
 def _labelled_settings(rows: Sequence[ResultRow]) -> list[tuple[str, list[ResultRow]]]:
-    """Labels and rows of all settings: kinds of head in order of appearance, the settings of a kind sorted.
-
-    Where several settings have one label, each has the head's name too.
-    """
+    """All settings, sorted within each kind of head. Where several have one label, each has the head's name too."""
     kinds = list(dict.fromkeys(row.kind for row in rows))
-    settings = sorted(by_setting(rows), key=lambda group: (kinds.index(group[0].kind), sort_key(group[0])))
-    counts = Counter(head_label(first) for first, *_ in settings)
+    groups = settings.by_setting(rows)
+    groups.sort(key=lambda group: (kinds.index(group[0].kind), settings.sort_key(group[0])))
+    counts = Counter(settings.head_label(first) for first, *_ in groups)
     labelled = []
-    for group in settings:
-        label = head_label(group[0])
+    for group in groups:
+        label = settings.head_label(group[0])
         labelled.append((f"{label} [{group[0].head}]" if counts[label] > 1 else label, group))
     return labelled
 
 
-def _is_default(row: ResultRow) -> bool:
-    return row.kind in HEAD_SETTINGS and not departure_count(row)
-
-
-def _is_kept(source: _Source, rows: Sequence[ResultRow]) -> bool:
-    return any((source.folder / "heads" / row.head).is_dir() for row in rows)
+def _is_main(rows: Sequence[ResultRow], folder: Path) -> bool:
+    """Whether a setting is a default one, or has a saved head."""
+    is_default = rows[0].kind in HEAD_SETTINGS and not settings.departure_count(rows[0])
+    return is_default or any((folder / "heads" / row.head).is_dir() for row in rows)
 
 
 def _costs(rows: Sequence[ResultRow], tasks: Sequence[str], arch: str) -> dict[str, Spread | float]:
-    by_seed: dict[int, list[ResultRow]] = defaultdict(list)
-    for row in rows:
-        by_seed[row.seed].append(row)
+    by_seed = [[row for row in rows if row.seed == seed] for seed in dict.fromkeys(row.seed for row in rows)]
     parameters = rows[0].parameters
-    values = {"parameters": parameters, "all heads": head_count(rows) * parameters}
-    values["fit, s"] = spread(training_seconds(seed_rows) for seed_rows in by_seed.values())
-    encoder = _encoder_parameters(arch)
-    if encoder:
+    values = {"parameters": parameters, "all heads": settings.head_count(rows) * parameters}
+    values["fit, s"] = spread(map(settings.training_seconds, by_seed))
+    with suppress(InputError):  # the architecture is not known here
+        encoder = sum(shape.numel() for shape in architectures.expected_shapes(arch).values())
         values["of the encoder, %"] = 100 * parameters / encoder
-    shares = [share for seed_rows in by_seed.values() if (share := _won_back(seed_rows, tasks)) is not None]
-    return values | ({"won back, %": spread(100 * share for share in shares)} if shares else {})
-
-
-def _encoder_parameters(arch: str) -> int | None:
-    """Parameters of the merged image encoder; None for an architecture that is not known here."""
-    try:
-        return sum(shape.numel() for shape in architectures.expected_shapes(arch).values())
-    except InputError:
-        return None
+    shares = [100 * share for seed_rows in by_seed if (share := _won_back(seed_rows, tasks)) is not None]
+    return values | ({"won back, %": spread(shares)} if shares else {})
 
 
 def _won_back(rows: Sequence[ResultRow], tasks: Sequence[str]) -> float | None:
-    """Share of the accuracy lost by merging that the heads of one seed win back, from averages over tasks.
-
-    None without every task, or if merging lost nothing.
-    """
+    """Share of merging's loss of accuracy that one seed's heads win back; None without every task, or without loss."""
     if len(rows) < len(tasks):
         return None
     merged, head, individual = (

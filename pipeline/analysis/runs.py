@@ -6,25 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from probsurgery.pipeline.analysis.labels import value_text
-from probsurgery.pipeline.analysis.summary import head_count, training_seconds
+from probsurgery.pipeline.analysis.settings import head_count, training_seconds, value_text
 from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, Line, Table
-from probsurgery.pipeline.fitting.sweep import SettingLine, SweepResult
+from probsurgery.pipeline.fitting.sweep import SweepResult
 from probsurgery.pipeline.store.results import ResultRow
 
 
 def fit_table(rows: Sequence[ResultRow], folder: Path | None = None) -> Table:
-    """Accuracy in percent and bias of one fit on each task and on average; `folder` is where its head is kept."""
+    """Accuracy in percent and bias of one fit on each task and on average; `folder` is where the head is saved."""
     columns = {"merged": ".1f", "with head": ".1f", "expert": ".1f", "bias before": ".3f", "after": ".3f"}
     lines = []
     for row in rows:
         accuracy = [100 * share for share in (row.accuracy.merged, row.accuracy.head, row.accuracy.individual)]
-        figures = zip(columns, [*accuracy, row.bias.before, row.bias.after], strict=True)
-        lines.append(Line(row.task, dict(figures)))
+        lines.append(Line(row.task, dict(zip(columns, [*accuracy, row.bias.before, row.bias.after], strict=True))))
     averages = {column: fmean(line.values[column] for line in lines) for column in columns}
-    count = head_count(rows)
-    note = f"{count} head{'s' * (count > 1)}, {rows[0].parameters:,} parameters each, "
-    note += f"{training_seconds(rows):.1f} s of training"
+    heads = "1 head" if head_count(rows) == 1 else f"{head_count(rows)} heads"
+    note = f"{heads}, {rows[0].parameters:,} parameters each, {training_seconds(rows):.1f} s of training"
     title = f"{folder or rows[0].head} ({rows[0].protocol})"
     return Table(title, columns, (*lines, Line("average", averages, BASELINE)), first="task", notes=(note,))
 
@@ -38,35 +35,22 @@ def sweep_tables(result: SweepResult) -> list[Table]:
     for line in result.lines:
         figures = line.accuracy | {AVERAGE: line.average_accuracy, "bias": line.average_bias}
         incomplete = f" ({line.seeds} of {result.seeds} seeds)" if line.seeds < result.seeds else ""
-        lines.append(Line(_setting_label(line) + incomplete, figures))
+        setting = [f"{name.replace('_', '-')} {value_text(value)}" for name, value in line.setting.items()]
+        lines.append(Line((" ".join(setting) or "with head") + incomplete, figures))
     over_seeds = "; mean and standard deviation over seeds" if result.seeds > 1 else ""
     title = f"Accuracy in % ({result.cache}: {result.protocol}){over_seeds}"
-    columns = dict.fromkeys([*result.tasks, AVERAGE], ".1f") | {"bias": ".4f"}
-    tables = [Table(title, columns, tuple(lines), first="")]
+    tables = [Table(title, dict.fromkeys([*result.tasks, AVERAGE], ".1f") | {"bias": ".4f"}, tuple(lines), first="")]
     if len(result.varied) == 2 and all(len(line.setting) == 2 for line in result.lines):
-        tables += [_grid("Average accuracy", result, "average_accuracy", ".1f")]
-        tables += [_grid("Bias", result, "average_bias", ".4f")]
+        tables.append(_grid("Average accuracy", result, "average_accuracy", ".1f"))
+        tables.append(_grid("Bias", result, "average_bias", ".4f"))
     return tables
-
-
-def _setting_label(line: SettingLine) -> str:
-    return " ".join(f"{_option(name)} {value_text(value)}" for name, value in line.setting.items()) or "with head"
-
-
-def _option(name: str) -> str:
-    return name.replace("_", "-")
 
 
 def _grid(title: str, result: SweepResult, figure: str, spec: str) -> Table:
     """One setting down, the other across."""
-    (down, rows), (across, columns) = result.varied.items()
+    (down, rows), (across, values) = result.varied.items()
+    columns = {value: value_text(value) for value in values}
     figures = {(line.setting[down], line.setting[across]): getattr(line, figure) for line in result.lines}
-    lines = [
-        Line(value_text(row), {value_text(column): figures.get((row, column)) for column in columns}) for row in rows
-    ]
-    return Table(
-        title,
-        {value_text(column): spec for column in columns},
-        tuple(lines),
-        first=f"{_option(down)} \\ {_option(across)}",
-    )
+    lines = [Line(value_text(row), {text: figures.get((row, v)) for v, text in columns.items()}) for row in rows]
+    first = f"{down} \\ {across}".replace("_", "-")
+    return Table(title, dict.fromkeys(columns.values(), spec), tuple(lines), first=first)

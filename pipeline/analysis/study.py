@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from probsurgery.pipeline.analysis.labels import by_setting, head_label
-from probsurgery.pipeline.analysis.summary import encoder_accuracy, head_figures
+from probsurgery.pipeline.analysis.settings import by_setting, encoder_accuracy, head_figures, head_label
 from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, Line, Table
-from probsurgery.pipeline.config import LOSSES, FitConfig, SweepConfig
+from probsurgery.pipeline.config import LOSSES, SweepConfig
 from probsurgery.pipeline.errors import InputError, unknown
 from probsurgery.pipeline.fitting.fit import fit_all
 from probsurgery.pipeline.progress import Progress, no_progress
@@ -17,7 +15,9 @@ from probsurgery.pipeline.store.cache import Cache
 from probsurgery.pipeline.store.results import ResultRow
 
 BOTH = ("surgery", "prob")
+RANKS = (4, 8, 16, 32, 64)
 STEPS = (50, 100, 250, 500, 1_000, 2_500, 5_000)
+_Sweeps = Callable[[SweepConfig], Sequence[SweepConfig]]
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Study:
     title: str
     paper: str
     """Where the papers have it."""
-    sweeps: Callable[[SweepConfig], Sequence[SweepConfig]]
+    sweeps: _Sweeps
     """The sweeps of the study, as variants of a base that has the cache, the seeds and the tasks."""
 
 
-def _one_sweep(**changes: object) -> Callable[[SweepConfig], Sequence[SweepConfig]]:
+def _one_sweep(**changes: object) -> _Sweeps:
     return lambda base: [replace(base, **changes)]
 
 
@@ -61,9 +61,7 @@ def _budgets(base: SweepConfig) -> list[SweepConfig]:
 
 STUDIES: dict[str, Study] = {
     "rank": Study(
-        "accuracy against Surgery's rank",
-        "Surgery, Tab. 6",
-        _one_sweep(head=("surgery",), values={"rank": (4, 8, 16, 32, 64)}),
+        "accuracy against Surgery's rank", "Surgery, Tab. 6", _one_sweep(head=("surgery",), values={"rank": RANKS})
     ),
     "width": Study(
         "accuracy against ProbSurgery's width and KL weight",
@@ -101,7 +99,6 @@ STUDIES: dict[str, Study] = {
 class StudyResult:
     """A study's table, and how many heads were fitted for it."""
 
-    name: str
     table: Table
     fitted: int
     """Heads fitted now; the others were there already, or failed."""
@@ -118,16 +115,14 @@ def study(name: str, base: SweepConfig, progress: Progress = no_progress) -> Stu
     if name not in STUDIES:
         raise unknown("study", name, STUDIES)
     # Sweeps of a study may overlap; the features of one split are loaded at a time.
-    by_split: dict[str, dict[FitConfig, None]] = defaultdict(dict)
-    for sweep in STUDIES[name].sweeps(base):
-        for config in sweep.expand():
-            by_split[config.fit_split][config] = None
+    configs = dict.fromkeys(config for sweep in STUDIES[name].sweeps(base) for config in sweep.expand())
     results = []
-    for configs in by_split.values():
-        results += fit_all([*configs], keep_heads=base.keep_heads, progress=progress)
+    for split in dict.fromkeys(config.fit_split for config in configs):
+        of_split = [config for config in configs if config.fit_split == split]
+        results += fit_all(of_split, keep_heads=base.keep_heads, progress=progress)
     failures = tuple(failure for result in results for failure in result.failures)
-    rows = [row for result in results for row in result.rows]
-    return StudyResult(name, _table(name, base, rows), sum(result.fitted for result in results), failures)
+    table = _table(name, base, [row for result in results for row in result.rows])
+    return StudyResult(table, sum(result.fitted for result in results), failures)
 
 
 def _table(name: str, base: SweepConfig, rows: Sequence[ResultRow]) -> Table:
@@ -146,8 +141,7 @@ def _table(name: str, base: SweepConfig, rows: Sequence[ResultRow]) -> Table:
             if not any(line.values == values for line in lines):
                 lines.append(Line(f"{encoder}{suffix}", values, BASELINE))
         for setting in by_setting(protocol_rows):
-            values = head_figures(setting, tasks).line_values
-            lines.append(Line(f"+ {head_label(setting[0])}{suffix}", values))
+            lines.append(Line(f"+ {head_label(setting[0])}{suffix}", head_figures(setting, tasks).line_values))
     seeds = f"{len(base.seed)} seeds" if len(base.seed) > 1 else f"seed {base.seed[0]}"
     title = STUDIES[name].title
     title = f"{title[0].upper()}{title[1:]} ({cache.path}: {'; '.join(protocols)}, {seeds}); accuracy in %"

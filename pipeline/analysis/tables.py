@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from probsurgery.pipeline.store.results import Spread
 
@@ -14,14 +13,11 @@ AVERAGE = "Avg"
 """The column of averages over tasks."""
 Value = Spread | float | str
 MEASURED, BASELINE, PUBLISHED, DIFFERENCE = "measured", "baseline", "published", "difference"
-_LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": "$<$",
-    ">": "$>$",
-    "±": r"$\pm$",
-}
+_LATEX = str.maketrans(
+    {c: f"\\{c}" for c in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"<": "$<$", ">": "$>$", "±": r"$\pm$"}
+)
 
 
 @dataclass(frozen=True)
@@ -75,16 +71,12 @@ class Table:
 
     def to_json(self) -> dict:
         """Figures in full; a figure over seeds is `{"mean", "sd", "seeds"}`."""
-        lines = [
-            {
-                "label": line.label,
-                "kind": line.kind,
-                "method": line.method,
-                "values": {c: vars(v) if isinstance(v, Spread) else v for c, v in line.values.items()},
-                "best": [column for column in self.columns if self.is_best(line, column)],
-            }
-            for line in self.lines
-        ]
+        lines = []
+        for line in self.lines:
+            values = {column: vars(v) if isinstance(v, Spread) else v for column, v in line.values.items()}
+            best = [column for column in self.columns if self.is_best(line, column)]
+            described = {"label": line.label, "kind": line.kind, "method": line.method}
+            lines.append(described | {"values": values, "best": best})
         return {"title": self.title, "columns": list(self.columns), "lines": lines, "notes": list(self.notes)}
 
 
@@ -98,7 +90,7 @@ def to_markdown(tables: Sequence[Table]) -> str:
     blocks = []
     for table in tables:
         rows = [[table.first, *table.columns], ["---", *["---:"] * len(table.columns)]]
-        rows += [[line.label, *_cells(table, line, "**{}**".format)] for line in table.lines]
+        rows += [[line.label, *_cells(table, line, "**{}**")] for line in table.lines]
         text = "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows)
         blocks.append("\n\n".join([f"**{table.title}**", text, *table.notes]))
     return "\n\n".join(blocks) + "\n"
@@ -115,7 +107,7 @@ def to_latex(tables: Sequence[Table]) -> str:
             if ends_baselines or (line.kind == PUBLISHED and previous not in (PUBLISHED, DIFFERENCE)):
                 rows.append(r"\midrule")
             previous = line.kind
-            cells = _cells(table, line, r"\textbf{{{}}}".format, _escaped)
+            cells = _cells(table, line, r"\textbf{{{}}}", _escaped)
             rows.append(" & ".join([_escaped(line.label), *cells]) + r" \\")
         caption = _escaped(" ".join([f"{table.title}.", *table.notes]))
         begin = [r"\begin{table}", r"\centering", rf"\caption{{{caption}}}"]
@@ -132,27 +124,20 @@ def to_csv(tables: Sequence[Table]) -> str:
     for table in tables:
         for line in table.lines:
             for column in table.columns:
-                value = line.values.get(column)
-                if value is None:
-                    continue
-                figures = [value.mean, value.sd, value.seeds] if isinstance(value, Spread) else [value, None, None]
-                writer.writerow([table.title, line.label, line.kind, column, *figures])
+                if (value := line.values.get(column)) is not None:
+                    figures = astuple(value) if isinstance(value, Spread) else (value, None, None)
+                    writer.writerow([table.title, line.label, line.kind, column, *figures])
     return out.getvalue()
 
 
-def _cells(
-    table: Table, line: Line, bold: Callable[[str], str], escaped: Callable[[str], str] = lambda text: text
-) -> list[str]:
+def _cells(table: Table, line: Line, bold: str, escaped: Callable[[str], str] = str) -> list[str]:
+    """The cells of a line as text; `bold` is the form of the best."""
     cells = {column: escaped(table.text(line, column)) for column in table.columns}
-    return [bold(text) if table.is_best(line, column) else text for column, text in cells.items()]
+    return [bold.format(text) if table.is_best(line, column) else text for column, text in cells.items()]
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"[&%$#_{}\\~^<>±]", lambda match: _LATEX[match[0]], text)
+    return text.translate(_LATEX)
 
 
-FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {
-    "markdown": to_markdown,
-    "latex": to_latex,
-    "csv": to_csv,
-}
+FORMATS = {"markdown": to_markdown, "latex": to_latex, "csv": to_csv}

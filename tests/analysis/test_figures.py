@@ -3,16 +3,15 @@
 import builtins
 import re
 import sys
+from itertools import product
 
 import pytest
 import torch
 from PIL import Image
 
 from probsurgery.pipeline.analysis import figures
-from probsurgery.pipeline.analysis.kept_heads import kept_heads
-from probsurgery.pipeline.analysis.projection import projection
 from probsurgery.pipeline.analysis.report import report
-from probsurgery.pipeline.analysis.uncertainty import uncertainties, uncertainty_table
+from probsurgery.pipeline.analysis.saved_heads import projection, saved_heads, uncertainties, uncertainty_table
 from probsurgery.pipeline.config import FitConfig, ProbSettings, SurgerySettings, SweepConfig
 from probsurgery.pipeline.fitting.fit import fit
 from probsurgery.pipeline.fitting.sweep import sweep
@@ -37,9 +36,9 @@ def results(tmp_path_factory):
 @pytest.fixture(scope="module")
 def drawn(results):
     """Every figure by its name."""
-    with figures._matplotlib() as new_figure:
-        cache = Cache(results)
-        return dict(figures._figures(report(results), uncertainties(cache), [projection(cache)], new_figure))
+    cache = Cache(results)
+    with figures._matplotlib_style():
+        return dict(figures._figures(report(results), uncertainties(cache), [projection(cache)]))
 
 
 def test_every_figure_that_the_results_allow_is_there(drawn):
@@ -81,11 +80,12 @@ def test_curves_and_bands_are_means_and_deviations(drawn, results):
 def test_a_heat_map_has_every_cell(drawn, results):
     (result,) = report(results)
     (grid,) = result.grids
-    assert grid.values == ([4, 8], [0.0, 1e-4, 1e-2])
+    widths, weights = [4, 8], [0.0, 1e-4, 1e-2]
+    assert list(grid.points) == list(product(widths, weights))
     for axes, measure in zip(drawn["hidden-kl-weight"].axes, ("accuracy", "bias"), strict=True):
         shown = axes.images[0].get_array()
-        for i, width in enumerate(grid.values[0]):
-            for j, weight in enumerate(grid.values[1]):
+        for i, width in enumerate(widths):
+            for j, weight in enumerate(weights):
                 assert shown[i, j] == getattr(grid.points[width, weight], measure)["Avg"].mean
         assert len(axes.texts) == 6
 
@@ -93,7 +93,7 @@ def test_a_heat_map_has_every_cell(drawn, results):
 def test_a_projection_is_of_the_features(results):
     cache = Cache(results)
     projected = projection(cache)
-    assert projected.label == next(kept_heads(cache)).label
+    assert projected.label == next(saved_heads(cache)).label
     merged, points = cache.features("b"), projected.points["b"]
     assert {kind: tuple(values.shape) for kind, values in points.items()} == dict.fromkeys(
         ("merged", "corrected", "expert"), (40, 2)
@@ -133,7 +133,7 @@ def test_uncertainty_is_of_kept_probabilistic_heads_only(results, tmp_path):
 
 def test_heads_of_other_data_are_left_out(results, tmp_path):
     other = write_cache(tmp_path / "other", {"a": 121, "b": 40})
-    assert list(kept_heads(Cache(other), results)) == []
+    assert list(saved_heads(Cache(other), results)) == []
     assert projection(Cache(other), results) is None
 
 
