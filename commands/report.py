@@ -33,9 +33,10 @@ def report_command(
     as_json: JsonFormat = False,
 ) -> None:
     """Tables of the results stored with caches: accuracy, bias, costs of heads, and sweeps."""
+    from probsurgery.pipeline.analysis.kept_heads import uncertainties, uncertainty_table
+    from probsurgery.pipeline.analysis.projection import projection
     from probsurgery.pipeline.analysis.published import published
     from probsurgery.pipeline.analysis.report import report as make_reports
-    from probsurgery.pipeline.analysis.saved_heads import projection, uncertainties, uncertainty_table
     from probsurgery.pipeline.store.cache import Cache
 
     form = "json" if as_json else form
@@ -91,6 +92,6 @@ def transfer_command(
     as_json: JsonFormat = False,
 ) -> None:
     """Accuracy of saved heads on tasks and caches that they were not fitted on."""
-    from probsurgery.pipeline.analysis.saved_heads import transfer
+    from probsurgery.pipeline.analysis.transfer import transfer
 
     print_tables(transfer(cache, on or (), results), "json" if as_json else form)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import probsurgery
 from probsurgery.pipeline.analysis.figures import draw
+from probsurgery.pipeline.analysis.kept_heads import uncertainties
 from probsurgery.pipeline.analysis.page import write_page
-from probsurgery.pipeline.analysis.saved_heads import projection, uncertainties
+from probsurgery.pipeline.analysis.projection import projection
 from probsurgery.pipeline.analysis.study import study
 from probsurgery.pipeline.analysis.tables import to_markdown
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 from types import UnionType
 
-from probsurgery.pipeline.analysis.settings import (
+from probsurgery.pipeline.analysis.labels import (
     HeadFigures,
     departure_count,
     head_figures,

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from probsurgery.pipeline.analysis.curves import Curve, Grid
+from probsurgery.pipeline.analysis.kept_heads import HeadUncertainty
+from probsurgery.pipeline.analysis.labels import value_text
+from probsurgery.pipeline.analysis.projection import Projection
 from probsurgery.pipeline.analysis.report import Report
-from probsurgery.pipeline.analysis.saved_heads import HeadUncertainty, Projection
-from probsurgery.pipeline.analysis.settings import value_text
 from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, spread_text
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.heads.uncertainty import COVERAGES

@@ -10,9 +10,10 @@ from tempfile import TemporaryDirectory
 from jinja2 import Environment, StrictUndefined
 
 from probsurgery.pipeline.analysis.figures import draw, prepare
+from probsurgery.pipeline.analysis.kept_heads import HeadUncertainty, uncertainty_table
+from probsurgery.pipeline.analysis.labels import value_text
+from probsurgery.pipeline.analysis.projection import Projection
 from probsurgery.pipeline.analysis.report import Report
-from probsurgery.pipeline.analysis.saved_heads import HeadUncertainty, Projection, uncertainty_table
-from probsurgery.pipeline.analysis.settings import value_text
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.files import write_atomically
 from probsurgery.pipeline.store.cache import Cache

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from probsurgery.pipeline.analysis.settings import departures
+from probsurgery.pipeline.analysis.labels import departures
 from probsurgery.pipeline.analysis.tables import AVERAGE, DIFFERENCE, PUBLISHED, Line
 from probsurgery.pipeline.datasets.tasks import SUITES
 from probsurgery.pipeline.store.results import ResultRow

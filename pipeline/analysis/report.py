@@ -11,8 +11,8 @@ from statistics import fmean
 
 from probsurgery.pipeline.analysis import settings
 from probsurgery.pipeline.analysis.curves import Curve, Grid, curve_table, find_curves, find_grids
+from probsurgery.pipeline.analysis.kept_heads import current_rows
 from probsurgery.pipeline.analysis.published import published_lines, published_name
-from probsurgery.pipeline.analysis.saved_heads import current_rows
 from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, Line, Table
 from probsurgery.pipeline.config import HEAD_SETTINGS
 from probsurgery.pipeline.errors import InputError

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from probsurgery.pipeline.analysis.settings import head_count, training_seconds, value_text
+from probsurgery.pipeline.analysis.labels import head_count, training_seconds, value_text
 from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, Line, Table
 from probsurgery.pipeline.fitting.sweep import SweepResult
 from probsurgery.pipeline.store.results import ResultRow

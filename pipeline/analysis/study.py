@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from probsurgery.pipeline.analysis.settings import by_setting, encoder_accuracy, head_figures, head_label
+from probsurgery.pipeline.analysis.labels import by_setting, encoder_accuracy, head_figures, head_label
 from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, Line, Table
 from probsurgery.pipeline.config import LOSSES, SweepConfig
 from probsurgery.pipeline.errors import InputError, unknown

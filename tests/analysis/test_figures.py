@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from probsurgery.pipeline.analysis import figures
+from probsurgery.pipeline.analysis.kept_heads import uncertainties, uncertainty_table
+from probsurgery.pipeline.analysis.projection import projection
 from probsurgery.pipeline.analysis.report import report
-from probsurgery.pipeline.analysis.saved_heads import projection, saved_heads, uncertainties, uncertainty_table
 from probsurgery.pipeline.config import FitConfig, ProbSettings, SurgerySettings, SweepConfig
 from probsurgery.pipeline.fitting.fit import fit
 from probsurgery.pipeline.fitting.sweep import sweep
@@ -93,7 +94,7 @@ def test_a_heat_map_has_every_cell(drawn, results):
 def test_a_projection_is_of_the_features(results):
     cache = Cache(results)
     projected = projection(cache)
-    assert projected.label == next(saved_heads(cache)).label
+    assert projected.label == next(kept_heads(cache)).label
     merged, points = cache.features("b"), projected.points["b"]
     assert {kind: tuple(values.shape) for kind, values in points.items()} == dict.fromkeys(
         ("merged", "corrected", "expert"), (40, 2)
@@ -133,7 +134,7 @@ def test_uncertainty_is_of_kept_probabilistic_heads_only(results, tmp_path):
 
 def test_heads_of_other_data_are_left_out(results, tmp_path):
     other = write_cache(tmp_path / "other", {"a": 121, "b": 40})
-    assert list(saved_heads(Cache(other), results)) == []
+    assert list(kept_heads(Cache(other), results)) == []
     assert projection(Cache(other), results) is None
 
 

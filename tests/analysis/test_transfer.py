@@ -6,7 +6,7 @@ from statistics import fmean
 import numpy as np
 import pytest
 
-from probsurgery.pipeline.analysis.saved_heads import transfer
+from probsurgery.pipeline.analysis.transfer import transfer
 from probsurgery.pipeline.config import FitConfig, ProbSettings, SurgerySettings
 from probsurgery.pipeline.fitting.fit import fit
 from probsurgery.pipeline.heads.head import load_head

@@ -1,4 +1,4 @@
-"""Head settings in tables: the rows of one setting, its label, and its figures over seeds."""
+"""Lines of tables: the result rows of one setting, their label, and their figures over seeds."""
 
 from __future__ import annotations
 
