@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from probsurgery.pipeline.analysis import figures
-from probsurgery.pipeline.analysis.kept_heads import uncertainties, uncertainty_table
+from probsurgery.pipeline.analysis.kept_heads import kept_heads, uncertainties, uncertainty_table
 from probsurgery.pipeline.analysis.projection import projection
 from probsurgery.pipeline.analysis.report import report
 from probsurgery.pipeline.config import FitConfig, ProbSettings, SurgerySettings, SweepConfig
