@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from probsurgery.pipeline.analysis import settings
+from probsurgery.pipeline.analysis import labels
 from probsurgery.pipeline.analysis.curves import Curve, Grid, curve_table, find_curves, find_grids
 from probsurgery.pipeline.analysis.kept_heads import current_rows
 from probsurgery.pipeline.analysis.published import published_lines, published_name
@@ -91,7 +91,7 @@ def report(
         if not rows:
             raise InputError(f"no results of this cache in {folder}; run `probsurgery fit --cache {cache.path}` first")
         # The last row counts where a head was fitted more than once.
-        last = {(settings.setting_digest(row), row.seed, row.task): row for row in rows}.values()
+        last = {(labels.setting_digest(row), row.seed, row.task): row for row in rows}.values()
         for protocol in dict.fromkeys(row.base_protocol for row in last):
             source = _Source(cache, folder, label, [row for row in last if row.base_protocol == protocol])
             groups[cache.identity.arch, cache.identity.tasks, protocol].append(source)
@@ -109,14 +109,14 @@ def _report(protocol: str, sources: Sequence[_Source], with_published: bool, eve
     for name, source in zip(names, sources, strict=True):
         prefix = f"{name} + " if len(sources) > 1 else ""
         merged = f"merged ({name})"
-        accuracy.append(Line(merged, settings.encoder_accuracy(source.rows, tasks, "merged"), method=source.merge))
-        bias.append(Line(merged, settings.merged_bias(source.rows, tasks)))
+        accuracy.append(Line(merged, labels.encoder_accuracy(source.rows, tasks, "merged"), method=source.merge))
+        bias.append(Line(merged, labels.merged_bias(source.rows, tasks)))
         labelled = _labelled_settings(source.rows)
         main = [(label, rows) for label, rows in labelled if _is_main(rows, source.folder)]
         shown = labelled if everything or not main else main
         others += len(labelled) - len(shown)
         for label, rows in shown:
-            label, figures = (prefix or "+ ") + label, settings.head_figures(rows, tasks)
+            label, figures = (prefix or "+ ") + label, labels.head_figures(rows, tasks)
             accuracy.append(Line(label, figures.accuracy, method=published_name(source.merge, rows[0])))
             bias.append(Line(label, figures.bias))
             costs.append(Line(label, _costs(rows, tasks, identity.arch)))
@@ -151,7 +151,7 @@ def _baselines(sources: Sequence[_Source], names: Sequence[str], tasks: Sequence
     """The pre-trained encoder and the experts: one line each if all caches agree, else one for each cache."""
     lines = []
     for encoder, label in (("pretrained", "pretrained"), ("individual", "individual experts")):
-        figures = [settings.encoder_accuracy(source.rows, tasks, encoder) for source in sources]
+        figures = [labels.encoder_accuracy(source.rows, tasks, encoder) for source in sources]
         figures = [(name, values) for name, values in zip(names, figures, strict=True) if values]
         if all(_are_equal(values, figures[0][1]) for _, values in figures):
             lines += [Line(label, values, BASELINE, encoder) for _, values in figures[:1]]
@@ -167,27 +167,27 @@ def _are_equal(a: dict[str, Spread], b: dict[str, Spread]) -> bool:
 def _labelled_settings(rows: Sequence[ResultRow]) -> list[tuple[str, list[ResultRow]]]:
     """All settings, sorted within each kind of head. Where several have one label, each has the head's name too."""
     kinds = list(dict.fromkeys(row.kind for row in rows))
-    groups = settings.by_setting(rows)
-    groups.sort(key=lambda group: (kinds.index(group[0].kind), settings.sort_key(group[0])))
-    counts = Counter(settings.head_label(first) for first, *_ in groups)
+    groups = labels.by_setting(rows)
+    groups.sort(key=lambda group: (kinds.index(group[0].kind), labels.sort_key(group[0])))
+    counts = Counter(labels.head_label(first) for first, *_ in groups)
     labelled = []
     for group in groups:
-        label = settings.head_label(group[0])
+        label = labels.head_label(group[0])
         labelled.append((f"{label} [{group[0].head}]" if counts[label] > 1 else label, group))
     return labelled
 
 
 def _is_main(rows: Sequence[ResultRow], folder: Path) -> bool:
     """Whether a setting is a default one, or has a saved head."""
-    is_default = rows[0].kind in HEAD_SETTINGS and not settings.departure_count(rows[0])
+    is_default = rows[0].kind in HEAD_SETTINGS and not labels.departure_count(rows[0])
     return is_default or any((folder / "heads" / row.head).is_dir() for row in rows)
 
 
 def _costs(rows: Sequence[ResultRow], tasks: Sequence[str], arch: str) -> dict[str, Spread | float]:
     by_seed = [[row for row in rows if row.seed == seed] for seed in dict.fromkeys(row.seed for row in rows)]
     parameters = rows[0].parameters
-    values = {"parameters": parameters, "all heads": settings.head_count(rows) * parameters}
-    values["fit, s"] = spread(map(settings.training_seconds, by_seed))
+    values = {"parameters": parameters, "all heads": labels.head_count(rows) * parameters}
+    values["fit, s"] = spread(map(labels.training_seconds, by_seed))
     with suppress(InputError):  # the architecture is not known here
         encoder = sum(shape.numel() for shape in architectures.expected_shapes(arch).values())
         values["of the encoder, %"] = 100 * parameters / encoder
