@@ -68,7 +68,7 @@ class _HeadSettings:
     title: ClassVar[str]  # name in tables
     width_name: ClassVar[str | None] = None  # the setting that is the inner width
     is_trained: ClassVar[bool] = True  # step by step, and not solved in closed form
-    samples: ClassVar[int] = 0  # noise samples in a training step
+    samples = 0  # noise samples in a training step; not annotated, so that it is a field of `ProbSettings` only
 
     @property
     def predicts_sigma(self) -> bool:
