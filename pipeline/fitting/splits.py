@@ -19,6 +19,8 @@ from probsurgery.pipeline.store.results import Accuracy, Bias
 from probsurgery.pipeline.training.batches import Rows, generator
 
 FITTED_KINDS = ("merged", "expert")
+ENCODERS = {"pretrained": "pretrained", "individual": "expert", "merged": "merged"}
+"""Encoders whose accuracy is reported, and the kind of their features."""
 EVALUATION_ROWS = 4096
 """Rows evaluated at a time. Larger temporary tensors are slow: their memory is returned to the system each time."""
 
@@ -60,15 +62,9 @@ class LoadedTasks:
         key = (task, config.seed, config.holdout) if config.holdout else (task,)
         if key not in self._baselines:
             _, rows = split_rows(config, task, len(data["merged"]))
-            encoders = {"pretrained": "pretrained", "individual": "expert", "merged": "merged"}
-            self._baselines[key] = (
-                rows,
-                {
-                    encoder: _accuracy_and_bias(data, rows, data[kind].__getitem__)
-                    for encoder, kind in encoders.items()
-                    if kind in data
-                },
-            )
+            features = {encoder: data[kind] for encoder, kind in ENCODERS.items() if kind in data}
+            figures = {name: _accuracy_and_bias(data, rows, values.__getitem__) for name, values in features.items()}
+            self._baselines[key] = rows, figures
         rows, baselines = self._baselines[key]
         head_accuracy, head_bias = _accuracy_and_bias(data, rows, lambda block: head(data["merged"][block], task))
         shares = {encoder: share for encoder, (share, _) in baselines.items()}

@@ -123,8 +123,7 @@ def _run_steps(
             step(*feed.batch(update), noted[update])
             for k, steps in stops.get(done + update + 1, ()):
                 seconds = (time.perf_counter() - begun) / len(jobs)
-                fitted = Fitted(stack.params(k), [*curves[k]], seconds=seconds, from_run_of=settings.steps)
-                earlier[k][steps] = fitted
+                earlier[k][steps] = Fitted(stack.params(k), [*curves[k]], seconds=seconds, from_run_of=settings.steps)
         done += updates
         means = (stack.loss_sums / sum(noted)).tolist()
         for k, mean in enumerate(means):

@@ -142,13 +142,14 @@ def make_plan(
     stacks = []
     for key, numbers in groups.items():
         # Few stacks are cut so that every worker has as much to do; many stacks even out by themselves.
-        stacks += _split(numbers, limits[key], 1 if many else workers)
+        multiple = 1 if many else workers
+        count = math.ceil(len(numbers) / (limits[key] * multiple)) * multiple
+        stacks += [stack.tolist() for stack in np.array_split(numbers, min(count, len(numbers)))]
     stacks.sort(key=lambda stack: -sum(workloads[number].weight_updates for number in stack))
     trained = sum(workloads[stack[0]].settings.is_trained for stack in stacks)
     workers = min(workers, trained) if trained > 1 else 0
     largest = max((sum(workloads[number].total_bytes for number in stack) for stack in stacks), default=0)
-    while workers > 1 and workers * (largest + PROCESS_BYTES) > free:
-        workers -= 1
+    workers = min(workers, max(1, free // (largest + PROCESS_BYTES)))
     needed = largest if cuda else max(1, workers) * largest + workers * PROCESS_BYTES
     if needed > free:
         raise too_large(len(workloads), needed + held_bytes, free + held_bytes)
@@ -176,12 +177,6 @@ def _last_level_cache() -> int:
     """Bytes, as Linux reports them; a common size elsewhere."""
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     return max((1024 * int(size.read_text().strip("K\n")) for size in sizes), default=16 * 2**20)
-
-
-def _split(numbers: list[int], limit: int, workers: int) -> list[list[int]]:
-    """Stacks of nearly equal size, none above `limit`, their number a multiple of the workers'."""
-    count = math.ceil(math.ceil(len(numbers) / limit) / workers) * workers
-    return [stack.tolist() for stack in np.array_split(numbers, min(count, len(numbers)))]
 
 
 class StepCounter:
