@@ -32,9 +32,14 @@ def _choice(what: str, value: str, allowed: Collection[str]) -> None:
         raise unknown(what, value, allowed)
 
 
-def _integer(option: str, value: int, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InputError(f"{option} is {value}; it must be a whole number from {low} to {high:,}")
+def _integers(config: object, **ranges: tuple[int, int]) -> None:
+    """Check whole numbers of a configuration by their ranges; None is allowed where it is the default."""
+    for name, (low, high) in ranges.items():
+        value = getattr(config, name)
+        if value is None and getattr(type(config), name) is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise InputError(f"{_option(name)} is {value}; it must be a whole number from {low} to {high:,}")
 
 
 def _number(option: str, value: float, low: float, high: float, *, above_low: bool = False) -> None:
@@ -59,21 +64,16 @@ def _as_paths(config: object, *names: str) -> None:
 class _HeadSettings:
     """Properties of a kind of head, so that callers need not check its type."""
 
-    kind: ClassVar[str]
-    """Name of the kind, as options and files have it."""
-    title: ClassVar[str]
-    """Name in tables."""
-    width_name: ClassVar[str | None] = None
-    """Name of the setting for the inner width."""
-    is_trained: ClassVar[bool] = True
-    """Whether the head is trained step by step, and not solved in closed form."""
-    draws: ClassVar[int] = 0
-    """Noise samples in a training step."""
+    kind: ClassVar[str]  # name in options and files
+    title: ClassVar[str]  # name in tables
+    width_name: ClassVar[str | None] = None  # the setting that is the inner width
+    is_trained: ClassVar[bool] = True  # step by step, and not solved in closed form
+    samples = 0  # noise samples in a training step; not annotated, so that it is a field of `ProbSettings` only
 
     @property
     def predicts_sigma(self) -> bool:
         """Whether the head predicts a standard deviation of its correction that was trained."""
-        return self.draws > 0
+        return self.samples > 0
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,6 @@ class _TrainedSettings(_HeadSettings):
     """Settings of every head that is trained step by step. A step is one update of one head."""
 
     steps: int = 1_000
-    """Updates of each head."""
     batch_size: int = 16
     """Rows in a step."""
     lr: float = 1e-3
@@ -90,8 +89,7 @@ class _TrainedSettings(_HeadSettings):
     """Distance to the expert's feature: one of `LOSSES`."""
 
     def __post_init__(self) -> None:
-        _integer("--steps", self.steps, 1, 10_000_000)
-        _integer("--batch-size", self.batch_size, 1, 65_536)
+        _integers(self, steps=(1, 10_000_000), batch_size=(1, 65_536), **{self.width_name: (1, 16_384)})
         _number("--lr", self.lr, 0, 10, above_low=True)
         object.__setattr__(self, "lr", float(self.lr))  # 1 and 1.0 are one setting, and have one digest
         _choice("loss", self.loss, LOSSES)
@@ -99,18 +97,13 @@ class _TrainedSettings(_HeadSettings):
 
 @dataclass(frozen=True)
 class SurgerySettings(_TrainedSettings):
-    """Surgery (Yang et al., ICML 2024): a low-rank correction."""
+    """Surgery (Yang et al., ICML 2024, arxiv.org/abs/2402.02705): a correction of low rank r."""
 
     kind = "surgery"
     title = "Surgery"
     width_name = "rank"
 
     rank: int = 16
-    """Rank r of the correction."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _integer("--rank", self.rank, 1, 16_384)
 
 
 @dataclass(frozen=True)
@@ -130,17 +123,11 @@ class ProbSettings(_TrainedSettings):
     """Draws of the correction in a step. The paper names 5, its public code draws 1. 0: no noise, only the mean is
     trained; with a KL weight of 0 that is Surgery of this width."""
 
-    @property
-    def draws(self) -> int:  # type: ignore[override]
-        """Noise samples in a training step."""
-        return self.samples
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        _integer("--hidden", self.hidden, 1, 16_384)
+        _integers(self, samples=(0, 1_024))
         _number("--kl-weight", self.kl_weight, 0, 1e6)
         object.__setattr__(self, "kl_weight", float(self.kl_weight) + 0.0)  # -0.0 becomes 0.0
-        _integer("--samples", self.samples, 0, 1_024)
 
 
 @dataclass(frozen=True)
@@ -242,11 +229,7 @@ class ExtractConfig:
         _choice("store", self.store, STORES)
         _choice("dtype", self.dtype, DTYPES)
         _choice("precision", self.precision, PRECISIONS)
-        _integer("--batch-size", self.batch_size, 1, 65_536)
-        if self.workers is not None:
-            _integer("--workers", self.workers, 0, 256)
-        if self.limit is not None:
-            _integer("--limit", self.limit, 1, 1_000_000_000)
+        _integers(self, batch_size=(1, 65_536), workers=(0, 256), limit=(1, 1_000_000_000))
         if not self.merges:
             raise InputError("no merge was asked for; give --merge at least once")
         if len(set(self.merges)) < len(self.merges):
@@ -294,26 +277,21 @@ class FitConfig:
         _as_paths(self, "cache", "results")
         _choice("fit split", self.fit_split, SPLITS)
         _number("--fraction", self.fraction, 0, 1, above_low=True)
-        _integer("--seed", self.seed, 0, 2**31 - 1)
-        if self.workers is not None:
-            _integer("--workers", self.workers, 0, 1_024)
+        _integers(self, seed=(0, 2**31 - 1), workers=(0, 1_024))
         if not 0 <= self.holdout < 1:
             raise InputError(f"--holdout is {self.holdout}; it must be from 0 to below 1")
         if self.holdout and self.fit_split == "train":
             raise InputError("--holdout splits the test rows; with --fit-split train no test row is fitted anyway")
         if self.shared and not self.head.is_trained:
             raise InputError("--shared is for heads trained step by step: prob, surgery")
-        if self.online:
-            object.__setattr__(self, "head", self._one_step_a_row())
         _plain_name(self.name)
-
-    def _one_step_a_row(self) -> HeadSettings:
-        if self.shared or not self.head.is_trained:
-            raise InputError("--online is for heads of one task that are trained step by step: prob, surgery")
-        for name in ("steps", "batch_size"):
-            if getattr(self.head, name) not in (1, getattr(type(self.head)(), name)):
-                raise InputError(f"--online takes every row once, one at a time; leave {_option(name)} out")
-        return replace(self.head, steps=1, batch_size=1)
+        if self.online:
+            if self.shared or not self.head.is_trained:
+                raise InputError("--online is for heads of one task that are trained step by step: prob, surgery")
+            for name in ("steps", "batch_size"):
+                if getattr(self.head, name) not in (1, getattr(type(self.head), name)):
+                    raise InputError(f"--online takes every row once, one at a time; leave {_option(name)} out")
+            object.__setattr__(self, "head", replace(self.head, steps=1, batch_size=1))
 
     @property
     def protocol(self) -> str:
@@ -324,7 +302,7 @@ class FitConfig:
 
     def default_name(self) -> str:
         """The kind of head, its width, and every setting that is not the default."""
-        defaults, width_name = type(self.head)(), self.head.width_name
+        defaults, width_name = type(self.head), self.head.width_name
         fixed = ("steps", "batch_size") if self.online else ()
         parts = [self.head.kind]
         for name, value in sorted(asdict(self.head).items(), key=lambda item: item[0] != width_name):
@@ -345,7 +323,6 @@ class SweepConfig:
 
     cache: str | Path
     head: tuple[str, ...] = ("prob",)
-    """Kinds of head."""
     values: dict[str, tuple] = field(default_factory=dict)
     """Values of the heads' settings, by name; each kind of head takes the settings that it has."""
     fraction: tuple[float, ...] = (FitConfig.fraction,)

@@ -69,7 +69,7 @@ def replaced(path: Path, *, shared: bool = False) -> Iterator[Path]:
     processes may do this at once. A folder that exists is not replaced: renaming onto it raises an OSError.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial" if shared else f"{path.name}.partial")
-    _remove(partial)  # a kill may have left one, and a stranger a link to somewhere else
+    _remove(partial)  # a killed process may have left one, and an attacker a link to somewhere else
     try:
         yield partial
         partial.replace(path)
@@ -137,5 +137,5 @@ def refuse_links(path: Path) -> None:
                         waiting.append(Path(entry.path))
                     elif not entry.is_file(follow_symlinks=False) and os.path.lexists(entry.path):
                         raise InputError(f"{entry.path} is neither a file nor a folder; a cache holds nothing else")
-        except (FileNotFoundError, NotADirectoryError):  # none there, or it was removed meanwhile
+        except (FileNotFoundError, NotADirectoryError):  # it does not exist, or was removed meanwhile
             continue

@@ -21,14 +21,14 @@ def file_digest(path: Path) -> str:
 
 def differences(a: Mapping, b: Mapping, prefix: str = "") -> list[str]:
     """Each leaf in which two nested mappings differ, as ``path: a's value / b's value``."""
-    found = []
+    lines = []
     for key in sorted(a.keys() | b.keys()):
         x, y = a.get(key), b.get(key)
         if isinstance(x, Mapping) and isinstance(y, Mapping):
-            found += differences(x, y, f"{prefix}{key}.")
+            lines += differences(x, y, f"{prefix}{key}.")
         elif x != y:
-            found.append(f"{prefix}{key}: {shortened(x)} / {shortened(y)}")
-    return found
+            lines.append(f"{prefix}{key}: {shortened(x)} / {shortened(y)}")
+    return lines
 
 
 def shortened(value: object) -> str:

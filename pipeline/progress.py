@@ -1,4 +1,4 @@
-"""How long work tells of its progress: one protocol for both stages and every command."""
+"""How long-running work reports progress: one protocol for both stages and every command."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from probsurgery.pipeline.config import SurgerySettings
-from probsurgery.pipeline.heads.kinds import HEADS
+from probsurgery.pipeline.heads.kinds import initial_params
 from probsurgery.pipeline.training.batches import BLOCK, Rows, Stream, generator
 
 DIM = 24
@@ -45,10 +45,10 @@ class PlainHead(nn.Module):
 
 def plain_loop(job, device="cpu"):
     """One head, one loop, torch's default Adam; rows and noise are injected from the documented streams."""
-    samples = job.settings.draws
+    samples = job.settings.samples
     tasks = [r.task for r in job.rows]
     stream_name = tasks[0] if len(tasks) == 1 else "shared " + "+".join(tasks)
-    start = HEADS[job.settings.kind].init(job.settings, DIM, generator(stream_name, job.seed, "init"))
+    start = initial_params(job.settings, DIM, generator(stream_name, job.seed, "init"))
     head = PlainHead(start).to(device)
     optimizer = torch.optim.Adam(head.parameters(), lr=job.settings.lr)
     batch = job.settings.batch_size

@@ -22,12 +22,11 @@ from probsurgery.pipeline.fitting.requests import (
     description,
     existing_head,
     head_requests,
-    name_of,
     training_runs,
 )
 from probsurgery.pipeline.fitting.splits import LoadedTasks
 from probsurgery.pipeline.heads.head import FitRecord, Head, TrainingRecord, load_head
-from probsurgery.pipeline.heads.kinds import parameter_count, stack_params
+from probsurgery.pipeline.heads.kinds import stack_params
 from probsurgery.pipeline.merging.registry import merge_label
 from probsurgery.pipeline.progress import Progress, no_progress
 from probsurgery.pipeline.store.cache import Cache
@@ -36,8 +35,11 @@ from probsurgery.pipeline.store.manifest import software
 from probsurgery.pipeline.store.results import ResultRow, TrainingPlan, append_results
 from probsurgery.pipeline.training.batches import Job
 from probsurgery.pipeline.training.loop import Fitted
-from probsurgery.pipeline.training.plan import Plan, StepCounter, execute, make_plan
+from probsurgery.pipeline.training.plan import StepCounter, execute, make_plan
 from probsurgery.pipeline.training.workers import Pool
+
+_TrainedHead = tuple[Fitted, list[ResultRow]]
+"""A head that was trained, and its row of results for each of its tasks."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,6 @@ def fit_all(
     tasks = chosen_tasks(cache, common)
     fits = [_Fit(replace(config, tasks=tasks), cache, recorded, keep_heads=keep_heads) for config in configs]
     for each in fits:
-        each.recall()
         if not each.missing:
             finished(each.result())
     owners = {request: each for each in fits for request in each.missing}
@@ -120,24 +121,13 @@ def failure_lines(failures: Sequence[tuple[str, str]]) -> list[str]:
     return [f"{', '.join(labels)}: {reason}" for reason, labels in by_reason.items()]
 
 
-@dataclass(frozen=True)
-class _TrainedHead:
-    """The head of one request, trained and evaluated."""
-
-    fitted: Fitted
-    record: TrainingRecord
-    rows: dict[str, ResultRow]
-    """By task."""
-
-
 class _Fit:
     """The fit of one configuration: the heads that it asks for, and the results so far."""
 
     def __init__(self, config: FitConfig, cache: Cache, recorded: RecordedResults, *, keep_heads: bool) -> None:
         self.config, self._cache, self._recorded = config, cache, recorded
-        name = name_of(config, cache, keep_heads=keep_heads)
-        self.folder = recorded.folder / "heads" / name if keep_heads else None
-        self.requests = head_requests(config, name, cache)
+        self._requests = head_requests(config, cache, keep_heads=keep_heads)
+        self._folder = recorded.folder / "heads" / self._requests[0].name if keep_heads else None
         self.missing: list[HeadRequest] = []
         """Requests that are still to be trained."""
         self._rows: dict[str, ResultRow] = {}
@@ -145,16 +135,13 @@ class _Fit:
         self._fitted = 0
         self._repeated = False
         self._failures: list[tuple[str, str]] = []
-
-    def recall(self) -> None:
-        """Take over the results that exist, and list the requests that are missing."""
-        if self.folder is not None and self.folder.exists():
+        if keep_heads and self._folder.exists():
             self._reopen()
             return
-        for request in self.requests:
-            rows = self._recorded.rows_of(request)
+        for request in self._requests:
+            rows = recorded.rows_of(request)
             self._rows |= rows
-            if self.folder is not None or len(rows) < len(request.tasks):
+            if keep_heads or len(rows) < len(request.tasks):
                 self.missing.append(request)
         self._repeated = not self.missing
 
@@ -165,39 +152,50 @@ class _Fit:
             self._failures.append((request.label, str(outcome)))
             return
         self._fitted += 1
-        new = {task: row for task, row in outcome.rows.items() if task not in self._rows}
-        self._rows |= new
-        append_results(self._recorded.folder, list(new.values()))
-        if self.folder is not None:
+        _, rows = outcome
+        new = [row for row in rows if row.task not in self._rows]
+        self._rows |= {row.task: row for row in new}
+        append_results(self._recorded.folder, new)
+        if self._folder is not None:
             self._trained[request] = outcome
-            if len(self._trained) == len(self.requests):
+            if len(self._trained) == len(self._requests):
                 self._write_head()
 
     def _write_head(self) -> None:
-        config, heads = self.config, [self._trained[request] for request in self.requests]
+        config, heads = self.config, [self._trained[request] for request in self._requests]
         record = FitRecord(
             request=description(config, self._cache, config.tasks),
             results=tuple(self._rows[task] for task in config.tasks),
-            fits=tuple(head.record for head in heads),
-            seconds=sum(head.fitted.seconds for head in heads),
+            fits=tuple(
+                TrainingRecord(
+                    tasks=row.tasks,
+                    penalty=fitted.penalty,
+                    loss_curve=tuple(fitted.curve),
+                    device=row.device,
+                    plan=row.plan,
+                    from_run_of=row.from_run_of,
+                )
+                for fitted, (row, *_) in heads
+            ),
+            seconds=sum(fitted.seconds for fitted, _ in heads),
             software=software(),
         )
-        params = stack_params([head.fitted.params for head in heads])
+        params = stack_params([fitted.params for fitted, _ in heads])
         self._trained.clear()
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self._folder.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with replaced(self.folder, shared=True) as partial:
+            with replaced(self._folder, shared=True) as partial:
                 partial.mkdir()
                 Head(config.head, config.tasks, self._cache.dim, params, config.shared, record).save(partial)
         except OSError:
-            if not self.folder.is_dir():
+            if not self._folder.is_dir():
                 raise
             # Another process has written a head of this name meanwhile.
             self._recorded = RecordedResults(self._recorded.folder)
             self._reopen()
 
     def _reopen(self) -> None:
-        head = existing_head(self.folder, description(self.config, self._cache, self.config.tasks))
+        head = existing_head(self._folder, description(self.config, self._cache, self.config.tasks))
         self._recorded.restore(head.record.results)
         self._rows = {row.task: row for row in head.record.results}
         self._repeated = True
@@ -207,82 +205,65 @@ class _Fit:
         return FitResult(
             self.config,
             [self._rows[task] for task in self.config.tasks if task in self._rows],
-            self.folder,
+            self._folder,
             repeated=self._repeated,
             fitted=self._fitted,
             failures=tuple(self._failures),
         )
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Requests whose features are loaded together."""
-
-    requests: list[HeadRequest]
-    plan: Plan
-    spilled: bool
-    """Whether the features are mapped from scratch files."""
-
-
 def _train(
     requests: Sequence[HeadRequest], cache: Cache, device: torch.device, progress: Progress
 ) -> Iterator[tuple[HeadRequest, _TrainedHead | ProbsurgeryError]]:
-    """Train and evaluate the head of every request. Yields each with its head or its error, as stacks finish."""
-    runs = training_runs(requests)
-    groups = _groups(list(runs), cache, device)
+    """Train and evaluate the head of every request. Yields each with its head or its error, as stacks finish.
+
+    If the features of all tasks would take half of the memory, the requests are grouped by their tasks, and the
+    features of each group are decoded once into scratch files and mapped from there.
+    """
+    common, runs = requests[0].config, training_runs(requests)
+    memory = min(map(available_memory, {device, torch.device("cpu")}))
+    is_large = _feature_bytes(requests, cache) > memory / 2
+    groups = defaultdict(list)
+    for request in runs:
+        groups[request.tasks if is_large else ()].append(request)
+    plans = [
+        make_plan(
+            [request.workload for request in group],
+            device,
+            workers=common.workers,
+            tf32=common.tf32,
+            held_bytes=0 if is_large and device.type == "cpu" else _feature_bytes(group, cache),
+        )
+        for group in groups.values()
+    ]
     counter = StepCounter(sum(request.workload.head_steps for request in runs), progress)
     retries = []
-    workers = max(group.plan.workers for group in groups)
+    workers = max(plan.workers for plan in plans)
     # Workers take seconds to start, so they are started before features are read.
     with Pool(workers) if workers else nullcontext() as pool:
-        for group in groups:
-            plan, fit_split = group.plan, group.requests[0].config.fit_split
-            with tempfile.TemporaryDirectory() if group.spilled or plan.workers else nullcontext() as scratch:
-                loaded = LoadedTasks(cache, _tasks_of(group.requests), fit_split, scratch and Path(scratch))
-                jobs = [_job(request, loaded, runs[request]) for request in group.requests]
+        for group, plan in zip(groups.values(), plans, strict=True):
+            with tempfile.TemporaryDirectory() if is_large or plan.workers else nullcontext() as scratch:
+                loaded = LoadedTasks(cache, _tasks_of(group), common.fit_split, scratch and Path(scratch))
+                jobs = [_job(request, loaded, runs[request]) for request in group]
                 stacks = {number: stack for stack in plan.stacks for number in stack}
                 for number, outcome in execute(jobs, plan, pool if plan.workers else None, counter):
-                    request = group.requests[number]
+                    request = group[number]
                     if isinstance(outcome, ProbsurgeryError):
                         yield request, outcome
                         retries += runs[request]  # a shorter run may succeed
                     else:
-                        recorded = plan.record(stacks[number], request.workload.settings)
-                        yield request, _evaluated(request, outcome, recorded, loaded, device)
-                        for shorter in runs[request]:
-                            fitted = outcome.earlier[shorter.workload.settings.steps]
-                            yield shorter, _evaluated(shorter, fitted, recorded, loaded, device)
+                        shorter = {r: outcome.earlier[r.workload.settings.steps] for r in runs[request]}
+                        record = plan.record(stacks[number], request.workload.settings)
+                        for trained, fitted in ({request: outcome} | shorter).items():
+                            yield trained, (fitted, _rows(trained, fitted, loaded, device=str(device), plan=record))
                     counter()  # ridge takes no step, and what is shown beside the steps may have changed
     if retries:
         yield from _train(retries, cache, device, progress)
 
 
-def _groups(requests: Sequence[HeadRequest], cache: Cache, device: torch.device) -> list[_Group]:
-    """All requests in one group, or one group for each set of tasks if features would take half of the memory.
-
-    In the latter case features are decoded once into scratch files, and mapped from there.
-    """
-    memory = min(map(available_memory, {device, torch.device("cpu")}))
-    large = _feature_bytes(requests, cache) > memory / 2
-    by_tasks = defaultdict(list)
-    for request in requests:
-        by_tasks[request.tasks if large else ()].append(request)
-    common, groups = requests[0].config, []
-    for group in by_tasks.values():
-        plan = make_plan(
-            [request.workload for request in group],
-            device,
-            workers=common.workers,
-            tf32=common.tf32,
-            held_bytes=0 if large and device.type == "cpu" else _feature_bytes(group, cache),
-        )
-        groups.append(_Group(group, plan, spilled=large))
-    return groups
-
-
 def _feature_bytes(requests: Sequence[HeadRequest], cache: Cache) -> int:
     """Memory of the features that these heads are fitted and evaluated on, of all encoders."""
-    splits = dict.fromkeys(("test", requests[0].config.fit_split))
+    splits = {"test", requests[0].config.fit_split}
     return sum(3 * 4 * cache.dim * cache.rows(task, split) for task in _tasks_of(requests) for split in splits)
 
 
@@ -293,28 +274,23 @@ def _tasks_of(requests: Sequence[HeadRequest]) -> tuple[str, ...]:
 def _job(request: HeadRequest, loaded: LoadedTasks, shorter: Sequence[HeadRequest]) -> Job:
     config = request.config
     rows = tuple(loaded.rows(config, task) for task in request.tasks)
-    stops = tuple(sorted(other.workload.settings.steps for other in shorter))
+    stops = tuple(other.workload.settings.steps for other in shorter)
     return Job(rows, request.workload.settings, config.seed, config.online, stops)
 
 
-def _evaluated(
-    request: HeadRequest, fitted: Fitted, plan: TrainingPlan, loaded: LoadedTasks, device: torch.device
-) -> _TrainedHead:
-    """Evaluate a head, and put together what is recorded of it."""
+def _rows(request: HeadRequest, fitted: Fitted, loaded: LoadedTasks, **recorded: str | TrainingPlan) -> list[ResultRow]:
+    """Evaluate a head; `recorded` is what its rows record besides of how it was trained."""
     config, cache = request.config, loaded.cache
     merge = cache.identity.merge
-    record = TrainingRecord(
-        tasks=request.tasks,
-        penalty=fitted.penalty,
-        loss_curve=tuple(fitted.curve),
-        device=str(device),
-        plan=plan,
-        from_run_of=fitted.from_run_of,
-    )
     head = Head(config.head, request.tasks, cache.dim, fitted.params, config.shared)
-    rows = {
-        task: ResultRow(
-            **vars(loaded.evaluate(config, head, task)),
+    rows = []
+    for task in request.tasks:
+        eval_rows, accuracy, bias = loaded.evaluate(config, head, task)
+        row = ResultRow(
+            fit_rows=len(loaded.rows(config, task)),
+            eval_rows=eval_rows,
+            accuracy=accuracy,
+            bias=bias,
             task=task,
             head=request.name,
             kind=config.head.kind,
@@ -327,12 +303,10 @@ def _evaluated(
             cache=cache.task_fingerprint(task),
             arch=cache.identity.arch,
             merge=merge_label(merge.method, merge.settings, merge.name),
-            parameters=parameter_count(config.head, cache.dim),
+            parameters=request.workload.parameters,
             seconds=fitted.seconds,
-            device=record.device,
-            plan=plan,
             from_run_of=fitted.from_run_of,
+            **recorded,
         )
-        for task in request.tasks
-    }
-    return _TrainedHead(fitted, record, rows)
+        rows.append(row)
+    return rows

@@ -55,16 +55,12 @@ def chosen_tasks(cache: Cache, config: FitConfig) -> tuple[str, ...]:
     return tasks
 
 
-def name_of(config: FitConfig, cache: Cache, *, keep_heads: bool) -> str:
-    """The name of a configuration whose tasks are filled in."""
+def head_requests(config: FitConfig, cache: Cache, *, keep_heads: bool) -> tuple[HeadRequest, ...]:
+    """The heads that a configuration, with its tasks filled in, asks for, in the order of the tasks."""
     # Named after its tasks unless these are all that are merged. While a cache is being extracted, a head of the tasks
     # so far does not take the name of the head of all tasks.
     by_tasks = (keep_heads or config.shared) and len(config.tasks) < len(cache.identity.tasks)
-    return config.name or replace(config, tasks=config.tasks if by_tasks else None).default_name()
-
-
-def head_requests(config: FitConfig, name: str, cache: Cache) -> tuple[HeadRequest, ...]:
-    """The heads that a configuration asks for, in the order of its tasks."""
+    name = config.name or replace(config, tasks=config.tasks if by_tasks else None).default_name()
     requests = []
     for tasks in [config.tasks] if config.shared else [(task,) for task in config.tasks]:
         settings = config.head
@@ -99,17 +95,11 @@ def training_runs(requests: Sequence[HeadRequest]) -> dict[HeadRequest, list[Hea
     """
     groups = defaultdict(list)
     for request in requests:
-        config = request.config
-        if config.head.is_trained:
-            alike = replace(config, head=replace(config.head, steps=1), name=None)
-            groups[alike, request.tasks].append(request)
-        else:
-            groups[request] = [request]
-    runs = {}
-    for group in groups.values():
-        longest = max(group, key=lambda request: request.config.head.steps) if len(group) > 1 else group[0]
-        runs[longest] = [request for request in group if request is not longest]
-    return runs
+        config, head = request.config, request.config.head
+        alike = replace(config, head=replace(head, steps=1), name=None) if head.is_trained else request
+        groups[alike, request.tasks].append(request)
+    longest = [max(group, key=lambda request: request.workload.head_steps) for group in groups.values()]
+    return {run: [r for r in group if r is not run] for run, group in zip(longest, groups.values(), strict=True)}
 
 
 def existing_head(folder: Path, wanted: dict[str, Any]) -> Head:
@@ -137,8 +127,8 @@ class RecordedResults:
 
     def rows_of(self, request: HeadRequest) -> dict[str, ResultRow]:
         """The rows of a head, by task, whatever name it had."""
-        rows = {task: self._by_request.get((request.digest, task)) for task in request.tasks}
-        return {task: row for task, row in rows.items() if row is not None}
+        keys = {task: (request.digest, task) for task in request.tasks}
+        return {task: self._by_request[key] for task, key in keys.items() if key in self._by_request}
 
     def restore(self, rows: Sequence[ResultRow]) -> None:
         """Append those of the rows that are missing: results.jsonl may have been deleted, or cut off by a kill."""

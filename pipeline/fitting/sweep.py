@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean
 
 from probsurgery.pipeline.config import SweepConfig
@@ -62,8 +63,11 @@ def sweep(config: SweepConfig, progress: Progress = no_progress) -> SweepResult:
 
     Raises `InputError`, before anything is written, for a value out of range or a grid that memory does not hold.
     """
-    _check_size(config)
     begun, best = time.perf_counter(), _BestSoFar()
+    tasks = config.tasks or Cache(config.cache).identity.tasks
+    heads, free = config.size * (1 if config.shared else len(tasks)), available_memory(choose_device("cpu"))
+    if heads * HEAD_BYTES > free:
+        raise too_large(heads, heads * HEAD_BYTES, free)
 
     def show(done: int, total: int, what: str = "", *, unit: str | None = None) -> None:
         progress(done, total, best.text)
@@ -80,7 +84,10 @@ def sweep(config: SweepConfig, progress: Progress = no_progress) -> SweepResult:
         protocol=replace(results[0].config, fraction=config.fraction[0] if len(config.fraction) == 1 else 1.0).protocol,
         tasks=tasks,
         varied=varied,
-        baselines={encoder: _baseline(results, tasks, encoder) for encoder in ("merged", "individual")},
+        baselines={
+            encoder: {t: fmean(v) for t, v in _by_task(results, tasks, partial(_percent, encoder=encoder)).items()}
+            for encoder in ("merged", "individual")
+        },
         lines=tuple(_line(over_seeds, tasks, varied) for over_seeds in by_setting.values()),
         seeds=len(config.seed),
         heads=len(results) * (1 if config.shared else len(tasks)),
@@ -88,14 +95,6 @@ def sweep(config: SweepConfig, progress: Progress = no_progress) -> SweepResult:
         failures=tuple(failure for result in results for failure in result.failures),
         seconds=time.perf_counter() - begun,
     )
-
-
-def _check_size(config: SweepConfig) -> None:
-    free = available_memory(choose_device("cpu"))
-    tasks = config.tasks or Cache(config.cache).identity.tasks
-    heads = config.size * (1 if config.shared else len(tasks))
-    if heads * HEAD_BYTES > free:
-        raise too_large(heads, heads * HEAD_BYTES, free)
 
 
 class _BestSoFar:
@@ -108,7 +107,7 @@ class _BestSoFar:
     def note(self, result: FitResult) -> None:
         if len(result.rows) < len(result.config.tasks):  # a head failed
             return
-        bias = fmean(row.bias.after for row in result.rows)
+        bias = fmean(map(_bias, result.rows))
         if bias < self._least:
             self._least = bias
             self.text = f"least bias so far {bias:.3f} ({result.rows[0].head})"
@@ -116,35 +115,29 @@ class _BestSoFar:
 
 def _line(results: Sequence[FitResult], tasks: Sequence[str], varied: Sequence[str]) -> SettingLine:
     """One setting's line, from its results for each seed."""
-    config = results[0].config
+    config, whole = results[0].config, [result.rows for result in results if len(result.rows) == len(tasks)]
     settings = {"head": config.head.kind, **vars(config.head), "fraction": config.fraction}
-    accuracy, average_accuracy = _spreads(results, tasks, lambda row: 100 * row.accuracy.head)
-    bias, average_bias = _spreads(results, tasks, lambda row: row.bias.after)
     return SettingLine(
         setting={name: settings[name] for name in varied if name in settings},
-        seeds=sum(len(result.rows) == len(tasks) for result in results),
-        accuracy=accuracy,
-        bias=bias,
-        average_accuracy=average_accuracy,
-        average_bias=average_bias,
+        seeds=len(whole),
+        accuracy={task: spread(figures) for task, figures in _by_task(results, tasks, _percent).items()},
+        bias={task: spread(figures) for task, figures in _by_task(results, tasks, _bias).items()},
+        average_accuracy=spread(fmean(map(_percent, rows)) for rows in whole),
+        average_bias=spread(fmean(map(_bias, rows)) for rows in whole),
     )
 
 
-def _spreads(
+def _percent(row: ResultRow, encoder: str = "head") -> float:
+    return 100 * getattr(row.accuracy, encoder)
+
+
+def _bias(row: ResultRow) -> float:
+    return row.bias.after
+
+
+def _by_task(
     results: Sequence[FitResult], tasks: Sequence[str], figure: Callable[[ResultRow], float]
-) -> tuple[dict[str, Spread], Spread | None]:
-    """A figure for each task over seeds, and its average over tasks of the seeds that have every task."""
-    by_task = defaultdict(list)
-    for result in results:
-        for row in result.rows:
-            by_task[row.task].append(figure(row))
-    averages = [fmean(map(figure, result.rows)) for result in results if len(result.rows) == len(tasks)]
-    return {task: spread(by_task[task]) for task in tasks if task in by_task}, spread(averages)
-
-
-def _baseline(results: Sequence[FitResult], tasks: Sequence[str], encoder: str) -> dict[str, float]:
-    by_task = defaultdict(list)
-    for result in results:
-        for row in result.rows:
-            by_task[row.task].append(100 * getattr(row.accuracy, encoder))
-    return {task: fmean(by_task[task]) for task in tasks if task in by_task}
+) -> dict[str, list[float]]:
+    """A figure of every result, for each task that has results."""
+    figures = {task: [figure(row) for result in results for row in result.rows if row.task == task] for task in tasks}
+    return {task: values for task, values in figures.items() if values}

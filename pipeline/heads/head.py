@@ -24,13 +24,11 @@ from probsurgery.pipeline.store.results import ResultRow, TrainingPlan
 
 SCHEMA = 1
 _MAX_JSON_BYTES = 2**28
-"""Of head.json."""
-_MAX_HEADER_BYTES = 2**20
-"""Of the header of head.safetensors."""
+_MAX_HEADER_BYTES = 2**20  # of head.safetensors
 
 
 class HeadDescription(Record):
-    """What head.json holds of the head itself. A fit's record stands beside it, in the same JSON object."""
+    """What head.json holds of the head itself; the keys of a `FitRecord` may stand beside these."""
 
     schema: int
     head: str
@@ -61,7 +59,6 @@ class FitRecord(Record, kw_only=True):
     request: Mapping[str, Any]
     """What determines the head; the same request gives the same head."""
     results: tuple[ResultRow, ...] = ()
-    """One row for each task, as in results.jsonl."""
     fits: tuple[TrainingRecord, ...] = ()
     seconds: float = 0.0
     software: Mapping[str, str] = {}
@@ -113,8 +110,8 @@ class Head:
             save_file({name: t.contiguous().cpu() for name, t in self.params.items()}, weights)
         except SafetensorError as error:
             raise ProbsurgeryError(f"cannot write {weights}: {first_line(error)}") from None
-        kind, settings = self.settings.kind, asdict(self.settings)
-        description = HeadDescription(SCHEMA, kind, settings, self.tasks, self.shared, self.dim)
+        settings = self.settings
+        description = HeadDescription(SCHEMA, settings.kind, asdict(settings), self.tasks, self.shared, self.dim)
         write_json(folder / "head.json", description.to_json() | (self.record.to_json() if self.record else {}))
 
 
@@ -127,51 +124,35 @@ def load_head(path: str | Path) -> Head:
     folder = Path(path)
     folder = folder.parent if folder.suffix == ".safetensors" else folder
     refuse_links(folder)
-    description, record = _read_description(folder)
     try:
-        settings = head_settings(description.head, **description.settings)
-    except (TypeError, OverflowError) as error:
-        raise InputError(f"{folder / 'head.json'} has settings of a wrong type ({error}); fit the head again") from None
-    tasks, shared, dim = description.tasks, description.shared, description.dim
-    return Head(settings, tasks, dim, _load_params(folder, settings, dim, 1 if shared else len(tasks)), shared, record)
-
-
-def _read_description(folder: Path) -> tuple[HeadDescription, FitRecord | None]:
-    file = folder / "head.json"
-    try:
-        plain = read_json(file, _MAX_JSON_BYTES)
-        schema = plain.get("schema") if isinstance(plain, dict) else None
-        if type(schema) is int and schema > SCHEMA:
-            raise InputError(f"the head at {folder} has schema {schema}; this version reads up to {SCHEMA}")
-        return decode(HeadDescription, plain), decode(FitRecord, plain) if "request" in plain else None
+        return _read_head(folder)
     except OSError as error:
-        raise _no_head(folder, error) from None
-    except MalformedError as error:
-        raise InputError(f"{file} is damaged ({error}); fit the head again") from None
+        raise InputError(f"no head at {folder}: {error.strerror or error}; `probsurgery fit` writes one") from None
+    except (TypeError, ValueError, OverflowError, SafetensorError) as error:  # settings of a wrong type raise any
+        raise InputError(f"the head at {folder} is damaged ({first_line(error)}); fit it again") from None
 
 
-def _load_params(folder: Path, settings: HeadSettings, dim: int, stack: int) -> Params:
-    """The parameters. They are read only if the file has the size that the settings imply."""
-    expected = {name: (stack, *shape) for name, shape in HEADS[settings.kind].shapes(settings, dim).items()}
-    file = folder / "head.safetensors"
-    try:
-        size, needed = file.stat().st_size, 4 * sum(map(math.prod, expected.values()))
-        if not needed < size < needed + _MAX_HEADER_BYTES:
-            raise InputError(
-                f"{file} has {size:,} bytes, but its settings ask for {needed:,} and a header; fit it again"
-            )
-        tensors = load_file(file)
-    except OSError as error:
-        raise _no_head(folder, error) from None
-    except (ValueError, SafetensorError) as error:
-        raise InputError(f"{file} is damaged ({first_line(error)}); fit the head again") from None
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+def _read_head(folder: Path) -> Head:
+    plain = read_json(folder / "head.json", _MAX_JSON_BYTES)
+    schema = plain.get("schema") if isinstance(plain, dict) else None
+    if type(schema) is int and schema > SCHEMA:
+        raise InputError(f"the head at {folder} has schema {schema}; this version reads up to {SCHEMA}")
+    head, record = decode(HeadDescription, plain), decode(FitRecord, plain) if "request" in plain else None
+    settings, stack = head_settings(head.head, **head.settings), 1 if head.shared else len(head.tasks)
+    shapes = HEADS[settings.kind].shapes(settings, head.dim)
+    params = _read_params(folder / "head.safetensors", {name: (stack, *shape) for name, shape in shapes.items()})
+    return Head(settings, head.tasks, head.dim, params, head.shared, record)
+
+
+def _read_params(file: Path, expected: dict[str, tuple[int, ...]]) -> Params:
+    """Tensors of the expected shapes. They are read only if the file's size is that of the shapes."""
+    size, needed = file.stat().st_size, 4 * sum(map(math.prod, expected.values()))
+    if not needed < size < needed + _MAX_HEADER_BYTES:
+        raise MalformedError(f"{file.name} has {size:,} bytes, but its settings ask for {needed:,} and a header")
+    params = load_file(file)
+    shapes = {name: tuple(tensor.shape) for name, tensor in params.items()}
     if shapes != expected:
-        raise InputError(f"the head at {folder} has shapes {shapes}, but its settings ask for {expected}; fit it again")
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise InputError(f"the head at {folder} holds NaN or infinite weights; fit it again")
-    return tensors
-
-
-def _no_head(folder: Path, error: OSError) -> InputError:
-    return InputError(f"no head at {folder}: {error.strerror or error}; `probsurgery fit` writes one")
+        raise MalformedError(f"{file.name} has shapes {shapes}, but its settings ask for {expected}")
+    if not all(tensor.isfinite().all() for tensor in params.values()):
+        raise MalformedError(f"{file.name} holds NaN or infinite weights")
+    return params

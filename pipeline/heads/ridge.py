@@ -44,22 +44,16 @@ def solve_ridge(
     eigenvalues = eigenvalues.clamp(min=0)
     unit = max(eigenvalues.mean().item(), torch.finfo(torch.float64).tiny)
     target = vectors.T @ sum((x - x_mean).T @ (y - y_mean) for x, y in blocks())
-
-    def leave_one_out_errors() -> list[float]:
-        """Squared error of each penalty."""
-        errors = [0.0] * len(PENALTIES)
+    if penalty is None:
+        errors = dict.fromkeys(PENALTIES, 0.0)
         for x, y in blocks():
             projected, y = (x - x_mean) @ vectors, y - y_mean
-            for i, candidate in enumerate(PENALTIES):
+            for candidate in PENALTIES:
                 shrink = 1 / (eigenvalues + candidate * unit)
                 residual = y - projected @ (shrink[:, None] * target)
                 leverage = (projected.square() * shrink).sum(1) + 1 / len(rows)
-                errors[i] += (residual / (1 - leverage)[:, None]).square().sum().item()
-        return [error if math.isfinite(error) else math.inf for error in errors]
-
-    if penalty is None:
-        errors = leave_one_out_errors()
-        penalty = PENALTIES[errors.index(min(errors))]
+                errors[candidate] += (residual / (1 - leverage)[:, None]).square().sum().item()
+        penalty = min(PENALTIES, key=lambda candidate: math.inf if math.isnan(errors[candidate]) else errors[candidate])
     weight = (vectors @ (target / (eigenvalues + penalty * unit)[:, None])).T
     bias = y_mean - weight @ x_mean
     if not (weight.isfinite().all() and bias.isfinite().all()):

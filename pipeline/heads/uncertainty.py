@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from probsurgery.pipeline.heads.kinds import Params, prob_distribution
 
 COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
-"""Shares of the images that are kept, the least certain ones left out."""
+"""Shares of the images, the most certain ones, whose accuracy is measured."""
 BINS = 10
 _BLOCK_ROWS = 4096
 
@@ -68,14 +67,13 @@ def measure(
         spearman(doubt, residual),
         {k: count / merged.numel() for k, count in inside.items()},
         tuple(tuple(x[rows].square().mean().sqrt().item() for x in (spread, residual)) for rows in groups),
-        *(_accuracy_at(COVERAGES, uncertainty, correct) for uncertainty in (spread, doubt)),
+        *(_accuracy_by(uncertainty, correct) for uncertainty in (spread, doubt)),
     )
 
 
 def spearman(a: Float[Tensor, " N"], b: Float[Tensor, " N"]) -> float:
     """Rank correlation: Pearson's of the ranks. Equal values get their mean rank; NaN if `a` or `b` is constant."""
-    ranks = torch.stack([_ranks(a), _ranks(b)])
-    return torch.corrcoef(ranks)[0, 1].item()
+    return torch.corrcoef(torch.stack([_ranks(a), _ranks(b)]))[0, 1].item()
 
 
 def _ranks(values: Tensor) -> Tensor:
@@ -84,8 +82,8 @@ def _ranks(values: Tensor) -> Tensor:
     return (last - (counts - 1) / 2)[which]
 
 
-def _accuracy_at(coverages: Sequence[float], uncertainty: Tensor, correct: Tensor) -> tuple[float, ...]:
-    """Accuracy of the least uncertain rows, for each share of rows."""
+def _accuracy_by(uncertainty: Tensor, correct: Tensor) -> tuple[float, ...]:
+    """Accuracy of the least uncertain rows, for each of `COVERAGES`."""
     ordered = correct[uncertainty.argsort(stable=True)].double().cumsum(0)
-    counts = [max(1, round(share * len(correct))) for share in coverages]
+    counts = [max(1, round(share * len(correct))) for share in COVERAGES]
     return tuple(ordered[count - 1].item() / count for count in counts)

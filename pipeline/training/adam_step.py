@@ -52,7 +52,7 @@ class Stack:
         # small operation.
         self._u, self._grad_u = (torch.empty(heads, batch, width, **like) for _ in range(2))
         self._out, self._grad_out = (torch.empty(heads, batch, outputs, **like) for _ in range(2))
-        samples = max(1, self.settings.draws)  # without draws, the mean is the only sample
+        samples = max(1, self.settings.samples)  # without noise, the mean is the only sample
         self._corrected, self._spread, self._g = (
             torch.empty(samples, heads, batch, self.dim, **like) for _ in range(3)
         )
@@ -66,14 +66,11 @@ class Stack:
             self._grad_mu, self._grad_log_var = self._grad_out.split(self.dim, dim=-1)
             self._single_g = self._g[0] if samples == 1 else None
 
-    def step(
-        self,
-        z: Float[Tensor, "K B d"],
-        expert: Float[Tensor, "K B d"],
-        noise: Float[Tensor, "S K B d"] | None,
-        note_loss: bool = True,
-    ) -> None:
-        """Update every head by one step of Adam, which treats each entry by itself, so stacking does not change it."""
+    def step(self, z: Tensor, expert: Tensor, noise: Tensor | None, note_loss: bool = True) -> None:
+        """Update every head by one step of Adam, which treats each entry by itself, so stacking does not change it.
+
+        The arguments are those of `backward`.
+        """
         self.backward(z, expert, noise, note_loss)
         self._update()
 

@@ -12,7 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -81,8 +80,7 @@ class Job:
     online: bool = False
     """Take each row once, in the order of the data, instead of a permutation per epoch."""
     stops: tuple[int, ...] = ()
-    """Numbers of steps below `settings.steps` after which a copy of the head is wanted too. It equals the head of a run
-    of that many steps."""
+    """Steps below `settings.steps` after which the head is copied too: the copy is that of a run of so many steps."""
 
     @property
     def label(self) -> str:
@@ -143,20 +141,25 @@ class Feed:
 
     def __init__(self, jobs: Sequence[Job], device: torch.device, *, ahead: bool) -> None:
         settings, dim, tasks = jobs[0].settings, jobs[0].dim, len(jobs[0].rows)
-        batch, samples = settings.batch_size, settings.draws
+        batch, samples = settings.batch_size, settings.samples
         keys = [(*map(id, job.rows), job.seed, job.online) for job in jobs]
-        unique = list(dict.fromkeys(keys))
+        unique = dict(zip(keys, jobs, strict=True))
         self._stream_of_head = None
         if len(unique) < len(jobs):
-            self._stream_of_head = torch.tensor([unique.index(key) for key in keys], device=device)
-        distinct = [jobs[keys.index(key)] for key in unique]
-        self._streams = [
-            [Stream(r.task, j.seed, len(r), batch, dim, samples, online=j.online) for r in j.rows] for j in distinct
-        ]
+            order = list(unique)
+            self._stream_of_head = torch.tensor([order.index(key) for key in keys], device=device)
         # Each task's features once on the device, however many streams read them.
-        features = {id(values): values for j in distinct for r in j.rows for values in (r.merged, r.expert)}
+        features = {id(values): values for job in jobs for r in job.rows for values in (r.merged, r.expert)}
         on_device = {key: values.to(device) for key, values in features.items()}
-        self._sources = [[(r.seen, on_device[id(r.merged)], on_device[id(r.expert)]) for r in j.rows] for j in distinct]
+        self._sources = {
+            (u, t): (
+                Stream(r.task, job.seed, len(r), batch, dim, samples, online=job.online),
+                r.seen,
+                (on_device[id(r.merged)], on_device[id(r.expert)]),
+            )
+            for u, job in enumerate(unique.values())
+            for t, r in enumerate(job.rows)
+        }
         shape = (len(unique), tasks, BLOCK, batch, dim)
         self._z, self._expert = (torch.empty(shape, device=device) for _ in range(2))
         self._noise = torch.empty(*shape[:2], samples, *shape[2:], device=device)
@@ -169,21 +172,19 @@ class Feed:
         ]
         self._threads = ThreadPoolExecutor() if ahead else None
         if ahead:
-            on_cuda = device.type == "cuda"
-            self._host = [torch.empty(self._noise.shape, pin_memory=on_cuda) for _ in range(2)]
+            self._host = [torch.empty(self._noise.shape, pin_memory=device.type == "cuda") for _ in range(2)]
             self._drawn = self._draw_on_threads()
 
     def fill(self, *, last: bool = False) -> None:
         """Fill the buffers with the next block; after the `last` one none is drawn ahead."""
-        for u, sources in enumerate(self._sources):
-            for t, (seen, merged, expert) in enumerate(sources):
-                rows = self._streams[u][t].batches().flatten()
-                rows = (rows if seen is None else seen[rows]).to(self._device)
-                for out, values in ((self._z, merged), (self._expert, expert)):
-                    torch.index_select(values, 0, rows, out=out[u, t].view(-1, values.shape[1]))
+        for place, (stream, seen, features) in self._sources.items():
+            rows = stream.batches().flatten()
+            rows = (rows if seen is None else seen[rows]).to(self._device)
+            for out, values in zip((self._z, self._expert), features, strict=True):
+                torch.index_select(values, 0, rows, out=out[place].view(-1, values.shape[1]))
+            if self._threads is None:
+                stream.noise(self._noise[place])
         if self._threads is None:
-            for u, t in np.ndindex(self._noise.shape[:2]):
-                self._streams[u][t].noise(self._noise[u, t])
             return
         for drawn in self._drawn:
             drawn.result()
@@ -197,8 +198,7 @@ class Feed:
 
     def _draw_on_threads(self) -> list[Future]:
         noise = self._host[0]
-        pairs = np.ndindex(noise.shape[:2])
-        return [self._threads.submit(self._streams[u][t].noise, noise[u, t]) for u, t in pairs]
+        return [self._threads.submit(stream.noise, noise[place]) for place, (stream, *_) in self._sources.items()]
 
     def batch(self, update: int) -> Batch:
         """The batch of every head in one update of the block: views of the buffers if every head has its own stream."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from probsurgery.pipeline.errors import ProbsurgeryError, first_line
-from probsurgery.pipeline.heads.kinds import HEADS, Params
+from probsurgery.pipeline.heads.kinds import Params, initial_params
 from probsurgery.pipeline.heads.ridge import solve_ridge
 from probsurgery.pipeline.training.adam_step import Stack
 from probsurgery.pipeline.training.batches import BLOCK, Batch, Feed, Job, generator
@@ -33,7 +33,7 @@ class Fitted:
     penalty: float | None = None
     """Ridge: the penalty that was used."""
     seconds: float = 0.0
-    """Its share of the time that its stack took."""
+    """The head's share of the time that the stack took."""
     earlier: dict[int, Fitted] = field(default_factory=dict)
     """The head after each of `Job.stops`. Its curve ends with the last whole block."""
     from_run_of: int | None = None
@@ -102,14 +102,13 @@ def _run_steps(
 ) -> list[Outcome]:
     begun = time.perf_counter()
     settings, tasks = jobs[0].settings, len(jobs[0].rows)
-    init = HEADS[settings.kind].init
-    starts = [init(job.settings, job.dim, generator(job.label, job.seed, "init")) for job in jobs]
+    starts = [initial_params(job.settings, job.dim, generator(job.label, job.seed, "init")) for job in jobs]
     stack = Stack([job.settings for job in jobs], starts, device)
     step = _GraphedStep(stack) if graph else stack.step
     feed = Feed(jobs, device, ahead=device.type == "cuda")
     curves: list[list[tuple[int, float]]] = [[] for _ in jobs]
-    failures: dict[int, ProbsurgeryError] = {}
     earlier: list[dict[int, Fitted]] = [{} for _ in jobs]
+    failures: dict[int, ProbsurgeryError] = {}
     stops = defaultdict(list)
     for k, job in enumerate(jobs):
         for steps in job.stops:
@@ -124,8 +123,7 @@ def _run_steps(
             step(*feed.batch(update), noted[update])
             for k, steps in stops.get(done + update + 1, ()):
                 seconds = (time.perf_counter() - begun) / len(jobs)
-                params, curve = stack.params(k), list(curves[k])
-                earlier[k][steps] = Fitted(params, curve, seconds=seconds, from_run_of=settings.steps)
+                earlier[k][steps] = Fitted(stack.params(k), [*curves[k]], seconds=seconds, from_run_of=settings.steps)
         done += updates
         means = (stack.loss_sums / sum(noted)).tolist()
         for k, mean in enumerate(means):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 
 import numpy as np
 import torch
@@ -75,12 +75,10 @@ class Workload:
 
     @classmethod
     def of(cls, job: Job) -> Workload:
-        """The workload of a job."""
         return cls(job.settings, len(job.rows), job.dim)
 
     @property
     def parameters(self) -> int:
-        """Number of parameters in the head."""
         return parameter_count(self.settings, self.dim)
 
     @property
@@ -103,7 +101,7 @@ class Workload:
         """The state, a block of batches, and a step's intermediate results."""
         if not self.settings.is_trained:
             return self.state_bytes
-        draws, batch_bytes = self.settings.draws, 4 * self.settings.batch_size * self.dim
+        draws, batch_bytes = self.settings.samples, 4 * self.settings.batch_size * self.dim
         return self.state_bytes + batch_bytes * (BLOCK * self.tasks * (2 + draws) + 8 + 4 * draws)
 
     @property
@@ -134,24 +132,24 @@ def make_plan(
         updates = sum(workload.weight_updates for workload in workloads)
         workers = torch.get_num_threads() if updates > MIN_WORKER_UPDATES else 0
     workers = min(workers, max(0, free // PROCESS_BYTES))
-    groups = defaultdict(list)
+    groups, limits = defaultdict(list), {}
     for number, workload in enumerate(workloads):
         groups[workload.stack_key].append(number)
-    limits = {
-        key: _cuda_limit(workloads[numbers[0]], free) if cuda else _cpu_limit(workloads[numbers[0]], workers)
-        for key, numbers in groups.items()
-    }
+    for key, (first, *_) in groups.items():
+        in_memory = max(1, int(0.8 * free) // workloads[first].total_bytes)
+        limits[key] = in_memory if cuda else _cpu_limit(workloads[first], workers)
     many = sum(math.ceil(len(numbers) / limits[key]) for key, numbers in groups.items()) >= 2 * workers
     stacks = []
     for key, numbers in groups.items():
         # Few stacks are cut so that every worker has as much to do; many stacks even out by themselves.
-        stacks += _split(numbers, limits[key], 1 if many else workers)
+        multiple = 1 if many else workers
+        count = math.ceil(len(numbers) / (limits[key] * multiple)) * multiple
+        stacks += [stack.tolist() for stack in np.array_split(numbers, min(count, len(numbers)))]
     stacks.sort(key=lambda stack: -sum(workloads[number].weight_updates for number in stack))
     trained = sum(workloads[stack[0]].settings.is_trained for stack in stacks)
     workers = min(workers, trained) if trained > 1 else 0
     largest = max((sum(workloads[number].total_bytes for number in stack) for stack in stacks), default=0)
-    while workers > 1 and workers * (largest + PROCESS_BYTES) > free:
-        workers -= 1
+    workers = min(workers, max(1, free // (largest + PROCESS_BYTES)))
     needed = largest if cuda else max(1, workers) * largest + workers * PROCESS_BYTES
     if needed > free:
         raise too_large(len(workloads), needed + held_bytes, free + held_bytes)
@@ -181,17 +179,6 @@ def _last_level_cache() -> int:
     return max((1024 * int(size.read_text().strip("K\n")) for size in sizes), default=16 * 2**20)
 
 
-def _cuda_limit(workload: Workload, free: int) -> int:
-    """Largest stack that memory holds."""
-    return max(1, int(0.8 * free) // workload.total_bytes)
-
-
-def _split(numbers: list[int], limit: int, workers: int) -> list[list[int]]:
-    """Stacks of nearly equal size, none above `limit`, their number a multiple of the workers'."""
-    count = math.ceil(math.ceil(len(numbers) / limit) / workers) * workers
-    return [stack.tolist() for stack in np.array_split(numbers, min(count, len(numbers)))]
-
-
 class StepCounter:
     """Turns increments of head-steps into calls of a `Progress`."""
 
@@ -218,7 +205,7 @@ def execute(
         if pool is not None and stack[0].settings.is_trained:
             for_workers.append((numbers, stack))
             continue
-        with _threads_for(stack), _multiplication(plan):
+        with _torch_settings(stack, plan):
             outcomes = train_stack(stack, plan.device, graph=plan.graph, advance=advance)
         yield from zip(numbers, outcomes, strict=True)
     if pool is not None:
@@ -227,26 +214,17 @@ def execute(
 
 
 @contextmanager
-def _threads_for(stack: Sequence[Job]) -> Iterator[None]:
-    before, settings = torch.get_num_threads(), stack[0].settings
-    serial = settings.is_trained and (
-        len(stack) * settings.batch_size * parameter_count(settings, stack[0].dim) < MIN_THREADED_PRODUCTS
-    )
+def _torch_settings(stack: Sequence[Job], plan: Plan) -> Iterator[None]:
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    settings, weights = stack[0].settings, sum(Workload.of(job).parameters for job in stack)
+    is_serial = settings.is_trained and weights * settings.batch_size < MIN_THREADED_PRODUCTS
     try:
-        torch.set_num_threads(1 if serial else before)
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _multiplication(plan: Plan) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    try:
+        torch.set_num_threads(1 if is_serial else threads)
         torch.set_float32_matmul_precision("high" if plan.tf32 else "highest")
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
 
 
 def fit_heads(
@@ -268,10 +246,7 @@ def fit_heads(
     counter = StepCounter(sum(workload.head_steps for workload in workloads), progress)
     if plan.workers:
         with TemporaryDirectory() as scratch, Pool(plan.workers) as pool:
-            spilled = {}
-            for number, (key, rows) in enumerate(distinct.items()):
-                (folder := Path(scratch, str(number))).mkdir()
-                spilled[key] = rows.spilled(folder)
+            spilled = {key: rows.spilled(Path(mkdtemp(dir=scratch))) for key, rows in distinct.items()}
             jobs = [replace(job, rows=tuple(spilled[id(rows)] for rows in job.rows)) for job in jobs]
             outcomes = dict(execute(jobs, plan, pool, counter))
     else:

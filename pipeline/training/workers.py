@@ -58,28 +58,28 @@ class Pool:
             if worker.is_idle and waiting:
                 worker.train(*waiting.popleft())
         while unfinished:
-            for connection in wait([worker.connection for worker in self._workers if not worker.is_idle]):
-                worker = next(w for w in self._workers if w.connection is connection)
+            busy = {worker.connection: worker for worker in self._workers if not worker.is_idle}
+            for connection in wait(busy):
+                worker, finished = busy[connection], None
                 try:
                     message = _receive(connection)
                 except _CUT_OFF:
                     message = self._replace(worker)
-                finished = None
                 if message == READY:
                     worker.ready = True
-                elif isinstance(message, int):
-                    if advance is not None:
-                        advance(message)
-                else:
-                    finished, worker.stack = worker.stack, None
+                elif not isinstance(message, int):
+                    outcomes = [message] * worker.heads if isinstance(message, ProbsurgeryError) else message
+                    finished, worker.stack = (worker.stack, outcomes), None
+                elif advance is not None:
+                    advance(message)
                 if worker.is_idle and waiting:  # before the caller evaluates the outcomes, which takes time
                     worker.train(*waiting.popleft())
                 if finished is not None:
                     unfinished -= 1
-                    yield finished, message
+                    yield finished
 
-    def _replace(self, worker: _Worker) -> list[Outcome]:
-        """Replace a dead worker by a new one; returns errors for the heads that it was training."""
+    def _replace(self, worker: _Worker) -> ProbsurgeryError:
+        """Replace a dead worker by a new one; returns the error for the heads that it was training."""
         status = worker.process.wait()
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
         if not worker.ready:
@@ -87,8 +87,7 @@ class Pool:
         self._workers[self._workers.index(worker)] = _Worker()
         worker.ready = False
         worker.connection.close()
-        error = f"the worker that trained it died ({how}); if memory ran out, use fewer --workers"
-        return [ProbsurgeryError(error) for _ in range(worker.heads)]
+        return ProbsurgeryError(f"the worker that trained it died ({how}); if memory ran out, use fewer --workers")
 
 
 class _Worker:
@@ -115,7 +114,7 @@ class _Worker:
     def train(self, stack: int, jobs: Sequence[Job]) -> None:
         self.stack, self.heads = stack, len(jobs)
         with suppress(*_CLOSED):  # `run` learns of the worker's death when it reads the pipe
-            _send(self.connection, (len(jobs), pickle.dumps(list(jobs))))
+            _send(self.connection, jobs)
 
     def stop(self) -> None:
         self.connection.close()
@@ -138,13 +137,12 @@ def _serve(connection: Connection) -> None:
     with suppress(*_CLOSED):
         _send(connection, READY)
         while True:
-            heads, message = _receive(connection)
             try:
-                outcomes = train_stack(pickle.loads(message), advance=lambda head_steps: _send(connection, head_steps))
+                outcomes = train_stack(_receive(connection), advance=lambda head_steps: _send(connection, head_steps))
             except _CLOSED:
                 raise
             except Exception as error:
-                outcomes = [ProbsurgeryError(f"the worker failed: {first_line(error)}")] * heads
+                outcomes = ProbsurgeryError(f"the worker failed: {first_line(error)}")
             _send(connection, outcomes)
 
 

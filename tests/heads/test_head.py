@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from probsurgery.pipeline.config import ProbSettings, RidgeSettings, SurgerySettings, head_settings
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.heads.head import FitRecord, Head, load_head
-from probsurgery.pipeline.heads.kinds import HEADS, parameter_count
+from probsurgery.pipeline.heads.kinds import HEADS, initial_params, parameter_count
 from probsurgery.pipeline.training.batches import generator
 
 DIM = 12
@@ -46,7 +46,7 @@ def test_ridge_is_an_affine_map():
 @pytest.mark.parametrize("name", ["surgery", "prob"])
 def test_a_new_head_changes_nothing_and_starts_within_kaimings_bound(name):
     settings = head_settings(name)
-    params = HEADS[name].init(settings, DIM, generator("a", 0, "init"))
+    params = initial_params(settings, DIM, generator("a", 0, "init"))
     z = torch.randn(1, 5, DIM)
     assert HEADS[name].correction({n: p[None] for n, p in params.items()}, z).abs().max() == 0
     compressing = params["down" if name == "surgery" else "hidden"]
