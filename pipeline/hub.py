@@ -26,14 +26,10 @@ def download(repo: str, option: str) -> Path:
     for name in WEIGHT_FILES[:2]:
         try:
             return Path(hf_hub_download(repo, name))
-        except LocalEntryNotFoundError as error:  # a subclass of the next, but about the connection
-            problem: Exception = error
-            break
-        except EntryNotFoundError as error:
-            problem = error
         except Exception as error:  # the client raises its own, its transport's and the OS's errors
             problem = error
-            break
+            if not isinstance(error, EntryNotFoundError) or isinstance(error, LocalEntryNotFoundError):
+                break  # not the file is missing, but the repository or the connection
     raise InputError(explain(problem, repo, option)) from None
 
 
