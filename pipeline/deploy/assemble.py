@@ -36,25 +36,15 @@ def assemble(
     other features.
     """
     opened = Cache(cache)
-    identity = opened.identity
-    fitted = _fitted_head(opened, head, results)
-    tasks = select_tasks(identity.suite, identity.tasks)
+    identity, fitted = opened.identity, _fitted_head(opened, head, results)
     weights = Weights(identity.arch, checkpoints)
-    state = _merged_state(opened, weights, tasks, merged)
+    state = _merged_state(opened, weights, select_tasks(identity.suite, identity.tasks), merged)
     if digest(state) != identity.merge.digest:
         where = merged or weights.folder or "the published place"
-        raise InputError(
-            f"the checkpoints in {where} do not merge to what {opened.path} was made from; give --checkpoints as for "
-            "its `probsurgery extract`"
-        )
-    provenance = Provenance(
-        arch=identity.arch,
-        dim=opened.dim,
-        preprocessing=identity.preprocessing,
-        merge=identity.merge,
-        cache=opened.fingerprint,
-        software=software(),
-    )
+        advice = "give --checkpoints as for its `probsurgery extract`"
+        raise InputError(f"the checkpoints in {where} do not merge to what {opened.path} was made from; {advice}")
+    origin = {name: getattr(identity, name) for name in ("arch", "dim", "preprocessing", "merge")}
+    provenance = Provenance(cache=opened.fingerprint, software=software(), **origin)
     classifiers = {task: opened.classifier(task) for task in fitted.tasks}
     class_names = {task: opened.manifest.tasks[task].class_names for task in fitted.tasks}
     encoder = architectures.build_visual(identity.arch, state)
@@ -65,8 +55,8 @@ def _fitted_head(cache: Cache, name: str | Path, results: Path | None) -> Head:
     folder = (results or cache.path) / "heads"
     path = folder / name if (folder / name).is_dir() else Path(name)
     if not path.is_dir():
-        names = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
-        raise unknown("head", str(name), names or ["(none is kept; `probsurgery fit` keeps one)"])
+        names = sorted(p.name for p in folder.glob("[!.]*"))
+        raise unknown("head", str(name), names or ["(none is saved; `probsurgery fit` saves one)"])
     head = load_head(path)
     fitted_on = {row.task: row.cache for row in (head.record.results if head.record else ())}
     for task in head.tasks:

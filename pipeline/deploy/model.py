@@ -14,18 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from probsurgery.pipeline import files
 from probsurgery.pipeline.config import head_settings
 from probsurgery.pipeline.errors import InputError, first_line, unknown
-from probsurgery.pipeline.files import (
-    Digest,
-    MalformedError,
-    Record,
-    decode,
-    read_json,
-    refuse_links,
-    replaced,
-    write_json,
-)
+from probsurgery.pipeline.files import Digest, Record
 from probsurgery.pipeline.fingerprints import file_digest
 from probsurgery.pipeline.heads.head import Head
 from probsurgery.pipeline.heads.kinds import HEADS, Params, prob_distribution
@@ -35,29 +27,25 @@ from probsurgery.pipeline.store.manifest import Dim, MergeIdentity, TaskName
 SCHEMA = 1
 DESCRIPTION = "model.json"
 FILES = ("merged.safetensors", "heads.safetensors", "classifiers.safetensors")
-_MOST_BYTES = 2**24
-"""Of model.json."""
+_MOST_BYTES = 2**24  # of model.json
 
 
 class Provenance(Record, kw_only=True, omit_defaults=False):
-    """What a model was made from."""
+    """What a model was made from. `cache` is the digest of the cache's identity."""
 
     arch: str
     dim: Dim
-    """d, the features' width."""
     preprocessing: Mapping[str, Any]
     merge: MergeIdentity
     cache: str
-    """Digest of the cache's identity."""
     software: Mapping[str, str]
 
 
 class ModelDescription(Provenance, kw_only=True, omit_defaults=False):
-    """What model.json holds."""
+    """What model.json holds. `head` is the kind of head, `files` has the files' digests."""
 
     schema: int
     head: str
-    """Kind of head."""
     settings: Mapping[str, Any]
     tasks: tuple[TaskName, ...]
     shared: bool
@@ -82,7 +70,7 @@ class SurgeryModel(nn.Module):
         super().__init__()
         self.encoder, self.settings, self.tasks, self.shared = encoder, head.settings, head.tasks, head.shared
         self.class_names = {task: tuple(class_names[task]) for task in head.tasks}
-        self.provenance = provenance
+        self.provenance, self._head_names = provenance, tuple(head.params)
         self.transform: Callable[[Image.Image], Tensor] = architectures.transform_of(provenance.preprocessing)
         for name, values in head.params.items():
             self.register_buffer(f"head_{name}", values)
@@ -91,7 +79,7 @@ class SurgeryModel(nn.Module):
 
     def forward(self, images: Float[Tensor, "B 3 s s"], task: str) -> Float[Tensor, "B C"]:
         """Logits of the task's classes."""
-        return self.classify(self.correct(self.encoder(images), task), task)
+        return self.classify(self.features(images, task), task)
 
     def features(self, images: Float[Tensor, "B 3 s s"], task: str) -> Float[Tensor, "B d"]:
         """Corrected features, not normalised."""
@@ -116,10 +104,6 @@ class SurgeryModel(nn.Module):
         _, log_var = prob_distribution(self._params(task), merged.float().unsqueeze(0))
         return log_var[0].exp().mean(-1).sqrt()
 
-    @property
-    def _head_names(self) -> Sequence[str]:
-        return list(HEADS[self.settings.kind].shapes(self.settings, self.provenance.dim))
-
     def _index(self, task: str) -> int:
         if task not in self.tasks:
             raise unknown("task", task, self.tasks)
@@ -135,12 +119,12 @@ class SurgeryModel(nn.Module):
 
         The folder appears whole or not at all. Raises `InputError` if it exists.
         """
-        folder = Path(folder)
+        folder = Path(folder).absolute()
         if folder.exists():
             raise InputError(f"{folder} exists; choose another --out, or delete it")
         try:
-            folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-            with replaced(folder.absolute(), shared=True) as partial:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with files.replaced(folder, shared=True) as partial:
                 partial.mkdir()
                 self._write(partial)
                 also(partial)
@@ -148,12 +132,9 @@ class SurgeryModel(nn.Module):
             raise InputError(f"cannot write {folder}: {first_line(error)}; choose another --out") from None
 
     def _write(self, folder: Path) -> None:
-        tensors = {
-            "merged.safetensors": dict(self.encoder.state_dict()),
-            "heads.safetensors": {name: getattr(self, f"head_{name}") for name in self._head_names},
-            "classifiers.safetensors": {task: getattr(self, f"classifier_{i}") for i, task in enumerate(self.tasks)},
-        }
-        for file, named in tensors.items():
+        params = {name: getattr(self, f"head_{name}") for name in self._head_names}
+        classifiers = {task: getattr(self, f"classifier_{i}") for i, task in enumerate(self.tasks)}
+        for file, named in zip(FILES, (self.encoder.state_dict(), params, classifiers), strict=True):
             save_file({name: value.detach().cpu().contiguous() for name, value in named.items()}, folder / file)
         description = ModelDescription(
             schema=SCHEMA,
@@ -165,7 +146,7 @@ class SurgeryModel(nn.Module):
             files={name: file_digest(folder / name) for name in FILES},
             **self.provenance.to_json(),
         )
-        write_json(folder / DESCRIPTION, description.to_json())
+        files.write_json(folder / DESCRIPTION, description.to_json())
 
 
 def load_model(folder: str | Path) -> SurgeryModel:
@@ -184,7 +165,7 @@ def load_model(folder: str | Path) -> SurgeryModel:
         head = Head(settings, description.tasks, description.dim, params, description.shared)
         stack = 1 if head.shared else len(head.tasks)
         shapes = HEADS[settings.kind].shapes(settings, head.dim)
-        expected: dict[str, tuple[int, ...]] = {name: (stack, *shape) for name, shape in shapes.items()}
+        expected = {name: (stack, *shape) for name, shape in shapes.items()}
         expected |= {task: (len(description.class_names[task]), head.dim) for task in head.tasks}
         if {name: tuple(values.shape) for name, values in (params | classifiers).items()} != expected:
             raise InputError(f"{folder} does not hold the heads and classifiers of model.json; export it again")
@@ -201,13 +182,13 @@ def load_model(folder: str | Path) -> SurgeryModel:
 def _read_description(folder: Path) -> ModelDescription:
     file = folder / DESCRIPTION
     try:
-        refuse_links(folder)
-        plain = read_json(file, _MOST_BYTES)
+        files.refuse_links(folder)
+        plain = files.read_json(file, _MOST_BYTES)
         schema = plain.get("schema") if isinstance(plain, dict) else None
         if type(schema) is int and schema > SCHEMA:
             raise InputError(f"{folder} has schema {schema}; this version reads up to {SCHEMA}")
-        return decode(ModelDescription, plain)
+        return files.decode(ModelDescription, plain)
     except OSError as error:
         raise InputError(f"no model at {folder}: {error.strerror or error}; `probsurgery export` writes one") from None
-    except MalformedError as error:
+    except files.MalformedError as error:
         raise InputError(f"{file} does not describe a model ({error}); export it again") from None

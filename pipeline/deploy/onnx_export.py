@@ -23,9 +23,7 @@ class _OneTask(nn.Module):
     def __init__(self, model: SurgeryModel, task: str) -> None:
         super().__init__()
         self.model, self.task = model, task
-        self.outputs = ["logits"]
-        if model.settings.predicts_sigma:
-            self.outputs.append("sigma")
+        self.outputs = ["logits", "sigma"] if model.settings.predicts_sigma else ["logits"]
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         merged = self.model.encoder(images)
@@ -43,7 +41,7 @@ def require_onnx() -> None:
         raise InputError(f"--onnx needs {error.name}; pip install 'probsurgery[onnx]'") from None
 
 
-def write_onnx(model: SurgeryModel, folder: Path, progress: Progress = no_progress) -> list[Path]:
+def write_onnx(model: SurgeryModel, folder: Path, progress: Progress = no_progress) -> None:
     """Write `<task>.onnx` for each task; input `images` with any number of rows.
 
     Raises `ProbsurgeryError` if a model cannot be exported, or if ONNX Runtime gives other numbers than torch.
@@ -53,7 +51,6 @@ def write_onnx(model: SurgeryModel, folder: Path, progress: Progress = no_progre
 
     size = model.provenance.preprocessing["image_size"]
     drawn = torch.randn(5, 3, size, size, generator=torch.Generator().manual_seed(0))
-    written = []
     for done, task in enumerate(model.tasks):
         progress(done, len(model.tasks), task)
         path, graph = folder / f"{task}.onnx", _OneTask(model, task).eval()
@@ -61,17 +58,9 @@ def write_onnx(model: SurgeryModel, folder: Path, progress: Progress = no_progre
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # deprecations within the exporter
                 logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-                torch.onnx.export(
-                    graph,
-                    (drawn[:2],),
-                    path,
-                    input_names=["images"],
-                    output_names=graph.outputs,
-                    dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-                    dynamo=True,
-                    external_data=False,
-                    verbose=False,
-                )
+                shapes = {"images": {0: torch.export.Dim("batch")}}
+                names = {"input_names": ["images"], "output_names": graph.outputs, "dynamic_shapes": shapes}
+                torch.onnx.export(graph, (drawn[:2],), path, dynamo=True, external_data=False, verbose=False, **names)
             session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         except Exception as error:  # the exporter raises anything
             raise ProbsurgeryError(f"{task} cannot be written as ONNX: {first_line(error)}") from None
@@ -83,5 +72,3 @@ def write_onnx(model: SurgeryModel, folder: Path, progress: Progress = no_progre
                 difference = ((torch.from_numpy(by_onnx) - by_torch).abs().max() / by_torch.abs().max()).item()
                 if not difference <= TOLERANCE:
                     raise ProbsurgeryError(f"{path}: ONNX Runtime's output differs from torch's by {difference:.1e}")
-        written.append(path)
-    return written

@@ -13,17 +13,15 @@ from torch import Tensor
 from probsurgery.pipeline.deploy.model import SurgeryModel
 from probsurgery.pipeline.errors import InputError, first_line, unknown
 
-_AT_ONCE = 64
-"""Images in a batch."""
+_BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one image."""
+    """The likeliest classes of an image, with probabilities in [0, 1]."""
 
     image: str
     classes: tuple[tuple[str, float], ...]
-    """The likeliest, with probabilities in [0, 1]."""
     sigma: float | None
     """Of ProbSurgery heads: the correction's predicted standard deviation, root mean square over dimensions."""
 
@@ -36,8 +34,8 @@ def predict(
     if task not in model.tasks:
         raise unknown("task", task, model.tasks)
     names, model, predictions = model.class_names[task], model.to(device), []
-    for start in range(0, len(images), _AT_ONCE):
-        paths = images[start : start + _AT_ONCE]
+    for start in range(0, len(images), _BATCH_SIZE):
+        paths = images[start : start + _BATCH_SIZE]
         merged = model.encoder(torch.stack([_read(model, path) for path in paths]).to(device))
         probabilities = model.classify(model.correct(merged, task), task).softmax(-1).cpu()
         sigmas = model.sigma(merged, task).tolist() if model.settings.predicts_sigma else [None] * len(merged)

@@ -7,15 +7,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import attrgetter
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from probsurgery.pipeline.config import ExtractConfig
 from probsurgery.pipeline.datasets.tasks import Images
 from probsurgery.pipeline.errors import ProbsurgeryError
 from probsurgery.pipeline.extraction.loading import read_batches, refuse_undecoded
+from probsurgery.pipeline.extraction.run_plan import RunPlan
 from probsurgery.pipeline.store.arrays import shard_rows
 from probsurgery.pipeline.store.writer import CacheWriter, JournalEntry
 
@@ -32,16 +34,6 @@ class Target:
     encoder: str
     """Name of a tower, or `labels`."""
     shards: set[int]
-
-
-@dataclass(frozen=True)
-class ImageSource:
-    """The images of one task and split, and how they are read."""
-
-    images: Images
-    device: torch.device
-    workers: int
-    """Processes that decode."""
 
 
 @dataclass
@@ -80,8 +72,8 @@ def _batch_rows(shards: Sequence[int], rows: int, size: int) -> list[range]:
 
 
 def fill(
-    config: ExtractConfig,
-    source: ImageSource,
+    plan: RunPlan,
+    images: Images,
     targets: Sequence[Target],
     towers: Mapping[str, nn.Module],
     tally: Tally,
@@ -92,10 +84,10 @@ def fill(
     A shard is written by a thread while the next is encoded, so that an encoder waits for a slow disk only if the disk
     is slower than it.
     """
-    _check_precision(config, source, targets, towers)
-    images, shards = source.images, shards_of(targets)
+    config, shards = plan.config, shards_of(targets)
     batch_rows = _batch_rows(shards, len(images), config.batch_size)
-    batches = read_batches(images, config.arch, batch_rows, source.workers, source.device)
+    _check_precision(plan, images, batch_rows[:1], targets, towers)
+    batches = read_batches(images, config.arch, batch_rows, plan.workers, plan.device)
     with ThreadPoolExecutor(max_workers=1) as thread:
         writing: Future | None = None
         for number in shards:
@@ -139,23 +131,20 @@ def _write(
     """Write the shards of one number. In rows of undecoded images features are NaN, and labels -1."""
     omitted = [row - rows.start for row in undecoded]
     skipped = {targets[0].array.rpartition("/")[0]: {str(row): problem for row, problem in undecoded.items()}}
-    by_writer: dict[int, list[Target]] = {}
-    for target in targets:
-        by_writer.setdefault(id(target.writer), []).append(target)
-    for own_targets in by_writer.values():
+    for writer, own_targets in groupby(targets, attrgetter("writer")):
         stored = {}
         for target in own_targets:
-            is_labels = target.encoder == "labels"
-            array = values[target.encoder].copy() if is_labels else _as_stored(values, target, dtype, rows.start)
+            array, is_labels = values[target.encoder], target.encoder == "labels"
+            array = array.copy() if is_labels else _as_stored(array, target, dtype, rows.start)
             array[omitted] = -1 if is_labels else np.nan
             stored[target.array] = array
-        own_targets[0].writer.write(number, stored, skipped)
+        writer.write(number, stored, skipped)
 
 
-def _as_stored(values: Mapping[str, np.ndarray], target: Target, dtype: str, first_row: int) -> np.ndarray:
+def _as_stored(features: np.ndarray, target: Target, dtype: str, first_row: int) -> np.ndarray:
     """Features in the cache's type. Raises `ProbsurgeryError` if the encoder, or the type, made one NaN or infinite."""
     with np.errstate(over="ignore"):
-        stored = values[target.encoder].astype(dtype)
+        stored = features.astype(dtype)
     bad = np.flatnonzero(~np.isfinite(stored).all(-1))
     if len(bad):
         raise ProbsurgeryError(
@@ -166,26 +155,24 @@ def _as_stored(values: Mapping[str, np.ndarray], target: Target, dtype: str, fir
 
 
 def _check_precision(
-    config: ExtractConfig, source: ImageSource, targets: Sequence[Target], towers: Mapping[str, nn.Module]
+    plan: RunPlan, images: Images, first: list[range], targets: Sequence[Target], towers: Mapping[str, nn.Module]
 ) -> None:
     """Compare the first batch with fp32, and record the relative difference |z - z32| / |z32| in the manifests.
 
     Raises `ProbsurgeryError` if an encoder's is above `_MOST_DIFFERENCE`, which rounding alone does not cause.
     """
-    if config.precision == "fp32":
+    precision = plan.config.precision
+    if precision == "fp32":
         return
-    first = _batch_rows(shards_of(targets), len(source.images), config.batch_size)[:1]
-    batch, _ = next(read_batches(source.images, config.arch, first, 0, source.device))
+    batch, _ = next(read_batches(images, plan.config.arch, first, 0, plan.device))
     for target in targets:
         if target.encoder == "labels":
             continue
         exact = encode(towers[target.encoder], batch, "fp32")
-        difference = ((encode(towers[target.encoder], batch, config.precision) - exact).norm() / exact.norm()).item()
+        difference = ((encode(towers[target.encoder], batch, precision) - exact).norm() / exact.norm()).item()
         if not difference <= _MOST_DIFFERENCE:
-            raise ProbsurgeryError(
-                f"{config.precision} changes the first features of {target.array} by {difference:.1%} of their length; "
-                "use --precision fp32"
-            )
+            change = f"changes the first features of {target.array} by {difference:.1%} of their length"
+            raise ProbsurgeryError(f"{precision} {change}; use --precision fp32")
         target.writer.note(JournalEntry(precision={target.array: difference}))
 
 

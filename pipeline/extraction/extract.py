@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 
 import msgspec.structs
@@ -24,7 +24,7 @@ from probsurgery.pipeline.datasets.corruptions import checked
 from probsurgery.pipeline.datasets.tasks import Task
 from probsurgery.pipeline.errors import ProbsurgeryError
 from probsurgery.pipeline.extraction.distributed import Ranks, joined
-from probsurgery.pipeline.extraction.encode import ImageSource, Tally, Target, fill, shards_of
+from probsurgery.pipeline.extraction.encode import Tally, Target, fill, shards_of
 from probsurgery.pipeline.extraction.image_stream import image_stream
 from probsurgery.pipeline.extraction.merges import MergedModel, has_no_features, load_learned, make_merge, store_learned
 from probsurgery.pipeline.extraction.run_plan import RunPlan, decoding_workers, plan_run
@@ -38,6 +38,9 @@ from probsurgery.pipeline.store.manifest import Manifest, Origin, Run, SplitReco
 from probsurgery.pipeline.store.siblings import take_from_siblings
 from probsurgery.pipeline.store.target import check_target
 from probsurgery.pipeline.store.writer import CacheWriter
+
+Opened = Sequence[tuple[MergedModel, CacheWriter]]
+"""The merged models of a run, each with the cache that its features go to."""
 
 
 @dataclass
@@ -53,17 +56,12 @@ class Extraction(Tally):
 
 @dataclass(frozen=True)
 class _Work:
-    """One task and split, and the arrays of it to be filled."""
+    """One task and split, and its arrays that lack shards."""
 
     task: Task
     split: str
     rows: int
     targets: list[Target]
-
-    @property
-    def missing_rows(self) -> int:
-        """Images of the shards that are missing."""
-        return sum(len(shard_rows(number, self.rows)) for number in shards_of(self.targets))
 
 
 def extract(config: ExtractConfig, progress: Progress = no_progress) -> Extraction:
@@ -82,44 +80,40 @@ def extract(config: ExtractConfig, progress: Progress = no_progress) -> Extracti
             plan = ranks.lead(partial(plan_run, config, ranks), all_follow=True)
         result.caches = [request.path for request in plan.requests]
         with ExitStack() as locks:
-            opened = ranks.lead(lambda: _open_caches(plan, locks, result, progress))
-            models, writers = opened or _join_caches(plan, ranks)
+            opened = ranks.lead(lambda: _open_caches(plan, locks, result, progress)) or _join_caches(plan, ranks)
             if ranks.size > 1:  # shares are computed from what was missing before any rank wrote
                 ranks.total([0], meanwhile=lambda: None)
-            _fill_caches(plan, models, writers, ranks, result, progress)
+            _fill_caches(plan, opened, ranks, result, progress)
         return result
 
 
-def _open_caches(
-    plan: RunPlan, locks: ExitStack, result: Extraction, progress: Progress
-) -> tuple[list[MergedModel], list[CacheWriter]]:
+def _open_caches(plan: RunPlan, locks: ExitStack, result: Extraction, progress: Progress) -> Opened:
     """Merge, open the caches for writing, declare this run's arrays, and take what other caches hold of them."""
     for request in plan.requests:  # all of them, before the first is changed
         locks.enter_context(locked(request.path))
-    config = plan.config
     with result.timed("merge"):
         models = _merged_models(plan, progress)
     targets = []
-    for request, model in zip(plan.requests, models, strict=True):
-        fresh = config.fresh or (model.is_new and has_no_features(request))
-        targets.append((model.path, plan.identity(model.identity), config.store, fresh))
-    for *target, fresh in targets:  # all of them, before the first is changed
-        check_target(*target, fresh=fresh)
-    writers = []
-    for (*target, fresh), model in zip(targets, models, strict=True):
-        writers.append(CacheWriter.begin(*target, fresh=fresh))
-        store_learned(writers[-1], model)
+    for model in models:
+        fresh = plan.config.fresh or (model.is_new and has_no_features(model.request))
+        target = model.request.path, plan.identity(model.identity), plan.config.store
+        check_target(*target, fresh=fresh)  # all of them, before the first is changed
+        targets.append((target, fresh))
+    writers = [CacheWriter.begin(*target, fresh=fresh) for target, fresh in targets]
+    opened = list(zip(models, writers, strict=True))
+    for model, writer in opened:
+        store_learned(writer, model)
     taken = {}
-    for writer, model in zip(writers, models, strict=True):
+    for model, writer in opened:
         _register(writer, plan)
         writer.declare(plan.arrays)
-        reused = take_from_siblings(writer, list(plan.arrays), skip_bad=config.skip_bad)
+        rows, problems = take_from_siblings(writer, list(plan.arrays), skip_bad=plan.config.skip_bad)
         # The merges of one run would have shared the passes of the other encoders.
-        taken |= {(*key, model.name if key[0].endswith("merged") else ""): rows for key, rows in reused.rows.items()}
-        result.notes += [f"{problem}: it was encoded again" for problem in reused.damaged]
+        taken |= {(*k, model.request.name if k[0].endswith("merged") else ""): row for k, row in rows.items()}
+        result.notes += [f"{problem}: it was encoded again" for problem in problems]
     for name, rows in taken.values():
         result.taken[name] = result.taken.get(name, 0) + rows
-    return models, writers
+    return opened
 
 
 def _merged_models(plan: RunPlan, progress: Progress) -> list[MergedModel]:
@@ -149,17 +143,16 @@ def _merged_models(plan: RunPlan, progress: Progress) -> list[MergedModel]:
     return models
 
 
-def _join_caches(plan: RunPlan, ranks: Ranks) -> tuple[list[MergedModel], list[CacheWriter]]:
+def _join_caches(plan: RunPlan, ranks: Ranks) -> Opened:
     """What the first rank has opened; the merged models that it has learned are read from there."""
-    models = []
+    opened = []
     for request in plan.requests:
-        known = None
-        if request.learns:
-            known = load_learned(request, plan.identity(request.identity), plan.weights)
-            if known is None:
-                raise ProbsurgeryError(f"rank {ranks.rank} does not find what rank 0 has learned in {request.path}")
-        models.append(known or make_merge(request, plan.weights, plan.pretrained, plan.tasks, lambda: None))
-    return models, [CacheWriter.join(model.path, plan.identity(model.identity), ranks.rank) for model in models]
+        model = load_learned(request, plan.identity(request.identity), plan.weights)
+        if model is None and request.learns:
+            raise ProbsurgeryError(f"rank {ranks.rank} does not find what rank 0 has learned in {request.path}")
+        model = model or make_merge(request, plan.weights, plan.pretrained, plan.tasks, lambda: None)
+        opened.append((model, CacheWriter.join(request.path, plan.identity(model.identity), ranks.rank)))
+    return opened
 
 
 def _register(writer: CacheWriter, plan: RunPlan) -> None:
@@ -169,11 +162,11 @@ def _register(writer: CacheWriter, plan: RunPlan) -> None:
         names, classifier = task.class_names, digest({"": plan.classifiers[task.name]})
         new = TaskRecord(classes=len(names), class_names=names, classifier=classifier, splits={})
         record = tasks.get(task.name, new)
-        images = {split: images for (split, name), images in plan.images.items() if name == task.name}
+        images = {split: plan.images[split, task.name] for split in plan.config.splits}
         splits = {split: SplitRecord(len(opened), opened.fingerprint) for split, opened in images.items()}
-        splits |= record.splits
         origins = {split: Origin(opened.source, opened.class_order) for split, opened in images.items()}
-        tasks[task.name] = msgspec.structs.replace(record, splits=splits, origins={**record.origins, **origins})
+        merged = {"splits": {**splits, **record.splits}, "origins": {**record.origins, **origins}}
+        tasks[task.name] = msgspec.structs.replace(record, **merged)
     writer.update(files={**writer.manifest.files, **plan.weights.files}, tasks=tasks)
     writer.request([f"{split}/{name}" for split, name in plan.images])
     arrays = {f"classifiers/{task.name}": plan.classifiers[task.name].numpy() for task in plan.extracted}
@@ -183,18 +176,11 @@ def _register(writer: CacheWriter, plan: RunPlan) -> None:
             writer.write(0, {name: values})
 
 
-def _fill_caches(
-    plan: RunPlan,
-    models: Sequence[MergedModel],
-    writers: Sequence[CacheWriter],
-    ranks: Ranks,
-    result: Extraction,
-    progress: Progress,
-) -> None:
+def _fill_caches(plan: RunPlan, opened: Opened, ranks: Ranks, result: Extraction, progress: Progress) -> None:
     """Encode what the caches lack; of several ranks, this one's share."""
-    work = _missing_work(plan, models, writers)
-    total = sum(item.missing_rows for item in work)
+    work, writers = _missing_work(plan, opened), [writer for _, writer in opened]
     share = _share(work, ranks)
+    total = sum(len(shard_rows(number, item.rows)) for item in work for number in shards_of(item.targets))
 
     def show(what: str) -> None:
         done = result.images
@@ -206,9 +192,9 @@ def _fill_caches(
 
     towers: dict[str, nn.Module] = {}
     for item in share:
-        _load_towers(towers, item, plan, models)
-        source = ImageSource(plan.images[item.split, item.task.name], plan.device, plan.workers)
-        fill(plan.config, source, item.targets, towers, result, partial(show, item.task.name))
+        _load_towers(towers, item, plan, opened)
+        images = plan.images[item.split, item.task.name]
+        fill(plan, images, item.targets, towers, result, partial(show, item.task.name))
     if ranks.size > 1:
         with result.timed("wait"):
             counts = ranks.total([result.images, result.passes], meanwhile=lambda: show("waiting for other ranks"))
@@ -222,27 +208,25 @@ def _fill_caches(
     if work or result.taken:
         seconds = {phase: round(value, 3) for phase, value in result.seconds.items()}
         counts = {"images": result.images, "passes": result.passes, "taken": result.taken, "ranks": ranks.size}
-        run = Run(**counts, seconds=seconds, device=_device_name(plan.device))
+        cuda, cpu = plan.device.type == "cuda", f"cpu, {torch.get_num_threads()} threads"
+        run = Run(**counts, seconds=seconds, device=torch.cuda.get_device_name(plan.device) if cuda else cpu)
         for writer in writers:
             writer.update(runs=(*writer.manifest.runs, run))
     result.notes += _notes(writers[0].manifest)
 
 
-def _missing_work(plan: RunPlan, models: Sequence[MergedModel], writers: Sequence[CacheWriter]) -> list[_Work]:
+def _missing_work(plan: RunPlan, opened: Opened) -> list[_Work]:
     """The arrays that lack shards, over all caches, by task and split."""
     work = []
-    for task in plan.extracted:
-        for split in plan.config.splits:
-            targets = []
-            for writer, model in zip(writers, models, strict=True):
-                for array in plan.arrays:
-                    prefix, _, kind = array.rpartition("/")
-                    shards = writer.missing(array) if prefix == f"{split}/{task.name}" else set()
-                    if shards:
-                        tower = f"merged {model.name}" if kind == "merged" else kind
-                        targets.append(Target(writer, array, tower, shards))
-            if targets:
-                work.append(_Work(task, split, len(plan.images[split, task.name]), targets))
+    for task, split in product(plan.extracted, plan.config.splits):
+        targets = []
+        for (model, writer), array in product(opened, plan.arrays):
+            prefix, _, kind = array.rpartition("/")
+            if prefix == f"{split}/{task.name}" and (shards := writer.missing(array)):
+                tower = f"merged {model.request.name}" if kind == "merged" else kind
+                targets.append(Target(writer, array, tower, shards))
+        if targets:
+            work.append(_Work(task, split, len(plan.images[split, task.name]), targets))
     return work
 
 
@@ -257,10 +241,8 @@ def _share(work: list[_Work], ranks: Ranks) -> list[_Work]:
     share = []
     for i, item in enumerate(work):
         targets = [replace(t, shards={number for number in t.shards if (i, number) in own}) for t in item.targets]
-        targets = [target for target in targets if target.shards]
-        if targets:
-            share.append(replace(item, targets=targets))
-    return share
+        share.append(replace(item, targets=[target for target in targets if target.shards]))
+    return [item for item in share if item.targets]
 
 
 def _rows_by_others(work: list[_Work], share: list[_Work]) -> int:
@@ -274,16 +256,13 @@ def _rows_by_others(work: list[_Work], share: list[_Work]) -> int:
     return rows
 
 
-def _load_towers(towers: dict[str, nn.Module], item: _Work, plan: RunPlan, models: Sequence[MergedModel]) -> None:
+def _load_towers(towers: dict[str, nn.Module], item: _Work, plan: RunPlan, opened: Opened) -> None:
     """Build the towers that a task needs; its expert's replaces the last one, the others stay from task to task."""
-    needed = {target.encoder for target in item.targets} - {"labels"}
-    arch = plan.config.arch
     towers.pop("expert", None)
-    if "expert" in needed:
-        towers["expert"] = architectures.build_visual(arch, plan.weights.expert(item.task)).to(plan.device)
-    states = {"pretrained": plan.pretrained} | {f"merged {model.name}": model.state for model in models}
-    for name in needed & states.keys() - towers.keys():
-        towers[name] = architectures.build_visual(arch, states[name]).to(plan.device)
+    states = {"pretrained": plan.pretrained} | {f"merged {model.request.name}": model.state for model, _ in opened}
+    for name in {target.encoder for target in item.targets} - {"labels"} - towers.keys():
+        state = plan.weights.expert(item.task) if name == "expert" else states[name]
+        towers[name] = architectures.build_visual(plan.config.arch, state).to(plan.device)
 
 
 def _notes(manifest: Manifest) -> list[str]:
@@ -301,7 +280,3 @@ def _notes(manifest: Manifest) -> list[str]:
         largest = max(manifest.precision.values())
         notes.append(f"features differ from fp32 by at most {largest:.2%} of their length on the first batches")
     return notes
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import tee
 
 import torch
 from torch import Tensor
@@ -34,8 +35,7 @@ def image_stream(
 
     The batches of all tasks are read side by side, and share the workers.
     """
-    workers = max(1, workers // len(classifiers)) if workers else 0
-    decoder = _Decoder(arch, device, workers, skip_bad)
+    decoder = _Decoder(arch, device, max(1, workers // len(classifiers)) if workers else 0, skip_bad)
     size = preprocessing(arch)["image_size"]
     decoded: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
 
@@ -44,8 +44,8 @@ def image_stream(
         if len(images) * 3 * size * size * 4 > _HELD_BYTES:
             yield from decoder.read(task, images, shuffled(len(images), batch_size, seed))
         if (task, split) not in decoded:
-            windows = [list(range(i, min(i + _AT_ONCE, len(images)))) for i in range(0, len(images), _AT_ONCE)]
-            pixels, labels = zip(*decoder.read(task, images, iter(windows)), strict=True)
+            windows = (range(len(images))[i : i + _AT_ONCE] for i in range(0, len(images), _AT_ONCE))
+            pixels, labels = zip(*decoder.read(task, images, windows), strict=True)
             decoded[task, split] = torch.cat(pixels), torch.cat(labels)
         pixels, labels = decoded[task, split]
         for rows in shuffled(len(labels), batch_size, seed):
@@ -68,25 +68,17 @@ def shuffled(count: int, batch_size: int, seed: int) -> Iterator[list[int]]:
 
 @dataclass(frozen=True)
 class _Decoder:
-    """How images are decoded."""
-
     arch: str
     device: torch.device
     workers: int
     skip_bad: bool
 
-    def read(self, task: str, images: Images, batch_rows: Iterator[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+    def read(self, task: str, images: Images, batch_rows: Iterator[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of these rows with their labels, without the images that cannot be decoded."""
         labels = torch.from_numpy(images.labels)
-        requested: list[list[int]] = []
-
-        def noted() -> Iterator[list[int]]:
-            for rows in batch_rows:
-                requested.append(rows)
-                yield rows
-
-        for pixels, undecoded in read_batches(images, self.arch, noted(), self.workers, self.device):
-            rows = requested.pop(0)
+        to_read, batch_rows = tee(batch_rows)  # the workers read ahead
+        batches = read_batches(images, self.arch, to_read, self.workers, self.device)
+        for (pixels, undecoded), rows in zip(batches, batch_rows, strict=True):
             if not self.skip_bad:
                 refuse_undecoded(undecoded, task)
             good = [index for index, row in enumerate(rows) if row not in undecoded]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -39,25 +38,18 @@ def refuse_undecoded(problems: dict[int, str], where: str) -> None:
         )
 
 
-def default_workers() -> int:
-    """As many processes as this one may use cores."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _copied(batches: DataLoader, device: torch.device) -> Iterator[Batch]:
     """Copies each batch on a separate CUDA stream while the previous one is encoded."""
     copying = torch.cuda.Stream(device)
-    waiting = None
+    waiting: list[Batch] = []
     for batch, bad in batches:
         with torch.cuda.stream(copying):
             copied = batch.to(device, non_blocking=True)
-        if waiting is not None:
-            yield waiting
+        yield from waiting
         torch.cuda.current_stream(device).wait_stream(copying)
         copied.record_stream(torch.cuda.current_stream(device))
-        waiting = copied, bad
-    if waiting is not None:
-        yield waiting
+        waiting = [(copied, bad)]
+    yield from waiting
 
 
 class _Decoded(Dataset):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from probsurgery.pipeline.config import ExtractConfig
 from probsurgery.pipeline.datasets.tasks import Task
-from probsurgery.pipeline.errors import DamagedCacheError, InputError, ProbsurgeryError, unknown
+from probsurgery.pipeline.errors import InputError, ProbsurgeryError, unknown
 from probsurgery.pipeline.files import broken_seal, replaced, seal, write_json
 from probsurgery.pipeline.merging.coefficients import Coefficients, read_coefficients
 from probsurgery.pipeline.merging.entropy import window
@@ -26,14 +26,8 @@ from probsurgery.pipeline.merging.registry import METHODS, changed, merge
 from probsurgery.pipeline.merging.vectors import ImageStream, Merged
 from probsurgery.pipeline.models.checkpoints import digest
 from probsurgery.pipeline.models.sources import Weights
-from probsurgery.pipeline.store.manifest import (
-    COEFFICIENTS,
-    MERGED,
-    Identity,
-    MergeIdentity,
-    MergeRecord,
-    read_manifest,
-)
+from probsurgery.pipeline.store import manifest as manifests
+from probsurgery.pipeline.store.manifest import COEFFICIENTS, MERGED, Identity, Manifest, MergeIdentity, MergeRecord
 from probsurgery.pipeline.store.writer import CacheWriter
 
 
@@ -57,10 +51,9 @@ class MergeRequest:
 
 @dataclass(frozen=True)
 class MergedModel:
-    """One merged model and where its cache goes."""
+    """One merged model, as it was asked for."""
 
-    name: str
-    path: Path
+    request: MergeRequest
     state: Mapping[str, Tensor]
     identity: MergeIdentity
     """Method, settings and digest."""
@@ -75,16 +68,12 @@ def merge_requests(config: ExtractConfig, tasks: Sequence[Task], *, whole_suite:
     """The merges of a run. Raises `InputError` for an unknown one, or for settings that none of them takes."""
     for name in config.merges:
         if name not in METHODS and not Path(name).is_file():
-            raise InputError(
-                f"unknown merge {name!r}; choose from: {', '.join(METHODS)}, or the path of a merged checkpoint"
-            )
+            raise unknown("merge", name, [*METHODS, "or the path of a merged checkpoint"])
     methods = [name for name in config.merges if name in METHODS]
     for setting in config.merge_args:
         if not any(setting in METHODS[name].settings for name in methods):
-            known = [s for name in methods for s in METHODS[name].settings]
-            raise unknown(
-                f"setting of {', '.join(config.merges)}", setting, dict.fromkeys(known) or ["(there is none)"]
-            )
+            known = dict.fromkeys(s for name in methods for s in METHODS[name].settings)
+            raise unknown(f"setting of {', '.join(config.merges)}", setting, known or ["(there is none)"])
     if config.name in METHODS:
         raise InputError(f"--name {config.name} is the name of a method; choose another")
     if config.name is not None and len(config.merges) - len(methods) != 1:
@@ -150,27 +139,35 @@ def load_learned(request: MergeRequest, identity: Identity, weights: Weights) ->
     """
     if request.coefficients is not None:
         return None
-    try:
-        manifest = read_manifest(request.path)
-    except (InputError, DamagedCacheError):
+    manifest = _manifest(request)
+    if manifest is None or not _is_whole(request, manifest, MERGED):
         return None
     learned, merged = manifest.merge, manifest.identity.merge
-    file, sealed = request.path / MERGED, learned.files.get(MERGED)
-    if sealed is None or broken_seal(file, sealed):
-        return None
     if manifest.identity != replace(identity, merge=merged) or replace(merged, digest=None) != request.identity:
         return None
-    state = weights.load(file)
+    state = weights.load(request.path / MERGED)
     if digest(state) != merged.digest:
         return None
     coefficients = None
-    sealed = learned.files.get(COEFFICIENTS)
-    if learned.coefficients and (sealed is None or broken_seal(request.path / COEFFICIENTS, sealed)):
+    if learned.coefficients and not _is_whole(request, manifest, COEFFICIENTS):
         values = torch.tensor(list(learned.coefficients.values()))
         names = None if values.ndim == 1 else tuple(weights.names)
         tasks = tuple(learned.coefficients)
         coefficients = Coefficients(tasks, names, values, request.name, request.identity.settings)
-    return MergedModel(request.name, request.path, state, merged, coefficients=coefficients)
+    return MergedModel(request, state, merged, coefficients=coefficients)
+
+
+def _manifest(request: MergeRequest) -> Manifest | None:
+    try:
+        return manifests.read_manifest(request.path)
+    except InputError:
+        return None
+
+
+def _is_whole(request: MergeRequest, manifest: Manifest, name: str) -> bool:
+    """Whether a file that keeps what a merge has learned is as it was written."""
+    sealed = manifest.merge.files.get(name)
+    return sealed is not None and not broken_seal(request.path / name, sealed)
 
 
 def has_no_features(request: MergeRequest) -> bool:
@@ -179,13 +176,10 @@ def has_no_features(request: MergeRequest) -> bool:
     The learned weights may then be lost. Learned again, they may differ by float noise; as nothing depends on them yet,
     the cache is begun again.
     """
-    try:
-        arrays = read_manifest(request.path).arrays if request.learns else None
-    except (InputError, DamagedCacheError):
+    manifest = _manifest(request) if request.learns else None
+    if manifest is None:
         return False
-    return arrays is not None and not any(
-        sealed for name, spec in arrays.items() if name.endswith("/merged") for sealed in spec.shards
-    )
+    return not any(spec.size for name, spec in manifest.arrays.items() if name.endswith("/merged"))
 
 
 def make_merge(
@@ -202,49 +196,30 @@ def make_merge(
     elif METHODS[request.name].function is None:
         merged = Merged(weights.own(request.name))
     else:
-        merged = _merge(request, weights, pretrained, tasks, open_stream)
-    record, coefficients = MergeRecord(), merged.coefficients
-    if request.learns:
-        record = replace(record, seconds=round(time.perf_counter() - begun, 1))
-    if merged.entropy:
-        record = replace(record, entropy=dict(zip(("first", "last"), window(merged.entropy), strict=True)))
+        stream, experts = open_stream() if request.learns else None, weights.experts(tasks)
+        try:
+            settings = request.identity.settings
+            merged = merge(request.name, pretrained, experts, stream, request.coefficients, **settings)
+        except torch.OutOfMemoryError as error:
+            problem = f"does not fit into {stream.device}'s memory ({str(error).partition('.')[0]})"
+            advice = "use --device cpu, or fewer --tasks"
+            raise ProbsurgeryError(f"{request.name} of {len(tasks)} experts {problem}; {advice}") from None
+    coefficients = merged.coefficients
+    seconds = round(time.perf_counter() - begun, 1) if request.learns else None
+    entropy = dict(zip(("first", "last"), window(merged.entropy), strict=True)) if merged.entropy else {}
     if coefficients is not None:
         names = tuple(task.name for task in tasks), tuple(pretrained)
         coefficients = coefficients.named(request.name, request.identity.settings, *names)
     identity = replace(request.identity, digest=digest(merged.state))
-    return MergedModel(request.name, request.path, merged.state, identity, record, coefficients, request.learns)
-
-
-def _merge(
-    request: MergeRequest,
-    weights: Weights,
-    pretrained: dict[str, Tensor],
-    tasks: Sequence[Task],
-    open_stream: Callable[[], ImageStream | None],
-) -> Merged:
-    stream = open_stream() if request.learns else None
-    try:
-        return merge(
-            request.name,
-            pretrained,
-            weights.experts(tasks),
-            stream,
-            request.coefficients,
-            **request.identity.settings,
-        )
-    except torch.OutOfMemoryError as error:
-        raise ProbsurgeryError(
-            f"{request.name} of {len(tasks)} experts does not fit into {stream.device}'s memory "
-            f"({str(error).partition('.')[0]}); use --device cpu, or fewer --tasks"
-        ) from None
+    record = MergeRecord(seconds, entropy)
+    return MergedModel(request, merged.state, identity, record, coefficients, request.learns)
 
 
 def store_learned(writer: CacheWriter, model: MergedModel) -> None:
     """Write what a merge has learned to its cache, and record how."""
-    record = writer.manifest.merge
-    files = dict(record.files)
+    record = model.record if model.is_new else writer.manifest.merge
+    files = dict(writer.manifest.merge.files)
     if model.is_new:
-        record = model.record
         with writer.room(), replaced(writer.path / MERGED) as partial:
             save_file({name: tensor.contiguous() for name, tensor in model.state.items()}, partial)
         files[MERGED] = seal(writer.path / MERGED)

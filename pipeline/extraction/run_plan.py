@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ from probsurgery.pipeline.datasets.tasks import Images, Task, check_names, open_
 from probsurgery.pipeline.device import choose_device
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.extraction.distributed import Ranks
-from probsurgery.pipeline.extraction.loading import default_workers
 from probsurgery.pipeline.extraction.merges import MergeRequest, merge_requests
 from probsurgery.pipeline.models import architectures
 from probsurgery.pipeline.models.checkpoints import StateDict, digest
@@ -72,10 +72,9 @@ class RunPlan:
     @property
     def arrays(self) -> dict[str, ArraySpec]:
         """Every array that this run fills in each cache."""
-        kinds = KINDS if self.config.pretrained else ("merged", "expert")
         arrays = {}
         for (split, task), images in self.images.items():
-            for kind in kinds:
+            for kind in KINDS if self.config.pretrained else ("merged", "expert"):
                 arrays[f"{split}/{task}/{kind}"] = ArraySpec((len(images), self.dim), self.config.dtype)
             arrays[f"{split}/{task}/labels"] = ArraySpec((len(images),), "int64")
         return arrays
@@ -126,7 +125,8 @@ def decoding_workers(config: ExtractConfig, ranks: int = 1) -> int:
     """
     if config.workers is not None:
         return config.workers
-    return 0 if config.arch == "mini" else max(1, default_workers() // ranks)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if config.arch == "mini" else max(1, cores // ranks)
 
 
 def _open(config: ExtractConfig, task: Task, split: str) -> Images:

@@ -22,7 +22,6 @@ Rows = Annotated[int, Meta(ge=0, le=2**40)]
 
 
 def shard_count(rows: int) -> int:
-    """Shards that an array of so many rows is cut into."""
     return math.ceil(rows / SHARD_ROWS)
 
 
@@ -37,20 +36,18 @@ def shard_shape(shape: Sequence[int], number: int) -> tuple[int, ...]:
 
 
 def values_digest(values: np.ndarray) -> str:
-    """SHA-256 of an array's values."""
     return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
 
 
 def is_features(name: str) -> bool:
-    """Whether an array is of features, which have the cache's type, and not of labels or a classifier."""
+    """Whether an array holds features, in the cache's type, and not labels or a classifier."""
     return name.count("/") == 2 and name.endswith(KINDS)
 
 
 class ShardSeal(Seal):
     """The seal of a shard's file, with a digest of its values.
 
-    The values have their own because what describes an array, its byte order say, lies outside the shard; and it is the
-    same in every store.
+    That digest is the same in every store. It also covers what lies outside the shard's file, such as the byte order.
     """
 
     values: Digest
@@ -79,10 +76,6 @@ class ArraySpec(Record, omit_defaults=False):
         if self.missing:
             return None
         return fingerprint([self.shape, self.dtype, [sealed.values for sealed in self.shards if sealed]])
-
-    def unwritten(self) -> ArraySpec:
-        """The same array before any shard of it is written."""
-        return replace(self, shards=(None,) * shard_count(self.shape[0]))
 
 
 Seals = Mapping[str, Mapping[int, ShardSeal | None]]

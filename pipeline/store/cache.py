@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from probsurgery.pipeline.files import broken_seal
 from probsurgery.pipeline.fingerprints import fingerprint
 from probsurgery.pipeline.store.arrays import KINDS, shard_rows, values_digest
 from probsurgery.pipeline.store.formats import FORMATS
-from probsurgery.pipeline.store.manifest import Identity, Manifest, read_manifest
+from probsurgery.pipeline.store.manifest import Identity, read_manifest
 from probsurgery.pipeline.store.memmap import spill
 
 
@@ -28,9 +28,8 @@ class Cache:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.manifest: Manifest = read_manifest(self.path)
-        self._format = FORMATS[self.manifest.store](self.path)
-        self._fingerprints: dict[tuple[str, str], str] = {}
+        self.manifest = read_manifest(self.path)
+        self.format = FORMATS[self.manifest.store](self.path)
 
     def __repr__(self) -> str:
         return f"Cache({str(self.path)!r}, arch={self.identity.arch!r}, dim={self.dim})"
@@ -43,23 +42,20 @@ class Cache:
     @property
     def fingerprint(self) -> str:
         """Digest of the identity."""
-        return self.identity.fingerprint
+        return fingerprint(self.identity.to_json())
 
     @property
     def content(self) -> str:
         """Digest of the values of every array, the same in every store."""
-        return self.manifest.content
+        return fingerprint({name: spec.digest for name, spec in self.manifest.arrays.items()})
 
     def task_fingerprint(self, task: str, split: str = "test") -> str:
         """Digest of what determines the numbers of one task: the identity, its classifier, its images.
 
         Result rows carry it as `cache`.
         """
-        if (task, split) not in self._fingerprints:
-            record = self.manifest.tasks[task]
-            digest = fingerprint([self.identity.to_json(), record.classifier, record.splits[split].to_json()])
-            self._fingerprints[task, split] = digest
-        return self._fingerprints[task, split]
+        record = self.manifest.tasks[task]
+        return fingerprint([self.identity.to_json(), record.classifier, record.splits[split].to_json()])
 
     @property
     def dim(self) -> int:
@@ -93,24 +89,21 @@ class Cache:
         if task not in self.identity.tasks:
             raise InputError(f"{self.path} has no task {task!r}; it merges: {', '.join(self.identity.tasks)}")
         missing, total = self.missing_shards(task, split)
-        if total and not missing:
-            self._require_arrays(task, split)
-            return
-        if total or f"{split}/{task}" in self.manifest.requested:
-            state = f"{missing} of {total} shards are missing" if total else "it was not begun"
+        if not total and f"{split}/{task}" not in self.manifest.requested:
             raise InputError(
-                f"{self.path} is unfinished: {task} ({split}): {state}; run the same `probsurgery extract` again"
+                f"{self.path} does not hold {task} ({split}); extract it with --only {task} --split {split}"
             )
-        raise InputError(f"{self.path} does not hold {task} ({split}); extract it with --only {task} --split {split}")
-
-    def _require_arrays(self, task: str, split: str) -> None:
+        again = "run the same `probsurgery extract` again"
+        if missing or not total:
+            state = f"{missing} of {total} shards are missing" if total else "it was not begun"
+            raise InputError(f"{self.path} is unfinished: {task} ({split}): {state}; {again}")
         arrays = self.manifest.arrays
         needed = [*(f"{split}/{task}/{kind}" for kind in ("merged", "expert", "labels")), f"classifiers/{task}"]
         lacking = [name for name in needed if name not in arrays or arrays[name].missing]
-        if task not in self.manifest.tasks or split not in self.manifest.tasks[task].splits:
+        if not self.manifest.split_record(task, split):
             lacking.append(f"the description of {task} ({split})")
         if lacking:
-            raise DamagedCacheError(f"{self.path} lacks {lacking[0]}; run the same `probsurgery extract` again")
+            raise DamagedCacheError(f"{self.path} lacks {lacking[0]}; {again}")
 
     def has(self, task: str, kind: str, split: str = "test") -> bool:
         """Whether features of this kind were asked for."""
@@ -129,8 +122,8 @@ class Cache:
 
     def skipped(self, task: str, split: str = "test") -> dict[int, str]:
         """Images that were left out: row in the data set -> why it could not be decoded."""
-        splits = self.manifest.tasks[task].splits if task in self.manifest.tasks else {}
-        return {int(row): problem for row, problem in splits[split].skipped.items()} if split in splits else {}
+        record = self.manifest.split_record(task, split)
+        return {int(row): problem for row, problem in record.skipped.items()} if record else {}
 
     def features(self, task: str, kind: str = "merged", split: str = "test", scratch: Path | None = None) -> Tensor:
         """Features (N, d) in float32, not normalised; `kind` is merged, expert or pretrained.
@@ -149,16 +142,16 @@ class Cache:
 
         def blocks() -> Iterator[np.ndarray]:
             row = 0
-            for block in self._blocks(name, self.skipped(task, split)):
+            for block in self._blocks(name):
                 bad.extend(row + np.flatnonzero(~np.isfinite(block).all(-1)))
                 row += len(block)
                 yield block
 
         if scratch is None:
-            values, filled = torch.empty(shape), 0
+            values, row = torch.empty(shape), 0
             for block in blocks():
-                values[filled : filled + len(block)] = torch.from_numpy(block)
-                filled += len(block)
+                values[row : row + len(block)] = torch.from_numpy(block)
+                row += len(block)
         else:
             values = spill(scratch, shape, blocks())
         if bad:
@@ -171,7 +164,7 @@ class Cache:
     def labels(self, task: str, split: str = "test") -> Tensor:
         """Labels (N,), for evaluation only."""
         self.require(task, split)
-        return torch.from_numpy(np.concatenate([*self._blocks(f"{split}/{task}/labels", self.skipped(task, split))]))
+        return torch.from_numpy(np.concatenate([*self._blocks(f"{split}/{task}/labels")]))
 
     def classifier(self, task: str) -> Tensor:
         """Zero-shot classifier (C, d), rows unit-norm times the logit scale."""
@@ -184,29 +177,12 @@ class Cache:
             if sealed is None or not file.is_file() or file.stat().st_size != sealed.bytes:
                 self.shard(name, number)  # which raises the error
 
-    def _blocks(self, name: str, skipped: Collection[int] = ()) -> Iterator[np.ndarray]:
-        """An array's shards, without the skipped rows."""
-        spec = self.manifest.arrays[name]
-        for number in range(len(spec.shards)):
-            rows = shard_rows(number, spec.shape[0])
-            omitted = [row - rows.start for row in skipped if row in rows]
-            values = self.shard(name, number)
-            yield np.delete(values, omitted, axis=0) if omitted else values
+    def _blocks(self, name: str) -> Iterator[np.ndarray]:
+        return (self.decoded_rows(name, number) for number in range(len(self.manifest.arrays[name].shards)))
 
     def file(self, name: str, number: int) -> Path:
         """The file of one shard."""
-        return self._format.file(name, number)
-
-    def metadata(self, name: str) -> tuple[Path, ...]:
-        """The files that describe an array to plain readers of the format."""
-        return self._format.metadata(name)
-
-    def is_described(self, name: str) -> bool:
-        """Whether plain readers are shown what the cache holds."""
-        try:
-            return self._format.is_described(name, self.manifest.arrays[name])
-        except Exception:  # the formats' libraries raise anything for a damaged file
-            return False
+        return self.format.file(name, number)
 
     def broken(self, name: str, number: int) -> str | None:
         """What is wrong with a shard's file, if anything."""
@@ -218,16 +194,24 @@ class Cache:
         spec, problem = self.manifest.arrays[name], self.broken(name, number)
         if problem is None:
             try:
-                values = self._format.read(name, number, spec)
+                values = self.format.read(name, number, spec)
                 if values_digest(values) == spec.shards[number].values:
                     return values
                 problem = "is not read as it was written (the array's metadata was changed)"
             except Exception as error:  # the formats' libraries raise anything for a damaged file
                 problem = f"cannot be decoded ({first_line(error)})"
         raise DamagedCacheError(
-            f"{self.file(name, number)} {problem}; the cache is damaged: drop the damaged parts with "
+            f"{self.file(name, number)} {problem}; the cache is damaged: drop the damaged shards with "
             f"`probsurgery cache verify --repair {self.path}`, and extract again"
         )
+
+    def decoded_rows(self, name: str, number: int) -> np.ndarray:
+        """One shard's values without the rows of images that could not be decoded."""
+        values = self.shard(name, number)
+        split, task = name.split("/")[:2]
+        rows = shard_rows(number, self.manifest.arrays[name].shape[0])
+        skipped = [row - rows.start for row in self.skipped(task, split) if row in rows]
+        return np.delete(values, skipped, axis=0) if skipped else values
 
 
 open_cache = Cache

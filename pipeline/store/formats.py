@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+import h5py
 import numpy as np
+import zarr
+from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
 from probsurgery.pipeline.files import read_json, write_atomically
 from probsurgery.pipeline.store import arrays
@@ -33,20 +36,25 @@ def _fill(dtype: str) -> float | int:
 class Format(Protocol):
     """How arrays lie on disk. Values read are checked by the format's own checksums, and by `Cache` besides."""
 
+    def __init__(self, cache: Path) -> None: ...
+
     def declare(self, new: Mapping[str, ArraySpec], known: Mapping[str, ArraySpec]) -> None:
         """Write the metadata of new arrays, by which plain readers of the format find them. Existing shards stay.
 
         `known` are all arrays of the cache, the new ones among them.
         """
 
-    def metadata(self, name: str) -> tuple[Path, ...]:
-        """The files that hold an array's metadata."""
+    def metadata(self, name: str) -> tuple[str, ...]:
+        """The files that hold an array's metadata, as paths in the cache."""
 
     def is_described(self, name: str, spec: ArraySpec) -> bool:
-        """Whether the metadata shows plain readers the array's own shards, in its shape and type, and nothing else.
+        """Whether the metadata shows plain readers the array's own shards, in its shape and type, and nothing else."""
+        try:
+            return self._is_described(name, spec)
+        except Exception:  # the formats' libraries raise anything for a damaged file
+            return False
 
-        Raises what the format's library raises for a damaged file.
-        """
+    def _is_described(self, name: str, spec: ArraySpec) -> bool: ...
 
     def write(self, name: str, number: int, values: np.ndarray) -> None:
         """Write one shard, atomically."""
@@ -58,7 +66,7 @@ class Format(Protocol):
         """The file of one shard."""
 
 
-class ZarrFormat:
+class ZarrFormat(Format):
     """`features.zarr`: a zarr v3 group, sharded, each chunk with a CRC32C."""
 
     MOST_METADATA = 2**20
@@ -68,30 +76,25 @@ class ZarrFormat:
         self.root = cache / "features.zarr"
 
     def declare(self, new: Mapping[str, ArraySpec], known: Mapping[str, ArraySpec]) -> None:
-        import zarr
-        from zarr.codecs import Crc32cCodec
-
         group = zarr.open_group(self.root, mode="a")
         for name, spec in new.items():
             # Not `overwrite=True`, which deletes the shards too.
             (self.root / name / "zarr.json").unlink(missing_ok=True)
-            rest = spec.shape[1:]
             group.create_array(
                 name,
                 shape=spec.shape,
                 dtype=spec.dtype,
-                shards=(arrays.SHARD_ROWS, *rest),
-                chunks=(arrays.CHUNK_ROWS, *rest),
+                shards=(arrays.SHARD_ROWS, *spec.shape[1:]),
+                chunks=(arrays.CHUNK_ROWS, *spec.shape[1:]),
                 # Crc32c by name: sharding alone checks its index only, not the chunks.
                 compressors=[Crc32cCodec()],
                 fill_value=_fill(spec.dtype),
             )
 
-    def metadata(self, name: str) -> tuple[Path, ...]:
-        folders = [self.root / name, *(self.root / parent for parent in Path(name).parents)]
-        return tuple(folder / "zarr.json" for folder in folders)
+    def metadata(self, name: str) -> tuple[str, ...]:
+        return tuple(Path(self.root.name, node, "zarr.json").as_posix() for node in (name, *Path(name).parents))
 
-    def is_described(self, name: str, spec: ArraySpec) -> bool:
+    def _is_described(self, name: str, spec: ArraySpec) -> bool:
         groups = (self.root / parent / "zarr.json" for parent in Path(name).parents)
         plain = all(read_json(group, self.MOST_METADATA).keys() <= _GROUP for group in groups)
         return plain and self._is_ours(self._open(name, "r"), spec)
@@ -113,22 +116,18 @@ class ZarrFormat:
         columns = ("0",) if not name.endswith("labels") else ()
         return self.root.joinpath(name, "c", str(number), *columns)
 
-    def _open(self, name: str, mode: str):
-        import zarr
-
+    def _open(self, name: str, mode: str) -> zarr.Array:
         if (self.root / name / "zarr.json").stat().st_size > self.MOST_METADATA:
             raise ValueError(f"the array's metadata has more than {self.MOST_METADATA:,} bytes")
         return zarr.open_array(self.root, path=name, mode=mode, zarr_format=3)
 
     @staticmethod
-    def _is_ours(array, spec: ArraySpec) -> bool:
-        from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
-
-        rest = tuple(spec.shape[1:])
+    def _is_ours(array: zarr.Array, spec: ArraySpec) -> bool:
+        rest = spec.shape[1:]
         checked = [BytesCodec(endian="little"), Crc32cCodec()]
         sharding = ShardingCodec(chunk_shape=(arrays.CHUNK_ROWS, *rest), codecs=checked, index_codecs=checked)
         return (
-            array.shape == tuple(spec.shape)
+            array.shape == spec.shape
             and array.dtype == spec.dtype
             and array.shards == (arrays.SHARD_ROWS, *rest)
             and array.metadata.codecs == (sharding,)
@@ -136,60 +135,46 @@ class ZarrFormat:
         )
 
 
-class Hdf5Format:
+class Hdf5Format(Format):
     """`shards/`: an HDF5 file for each shard, with Fletcher32; `features.h5` joins them as virtual data sets.
 
     Files are built in memory first: on a full disk the library raises errors of its own and swallows some.
     """
 
     def __init__(self, cache: Path) -> None:
-        self.cache = cache
-        self.index = cache / "features.h5"
+        self.cache, self.index = cache, cache / "features.h5"
 
     def declare(self, new: Mapping[str, ArraySpec], known: Mapping[str, ArraySpec]) -> None:
-        import h5py
-
         content = io.BytesIO()
         with h5py.File(content, "w", libver="latest") as file:
             for name, spec in known.items():
-                layout = h5py.VirtualLayout(tuple(spec.shape), spec.dtype)
+                layout = h5py.VirtualLayout(spec.shape, spec.dtype)
                 for number, source in enumerate(self._sources(name, spec)):
-                    rows = shard_rows(number, spec.shape[0])
-                    layout[rows.start : rows.stop] = h5py.VirtualSource(
-                        source, "data", shape=shard_shape(spec.shape, number)
-                    )
+                    rows, shape = shard_rows(number, spec.shape[0]), shard_shape(spec.shape, number)
+                    layout[rows.start : rows.stop] = h5py.VirtualSource(source, "data", shape=shape)
                 file.create_virtual_dataset(name, layout, fillvalue=_fill(spec.dtype))
         write_atomically(self.index, content.getvalue())
 
-    def metadata(self, name: str) -> tuple[Path, ...]:
-        return (self.index,)
+    def metadata(self, name: str) -> tuple[str, ...]:
+        return (self.index.name,)
 
-    def is_described(self, name: str, spec: ArraySpec) -> bool:
-        import h5py
-
+    def _is_described(self, name: str, spec: ArraySpec) -> bool:
+        sources = [(source, "data", i * arrays.SHARD_ROWS) for i, source in enumerate(self._sources(name, spec))]
         with h5py.File(self.index, "r") as file:
             data = _own_dataset(file, name)
-            if data is None or data.shape != tuple(spec.shape) or data.dtype != spec.dtype:
+            if data is None or data.shape != spec.shape or data.dtype != spec.dtype or not data.is_virtual:
                 return False
-            mapped = data.virtual_sources() if data.is_virtual else []
-            there = [(m.file_name, m.dset_name, m.vspace.get_select_bounds()[0][0]) for m in mapped]
-            return there == [
-                (source, "data", number * arrays.SHARD_ROWS) for number, source in enumerate(self._sources(name, spec))
-            ]
+            mapped = data.virtual_sources()
+            return sources == [(m.file_name, m.dset_name, m.vspace.get_select_bounds()[0][0]) for m in mapped]
 
     def write(self, name: str, number: int, values: np.ndarray) -> None:
-        import h5py
-
-        path = self.file(name, number)
+        path, content = self.file(name, number), io.BytesIO()
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = io.BytesIO()
         with h5py.File(content, "w", libver="latest") as file:
             file.create_dataset("data", data=values, chunks=_chunks(values.shape), fletcher32=True, track_times=False)
         write_atomically(path, content.getvalue())
 
     def read(self, name: str, number: int, spec: ArraySpec) -> np.ndarray:
-        import h5py
-
         shape = shard_shape(spec.shape, number)
         with h5py.File(self.file(name, number), "r") as file:
             data = _own_dataset(file, "data")
@@ -213,10 +198,8 @@ def _chunks(shape: tuple[int, ...]) -> tuple[int, ...]:
     return min(arrays.CHUNK_ROWS, shape[0]), *shape[1:]
 
 
-def _own_dataset(file, name: str):
+def _own_dataset(file: h5py.File, name: str) -> h5py.Dataset | None:
     """A data set that lies in this HDF5 file; None if it is missing, or behind a link to another place."""
-    import h5py
-
     node = file
     for step in name.split("/"):
         if not isinstance(node, h5py.Group) or not isinstance(node.get(step, getlink=True), h5py.HardLink):
@@ -225,4 +208,4 @@ def _own_dataset(file, name: str):
     return node if isinstance(node, h5py.Dataset) else None
 
 
-FORMATS: dict[str, Callable[[Path], Format]] = {"zarr": ZarrFormat, "hdf5": Hdf5Format}
+FORMATS: dict[str, type[Format]] = {"zarr": ZarrFormat, "hdf5": Hdf5Format}

@@ -22,7 +22,10 @@ def require_writable(path: Path, option: str | None) -> None:
     """Raise `InputError` unless the folder can be written, or created; `option` is the one that names another place."""
     advice = f"; choose another place with {option}" if option else ""
     try:
-        parent = next(p for p in (path, *path.absolute().parents) if _exists(p))
+        for parent in (path, *path.absolute().parents):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                os.lstat(parent)  # a dangling link exists; an impossible name is an error
+                break
         is_folder = stat.S_ISDIR(os.stat(parent).st_mode)
     except OSError as error:
         name = str(path) if len(str(path)) <= 80 else f"{str(path)[:77]}..."
@@ -31,15 +34,6 @@ def require_writable(path: Path, option: str | None) -> None:
         raise InputError(f"cannot write to {path}: {parent} is a file{advice}")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"cannot write to {path}: no permission in {parent}{advice}")
-
-
-def _exists(path: Path) -> bool:
-    """Whether a path names something, including a dangling link. Raises an OSError for an impossible name."""
-    try:
-        os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from probsurgery.pipeline.files import broken_seal, replaced
 from probsurgery.pipeline.fingerprints import fingerprint
 from probsurgery.pipeline.progress import Progress, no_progress
 from probsurgery.pipeline.store import manifest as manifests
-from probsurgery.pipeline.store.arrays import ArraySpec, is_features, shard_rows
+from probsurgery.pipeline.store.arrays import ArraySpec, is_features
 from probsurgery.pipeline.store.cache import Cache
 from probsurgery.pipeline.store.lock import LOCK, OWNER, locked
 from probsurgery.pipeline.store.manifest import Conversion, read_manifest
@@ -28,7 +29,7 @@ from probsurgery.pipeline.store.writer import CacheWriter
 
 @dataclass(frozen=True)
 class ArrayCheck:
-    """The check of one array, or of a file that keeps what a merge has learned, which has no shards."""
+    """The check of one array, or of a file of a merge that learned, which has no shards."""
 
     name: str
     shape: tuple[int, ...]
@@ -49,38 +50,32 @@ def check(cache: Cache) -> Iterator[ArrayCheck]:
     seen: set[Path] = set()
     for name, spec in cache.manifest.arrays.items():
         problems, bad_files = _metadata_problems(cache, name, seen)
-        bad_shards = []
+        bad_shards = {}
         for number, sealed in enumerate(spec.shards):
-            problem = _shard_problem(cache, name, number, decode=not bad_files) if sealed else None
-            if problem:
-                bad_shards.append(number)
-                problems.append(problem)
-        counts = len(spec.shards), len(spec.missing)
-        yield ArrayCheck(
-            name, spec.shape, spec.dtype, *counts, spec.digest, tuple(problems), tuple(bad_shards), tuple(bad_files)
-        )
+            if sealed and (problem := _shard_problem(cache, name, number, decode=not bad_files)):
+                bad_shards[number] = problem
+        form = spec.shape, spec.dtype, len(spec.shards), len(spec.missing), spec.digest
+        yield ArrayCheck(name, *form, (*problems, *bad_shards.values()), tuple(bad_shards), tuple(bad_files))
     for name, sealed in cache.manifest.merge.files.items():
         file = cache.path / name
         problem = broken_seal(file, sealed)
-        problems = (f"{file} {problem}",) if problem else ()
-        yield ArrayCheck(name, (), "", 0, 0, sealed.sha256, problems, (), (file,) if problem else ())
+        problems, bad_files = ((f"{file} {problem}",), (file,)) if problem else ((), ())
+        yield ArrayCheck(name, (), "", 0, 0, sealed.sha256, problems, (), bad_files)
 
 
 def _metadata_problems(cache: Cache, name: str, seen: set[Path]) -> tuple[list[str], list[Path]]:
     """What is wrong with the files that hold an array's metadata; a file that several arrays share is named once."""
-    files = {file.relative_to(cache.path).as_posix(): file for file in cache.metadata(name)}
+    files = {key: cache.path / key for key in cache.format.metadata(name)}
     seals = cache.manifest.metadata
     if any(key in seals and broken_seal(file, seals[key]) for key, file in files.items()):
         seals = read_manifest(cache.path).metadata  # an extraction may have added arrays meanwhile
     broken = {files[key]: problem for key in files if key in seals and (problem := broken_seal(files[key], seals[key]))}
-    problems = [
-        f"{file}, which describes arrays to plain readers, {problem}"
-        for file, problem in broken.items()
-        if file not in seen
-    ]
+    what = "which describes arrays to plain readers"
+    problems = [f"{file}, {what}, {problem}" for file, problem in broken.items() if file not in seen]
     seen.update(broken)
     # A file without a seal does not count yet: a run ended while it wrote metadata, and the next run writes it again.
-    if files.keys() <= seals.keys() and not broken and not cache.is_described(name):
+    is_sealed = files.keys() <= seals.keys()
+    if is_sealed and not broken and not cache.format.is_described(name, cache.manifest.arrays[name]):
         return [f"{next(iter(files.values()))} does not describe {name} as it is"], [*files.values()]
     return problems, [*broken]
 
@@ -92,16 +87,13 @@ def _shard_problem(cache: Cache, name: str, number: int, *, decode: bool) -> str
         problem = cache.broken(name, number)
         return f"{file} {problem}" if problem else None
     try:
-        values = cache.shard(name, number)
+        values = cache.decoded_rows(name, number)
     except DamagedCacheError as error:
         return str(error).partition(";")[0]
-    split, task = name.split("/")[:2]
-    rows = shard_rows(number, cache.manifest.arrays[name].shape[0])
-    omitted = [row - rows.start for row in cache.skipped(task, split) if row in rows]
-    values = np.delete(values, omitted, axis=0) if omitted else values
     if values.dtype.kind == "f":
         bad = int((~np.isfinite(values)).any(-1).sum())
         return f"{file} holds NaN or infinite features in {bad} rows" if bad else None
+    task = name.split("/")[1]
     classes = cache.manifest.tasks[task].classes if task in cache.manifest.tasks else 0
     wrong = int(((values < 0) | (values >= classes)).sum())
     return f"{file} holds {wrong} labels that are not classes of {task}" if wrong else None
@@ -121,10 +113,8 @@ def repair(path: Path) -> list[ArrayCheck]:
         # The seals go before the files: a kill leaves a file too many rather than a seal too many.
         writer.update(metadata=metadata, merge=replace(writer.manifest.merge, files=learned))
         writer.set_seals(bad_shards)
-        for file in (
-            *bad_files,
-            *(cache.file(name, number) for name, numbers in bad_shards.items() for number in numbers),
-        ):
+        bad_files |= {cache.file(name, number) for name, numbers in bad_shards.items() for number in numbers}
+        for file in bad_files:
             file.unlink(missing_ok=True)
         writer.reconcile()
         return checks
@@ -144,44 +134,34 @@ def convert(
     to become float32, which does not bring back what was lost.
     """
     cache = Cache(source)
-    identity, old_store, old_dtype = cache.identity, cache.manifest.store, cache.identity.dtype
+    old_store, old_dtype = cache.manifest.store, cache.identity.dtype
     store, dtype = store or old_store, dtype or old_dtype
     for what, given, allowed in (("store", store, STORES), ("dtype", dtype, DTYPES)):
         if given not in allowed:
             raise unknown(what, given, allowed)
     if (store, dtype) == (old_store, old_dtype):
-        raise InputError(f"{source} is kept in {store} and {dtype} already; give --store or --dtype to change it")
+        raise InputError(f"{source} is stored in {store} and {dtype} already; give --store or --dtype to change it")
     if old_dtype == "float16" and dtype == "float32":
         raise InputError(f"{source} is in float16, and float32 would not bring back the lost digits; extract it again")
-    suffix = "_".join(new for new, old in ((store, old_store), (dtype, old_dtype)) if new != old)
     named = source if source.name not in ("", "..") else source.resolve()
-    out = out or named.with_name(f"{named.name}_{suffix}")
+    suffixes = [new for new, old in ((store, old_store), (dtype, old_dtype)) if new != old]
+    out = out or named.with_name("_".join([named.name, *suffixes]))
     if out.resolve() == source.resolve():
         raise InputError(f"--out {out} is the cache itself; choose another place")
-    arrays = {
-        name: ArraySpec(spec.shape, dtype if is_features(name) else spec.dtype)
-        for name, spec in cache.manifest.arrays.items()
-    }
+    specs = cache.manifest.arrays
+    arrays = {name: ArraySpec(s.shape, dtype if is_features(name) else s.dtype) for name, s in specs.items()}
     with locked(out, option="--out"):
-        writer = CacheWriter.begin(out, replace(identity, dtype=dtype), store)
+        writer = CacheWriter.begin(out, replace(cache.identity, dtype=dtype), store)
         tasks = fingerprint({name: task.to_json() for name, task in cache.manifest.tasks.items()})
         conversion = Conversion(old_store, old_dtype, cache.content, tasks)
         if writer.manifest.arrays and writer.manifest.converted_from != conversion:
-            raise InputError(
-                f"{out} was not made from {source} as it is now; remove it with `probsurgery cache rm`, or choose "
-                "another --out"
-            )
+            advice = "remove it with `probsurgery cache rm`, or choose another --out"
+            raise InputError(f"{out} was not made from {source} as it is now; {advice}")
         _copy_learned(cache, writer)
         copied = ("tasks", "requested", "files", "merge", "runs", "precision", "software", "created")
-        provenance = {name: getattr(cache.manifest, name) for name in copied}
-        writer.update(converted_from=conversion, **provenance)
+        writer.update(converted_from=conversion, **{name: getattr(cache.manifest, name) for name in copied})
         writer.declare(arrays)
-        work = [
-            (name, number)
-            for name, spec in cache.manifest.arrays.items()
-            for number in sorted(writer.missing(name))
-            if spec.shards[number] is not None
-        ]
+        work = [(name, n) for name, spec in specs.items() for n in sorted(writer.missing(name) - spec.missing)]
         for done, (name, number) in enumerate(work):
             progress(done, len(work), name)
             values = cache.shard(name, number)
@@ -193,8 +173,7 @@ def convert(
 def _copy_learned(cache: Cache, writer: CacheWriter) -> None:
     for name, sealed in cache.manifest.merge.files.items():
         if broken_seal(writer.path / name, sealed):
-            problem = broken_seal(cache.path / name, sealed)
-            if problem:
+            if problem := broken_seal(cache.path / name, sealed):
                 raise DamagedCacheError(f"{cache.path / name} {problem}; see `probsurgery cache verify`")
             with writer.room(), replaced(writer.path / name) as partial:
                 shutil.copyfile(cache.path / name, partial)
@@ -210,7 +189,7 @@ def _converted(values: np.ndarray, dtype: str, where: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Listed:
-    """One cache in a list."""
+    """A cache, or what is left of one."""
 
     path: Path
     size: int
@@ -221,12 +200,12 @@ class Listed:
 
     @property
     def missing(self) -> int:
-        """Shards that were requested and are not there."""
+        """Shards that are not written."""
         return sum(len(spec.missing) for spec in self.cache.manifest.arrays.values()) if self.cache else 0
 
     @property
     def heads(self) -> int:
-        """Heads kept with it."""
+        """Heads saved with it."""
         return sum(1 for _ in (self.path / "heads").glob("*/head.json"))
 
 
@@ -252,12 +231,11 @@ def list_caches(root: Path) -> list[Listed]:
 def size_of(*paths: Path) -> int:
     """Bytes of all files in some folders; a file that caches share counts once."""
     sizes = {}
-    for path in paths:
-        for folder, _, names in os.walk(path):
-            for name in names:
-                with suppress(OSError):  # removed meanwhile
-                    status = os.lstat(os.path.join(folder, name))
-                    sizes[status.st_dev, status.st_ino] = status.st_size
+    for folder, _, names in chain.from_iterable(map(os.walk, paths)):
+        for name in names:
+            with suppress(OSError):  # removed meanwhile
+                status = os.lstat(os.path.join(folder, name))
+                sizes[status.st_dev, status.st_ino] = status.st_size
     return sum(sizes.values())
 
 

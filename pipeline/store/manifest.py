@@ -20,19 +20,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from msgspec import Meta
 
+from probsurgery.pipeline import files
 from probsurgery.pipeline.config import SPLITS
 from probsurgery.pipeline.errors import DamagedCacheError, InputError
-from probsurgery.pipeline.files import (
-    Count,
-    MalformedError,
-    Record,
-    Seal,
-    SourceFile,
-    decode,
-    read_json,
-    refuse_links,
-    write_json,
-)
+from probsurgery.pipeline.files import Count, MalformedError, Record, Seal, SourceFile, refuse_links
 from probsurgery.pipeline.fingerprints import fingerprint
 from probsurgery.pipeline.store.arrays import KINDS, ArraySpec, Rows, shard_count, shard_shape
 
@@ -44,11 +35,12 @@ MOST_BYTES = 2**28
 """Of a manifest; a cache of the papers' eight tasks has some 100 KB."""
 _TASK = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}"
 _ARRAY = re.compile(rf"(?:({'|'.join(SPLITS)})/({_TASK})/({'|'.join(KINDS)}|labels)|classifiers/({_TASK}))")
-_REQUEST = re.compile(rf"({'|'.join(SPLITS)})/({_TASK})")
 
 TaskName = Annotated[str, Meta(pattern=rf"\A{_TASK}\Z")]
 Split = Literal["test", "train"]
 Dim = Annotated[int, Meta(ge=1, le=2**16)]
+Request = Annotated[str, Meta(pattern=rf"\A(?:{'|'.join(SPLITS)})/{_TASK}\Z")]
+"""`<split>/<task>`."""
 RowNumber = Annotated[str, Meta(pattern=r"\A[0-9]{1,13}\Z")]
 MetadataFile = Annotated[str, Meta(pattern=rf"\A(?:features\.h5|features\.zarr/(?:{_TASK}/){{0,3}}zarr\.json)\Z")]
 
@@ -67,7 +59,7 @@ class Origin(Record):
 
     source: str = ""
     class_order: str = ""
-    """Whether the source's list of class names was found to agree with the task's."""
+    """Whether the source's list of class names agrees with the task's."""
 
 
 class TaskRecord(Record, kw_only=True, omit_defaults=False):
@@ -76,18 +68,18 @@ class TaskRecord(Record, kw_only=True, omit_defaults=False):
     classes: Count
     class_names: tuple[str, ...] = ()
     classifier: str
-    """Digest of the zero-shot classifier."""
+    """Digest of the classifier's weights."""
     splits: Mapping[Split, SplitRecord]
     origins: Mapping[Split, Origin] = {}
 
 
 class MergeIdentity(Record):
-    """A merge, as its result is determined."""
+    """What determines a merged model."""
 
     method: str
     settings: Mapping[str, Any]
     name: str | None = None
-    """What a merged checkpoint is called, if it was given a name."""
+    """Name that was given to a merged checkpoint."""
     digest: str | None = None
     """Of the merged weights; None as long as they are not known."""
 
@@ -109,11 +101,6 @@ class Identity(Record, kw_only=True):
     """Digests of the encoders' weights: `pretrained`, and each expert by its task."""
     preprocessing: Mapping[str, Any]
     merge: MergeIdentity
-
-    @property
-    def fingerprint(self) -> str:
-        """Digest of the identity."""
-        return fingerprint(self.to_json())
 
 
 class Run(Record, kw_only=True, omit_defaults=False):
@@ -159,8 +146,7 @@ class Manifest(Record, kw_only=True):
     software: Mapping[str, str] = {}
     store: Literal["zarr", "hdf5"]
     identity: Identity
-    requested: tuple[str, ...]
-    """`<split>/<task>` of everything that was asked for."""
+    requested: tuple[Request, ...]
     tasks: Mapping[TaskName, TaskRecord]
     arrays: Mapping[str, ArraySpec]
     metadata: Mapping[MetadataFile, Seal] = {}
@@ -169,20 +155,19 @@ class Manifest(Record, kw_only=True):
     merge: MergeRecord = MergeRecord()
     runs: tuple[Run, ...] = ()
     precision: Mapping[str, float] = {}
-    """Largest relative difference of each array's first features from fp32's."""
+    """By array: relative difference of its first features from fp32's."""
     converted_from: Conversion | None = None
 
-    @property
-    def content(self) -> str:
-        """Digest of everything that the cache holds, the same in every store."""
-        return fingerprint({name: spec.digest for name, spec in self.arrays.items()})
+    def split_record(self, task: str, split: str) -> SplitRecord | None:
+        """The images of one split of a task, if they are described."""
+        return self.tasks[task].splits.get(split) if task in self.tasks else None
 
 
 def new_manifest(identity: Identity, store: str) -> Manifest:
     """The manifest of a cache that holds nothing yet."""
-    made = {"created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "software": software()}
-    empty = {"requested": (), "tasks": {}, "arrays": {}}
-    return Manifest(schema=SCHEMA, store=store, identity=identity, **made, **empty)
+    created, empty = datetime.datetime.now(datetime.UTC), {"requested": (), "tasks": {}, "arrays": {}}
+    origin = {"created": created.isoformat(timespec="seconds"), "software": software()}
+    return Manifest(schema=SCHEMA, store=store, identity=identity, **origin, **empty)
 
 
 def software() -> dict[str, str]:
@@ -197,7 +182,7 @@ def software() -> dict[str, str]:
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Replace a cache's manifest, with a digest of itself."""
     plain = manifest.to_json()
-    write_json(path / FILE, plain | {"digest": fingerprint(plain)})
+    files.write_json(path / FILE, plain | {"digest": fingerprint(plain)})
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -210,20 +195,16 @@ def read_manifest(path: Path) -> Manifest:
     if os.path.lexists(file):  # else it is any folder, and may be a large one
         refuse_links(path)
     try:
-        plain = read_json(file, MOST_BYTES)
-    except FileNotFoundError:
-        what = "is not a cache (it has no manifest.json)" if path.exists() else "does not exist"
-        raise InputError(f"{path} {what}; `probsurgery extract` writes one") from None
-    except NotADirectoryError:
-        raise InputError(f"{path} is not a cache; `probsurgery extract` writes one") from None
+        plain = files.read_json(file, MOST_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        problem = "is not a cache (it has no manifest.json)" if path.exists() else "does not exist"
+        raise InputError(f"{path} {problem}; `probsurgery extract` writes one") from None
     except MalformedError as error:
         raise DamagedCacheError(f"{file} is damaged ({error}); delete the folder and extract again") from None
     schema = plain.get("schema") if isinstance(plain, dict) else None
     if type(schema) is int and schema > SCHEMA:
-        raise InputError(
-            f"{path} was written by a newer version (schema {schema}, this one reads up to {SCHEMA}); "
-            "update probsurgery"
-        )
+        newer = f"schema {schema}, this one reads up to {SCHEMA}"
+        raise InputError(f"{path} was written by a newer version ({newer}); update probsurgery")
     if type(schema) is not int or "identity" not in plain:
         raise InputError(f"{file} is not a cache's manifest")
     if plain.pop("digest", None) != fingerprint(plain):
@@ -234,25 +215,24 @@ def read_manifest(path: Path) -> Manifest:
 def checked_manifest(plain: object, file: Path) -> Manifest:
     """A manifest from JSON's types. Raises `DamagedCacheError` unless each field is valid, and all agree."""
     try:
-        manifest = decode(Manifest, plain)
+        manifest = files.decode(Manifest, plain)
         for problem in _disagreements(manifest):
             raise MalformedError(problem)
+        return manifest
     except MalformedError as error:
         raise DamagedCacheError(
             f"{file} does not have a manifest's form ({error}); do not use this cache, and extract it again"
         ) from None
-    return manifest
 
 
 def _disagreements(manifest: Manifest) -> Iterator[str]:
-    """What no single field shows to be wrong."""
+    """What no single field shows to be wrong, as clauses."""
     merged = manifest.identity.tasks
     if len(set(merged)) < len(merged):
         yield "a task is merged twice"
     for requested in manifest.requested:
-        match = _REQUEST.fullmatch(requested)
-        if not match or match[2] not in merged:
-            yield f"the requested {requested[:80]!r} is not a split and a merged task"
+        if requested.partition("/")[2] not in merged:
+            yield f"the requested {requested!r} is not of a merged task"
     for name, task in manifest.tasks.items():
         if name not in merged:
             yield f"the task {name} is described and not merged"
@@ -272,18 +252,16 @@ def _array_disagreements(name: str, spec: ArraySpec, manifest: Manifest) -> Iter
         yield f"no cache has an array called {name[:80]!r}"
         return
     split, task, kind, classifier = match.groups()
-    identity = manifest.identity
-    if (task or classifier) not in identity.tasks:
+    if (task or classifier) not in manifest.identity.tasks:
         yield f"the array {name} is of a task that is not merged"
-    dtype = "int64" if kind == "labels" else "float32" if classifier else identity.dtype
-    columns = () if kind == "labels" else (identity.dim,)
+    dtype = "int64" if kind == "labels" else "float32" if classifier else manifest.identity.dtype
+    columns = () if kind == "labels" else (manifest.identity.dim,)
     if spec.dtype != dtype or not spec.shape or spec.shape[0] == 0 or spec.shape[1:] != columns:
         yield f"{name} is {spec.dtype} of shape {spec.shape}, which is not its kind's type and width"
         return
-    if task in manifest.tasks and split in manifest.tasks[task].splits:
-        rows = manifest.tasks[task].splits[split].rows
-        if spec.shape[0] != rows:
-            yield f"{name} has {spec.shape[0]} rows, but its task {rows}"
+    data = manifest.split_record(task, split)
+    if data and spec.shape[0] != data.rows:
+        yield f"{name} has {spec.shape[0]} rows, but its task {data.rows}"
     if len(spec.shards) != shard_count(spec.shape[0]):
         yield f"{name} has {len(spec.shards)} shards for {spec.shape[0]} rows"
         return

@@ -15,7 +15,8 @@ from typing import Any
 from probsurgery.pipeline.files import Count, MalformedError, Record, decode
 
 FILE = "results.jsonl"
-_FRACTION = re.compile(r", fraction (\d+(?:\.\d+)?(?:e-\d+)?)\Z")
+_PROTOCOL = re.compile(r"(.*?)(?:, fraction (\d+(?:\.\d+)?(?:e-\d+)?))?", re.DOTALL)
+"""The protocol itself, and the share of the rows that the fit saw."""
 
 
 class Accuracy(Record, kw_only=True):
@@ -35,7 +36,7 @@ class Bias(Record):
 
 
 class TrainingPlan(Record, omit_defaults=False):
-    """How a head was trained: nothing that changes its result beyond float noise, but for TF32."""
+    """How a head was trained. Only TF32 changes the result beyond float noise."""
 
     stack: int = 1
     """Heads trained together."""
@@ -50,16 +51,14 @@ class ResultRow(Record, kw_only=True):
     """One fitted head on one task."""
 
     fit_rows: int | None = None
-    """Rows that the fit saw."""
     eval_rows: int | None = None
-    """Rows that the figures are of."""
     accuracy: Accuracy
     bias: Bias
     task: str
     head: str
-    """Name of the setting, and of the head's folder if it was kept."""
+    """Name of the setting, and of the head's folder if it was saved."""
     kind: str
-    """Kind of head; one that a newer version knows may be unknown here."""
+    """May be one that only a newer version knows."""
     settings: Mapping[str, Any]
     shared: bool
     tasks: tuple[str, ...] = ()
@@ -77,18 +76,17 @@ class ResultRow(Record, kw_only=True):
     device: str = ""
     plan: TrainingPlan | None = None
     from_run_of: int | None = None
-    """Steps of the longer run on whose way this head was taken."""
+    """Steps of the longer run from which this head was copied."""
 
     @property
     def base_protocol(self) -> str:
         """The protocol without the share of the rows that the fit saw."""
-        return _FRACTION.sub("", self.protocol)
+        return _PROTOCOL.fullmatch(self.protocol)[1]
 
     @property
     def fraction(self) -> float:
         """Share of the rows that the fit saw."""
-        match = _FRACTION.search(self.protocol)
-        return float(match[1]) if match else 1.0
+        return float(_PROTOCOL.fullmatch(self.protocol)[2] or 1)
 
     @property
     def is_online(self) -> bool:
@@ -112,7 +110,7 @@ class Spread:
 
 
 def spread(values: Iterable[float]) -> Spread | None:
-    """Mean and standard deviation of one value for each seed; None if there is none."""
+    """Mean and standard deviation of one value for each seed; None without values."""
     values = list(values)
     return Spread(fmean(values), stdev(values) if len(values) > 1 else None, len(values)) if values else None
 
@@ -130,7 +128,7 @@ def append_results(folder: Path, rows: Sequence[ResultRow]) -> None:
 
 
 def read_results(folder: Path) -> list[ResultRow]:
-    """Rows of results.jsonl; lines that a kill left torn, or that hold something else, are passed over.
+    """Rows of results.jsonl, without lines that a kill left torn, or that hold something else.
 
     Of several rows for one request, task and head, which two fits at once may leave, the last counts.
     """

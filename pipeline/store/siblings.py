@@ -7,7 +7,6 @@ the cache is of. So a second merge of the same experts needs their features, and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from probsurgery.pipeline.errors import DamagedCacheError, ProbsurgeryError, first_line
 from probsurgery.pipeline.store.arrays import is_features, shard_rows
@@ -15,15 +14,8 @@ from probsurgery.pipeline.store.cache import Cache
 from probsurgery.pipeline.store.manifest import Manifest
 from probsurgery.pipeline.store.writer import CacheWriter
 
-
-@dataclass
-class Reused:
-    """What was taken from other caches."""
-
-    rows: dict[tuple[str, int], tuple[str, int]] = field(default_factory=dict)
-    """By array and shard number of features: the name of the cache that had the shard, and its rows."""
-    damaged: list[str] = field(default_factory=list)
-    """Shards that would have been taken, and are damaged or cannot be read."""
+TakenRows = dict[tuple[str, int], tuple[str, int]]
+"""By array and shard number of features: the name of the cache that had the shard, and its rows."""
 
 
 def origin(manifest: Manifest, name: str) -> list | None:
@@ -32,10 +24,9 @@ def origin(manifest: Manifest, name: str) -> list | None:
     Two arrays that are equal here hold the same values.
     """
     split, task, kind = name.split("/")
-    identity = manifest.identity
-    if task not in manifest.tasks or split not in manifest.tasks[task].splits:
+    identity, data = manifest.identity, manifest.split_record(task, split)
+    if data is None:
         return None
-    data = manifest.tasks[task].splits[split]
     weights = {"merged": identity.merge.digest, "expert": identity.checkpoints.get(task)}
     weights["pretrained"] = identity.checkpoints.get("pretrained")
     if is_features(name) and weights[kind] is None:
@@ -44,15 +35,17 @@ def origin(manifest: Manifest, name: str) -> list | None:
     return [*settings, weights.get(kind), data.rows, data.fingerprint]
 
 
-def take_from_siblings(writer: CacheWriter, names: Sequence[str], *, skip_bad: bool) -> Reused:
+def take_from_siblings(writer: CacheWriter, names: Sequence[str], *, skip_bad: bool) -> tuple[TakenRows, list[str]]:
     """Fill what these arrays lack from the caches in the same folder, each shard checked before it is taken.
 
     It is a hard link where both have one store and lie on one file system, or else a copy: neither cache needs the
-    other afterwards. Shards with images that could not be decoded are taken only with `skip_bad`.
+    other afterwards. Shards with images that could not be decoded are taken only with `skip_bad`. Returns what was
+    taken, and why other shards could not be: they are damaged, or cannot be read.
     """
-    reused = Reused()
+    taken: TakenRows = {}
+    problems = []
     for folder in sorted(writer.path.absolute().parent.iterdir()):
-        missing = {name: sorted(numbers) for name in names if (numbers := writer.missing(name))}
+        missing = [(name, number) for name in names for number in sorted(writer.missing(name))]
         if not missing:
             break
         if folder == writer.path.absolute():
@@ -61,38 +54,39 @@ def take_from_siblings(writer: CacheWriter, names: Sequence[str], *, skip_bad: b
             sibling = Cache(folder)
         except (ProbsurgeryError, OSError):  # not a cache, or one that cannot be read
             continue
-        for name, numbers in missing.items():
-            wanted = origin(writer.manifest, name)
-            if wanted and name in sibling.manifest.arrays and origin(sibling.manifest, name) == wanted:
-                _take(writer, sibling, name, numbers, skip_bad, reused)
-    return reused
-
-
-def _take(
-    writer: CacheWriter, sibling: Cache, name: str, numbers: Sequence[int], skip_bad: bool, reused: Reused
-) -> None:
-    split, task, _ = name.split("/")
-    spec, skipped = sibling.manifest.arrays[name], sibling.skipped(task, split)
-    for number in numbers:
-        rows = shard_rows(number, spec.shape[0])
-        skipped_here = {str(row): problem for row, problem in skipped.items() if row in rows}
-        sealed = spec.shards[number]
-        if sealed is None or (skipped_here and not skip_bad):
-            continue
-        by_task = {f"{split}/{task}": skipped_here}
-        try:
-            if sibling.manifest.store == writer.manifest.store:
-                problem = sibling.broken(name, number)
-                if problem:
-                    raise DamagedCacheError(f"{sibling.file(name, number)} {problem}")
-                writer.adopt(number, name, sibling.file(name, number), sealed, by_task)
+        same = {name for name in names if _same_values(writer.manifest, sibling.manifest, name)}
+        for name, number in missing:
+            if name not in same:
+                continue
+            try:
+                rows = _take(writer, sibling, name, number, skip_bad)
+            except DamagedCacheError as error:
+                problems.append(str(error).partition(";")[0])
+            except OSError as error:  # removed meanwhile, or not readable by this user
+                problems.append(f"{sibling.file(name, number)} cannot be read ({first_line(error)})")
             else:
-                writer.write(number, {name: sibling.shard(name, number)}, by_task)
-        except DamagedCacheError as error:
-            reused.damaged.append(str(error).partition(";")[0])
-            continue
-        except OSError as error:  # removed meanwhile, or not readable by this user
-            reused.damaged.append(f"{sibling.file(name, number)} cannot be read ({first_line(error)})")
-            continue
-        if is_features(name):
-            reused.rows[name, number] = sibling.path.name, len(rows)
+                if rows and is_features(name):
+                    taken[name, number] = sibling.path.name, rows
+    return taken, problems
+
+
+def _same_values(a: Manifest, b: Manifest, name: str) -> bool:
+    return name in b.arrays and origin(a, name) is not None and origin(a, name) == origin(b, name)
+
+
+def _take(writer: CacheWriter, sibling: Cache, name: str, number: int, skip_bad: bool) -> int:
+    """Take one shard, if the sibling has it; returns its rows."""
+    split, task, _ = name.split("/")
+    spec = sibling.manifest.arrays[name]
+    rows, sealed = shard_rows(number, spec.shape[0]), spec.shards[number]
+    skipped = {str(row): problem for row, problem in sibling.skipped(task, split).items() if row in rows}
+    if sealed is None or (skipped and not skip_bad):
+        return 0
+    file, by_task = sibling.file(name, number), {f"{split}/{task}": skipped}
+    if sibling.manifest.store != writer.manifest.store:
+        writer.write(number, {name: sibling.shard(name, number)}, by_task)
+    elif problem := sibling.broken(name, number):
+        raise DamagedCacheError(f"{file} {problem}")
+    else:
+        writer.adopt(number, name, file, sealed, by_task)
+    return len(rows)

@@ -19,7 +19,6 @@ from probsurgery.pipeline.store.manifest import COEFFICIENTS, MERGED, Identity, 
 JOURNAL = "journal"
 FEATURES = (manifests.FILE, "features.h5", "features.zarr", "shards", JOURNAL, MERGED, COEFFICIENTS)
 HEADS = ("heads", results.FILE)
-_ALL = (*FEATURES, *HEADS, LOCK, OWNER)
 
 
 def check_target(path: Path, identity: Identity, store: str, *, fresh: bool = False) -> Manifest | None:
@@ -33,8 +32,8 @@ def check_target(path: Path, identity: Identity, store: str, *, fresh: bool = Fa
     if not path.exists():
         return None
     if not (path / manifests.FILE).exists():
-        if any(path.iterdir()) and not is_remains(path):
-            first = min(p.name for p in path.iterdir())
+        first = min((p.name for p in path.iterdir()), default=None)
+        if first and not is_remains(path):
             raise InputError(f"{path} exists and is not a cache (it holds {first}); choose another --out")
         refuse_links(path)
         return None
@@ -50,11 +49,9 @@ def check_target(path: Path, identity: Identity, store: str, *, fresh: bool = Fa
     if manifest.store != store:
         differ.insert(0, f"store: {manifest.store} / {store}")
     if differ:
-        more = f" (and {len(differ) - 3} more)" if len(differ) > 3 else ""
-        raise InputError(
-            f"{path} was written with other settings (there / asked): {'; '.join(differ[:3])}{more}; "
-            "choose another --out, or replace it with --fresh"
-        )
+        listed = "; ".join(differ[:3]) + (f" (and {len(differ) - 3} more)" if len(differ) > 3 else "")
+        advice = "choose another --out, or replace it with --fresh"
+        raise InputError(f"{path} was written with other settings (there / asked): {listed}; {advice}")
     return manifest
 
 
@@ -64,7 +61,7 @@ def is_remains(path: Path) -> bool:
     Other programs' files may have some of these names, but not all of them and nothing else.
     """
     lock = path / LOCK
-    known = all(p.name.removesuffix(".partial") in _ALL for p in path.iterdir())
+    known = all(p.name.removesuffix(".partial") in (*FEATURES, *HEADS, LOCK, OWNER) for p in path.iterdir())
     return known and not (path / manifests.FILE).exists() and lock.is_file() and not lock.stat().st_size
 
 

@@ -7,28 +7,22 @@ import json
 import os
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from msgspec import field
 from msgspec.structs import replace
 
 from probsurgery.pipeline.errors import DamagedCacheError, InputError, ProbsurgeryError
 from probsurgery.pipeline.files import MalformedError, Record, broken_seal, decode, replaced, seal
 from probsurgery.pipeline.fingerprints import differences
 from probsurgery.pipeline.store import manifest as manifests
-from probsurgery.pipeline.store.arrays import ArraySpec, Seals, ShardSeal, values_digest, with_seals
+from probsurgery.pipeline.store.arrays import ArraySpec, Seals, ShardSeal, shard_count, values_digest, with_seals
 from probsurgery.pipeline.store.formats import FORMATS
-from probsurgery.pipeline.store.manifest import (
-    Identity,
-    Manifest,
-    RowNumber,
-    checked_manifest,
-    new_manifest,
-    read_manifest,
-    write_manifest,
-)
+from probsurgery.pipeline.store.manifest import Identity, Manifest, RowNumber
 from probsurgery.pipeline.store.target import FEATURES, JOURNAL, check_target, remove_features
 
 Skipped = Mapping[str, Mapping[str, str]]
@@ -38,10 +32,9 @@ Skipped = Mapping[str, Mapping[str, str]]
 class JournalEntry(Record, omit_defaults=False):
     """What was done to a cache: a line of a rank's journal."""
 
-    part: int = 0
-    """Number of the shards."""
+    number: int = field(default=0, name="part")
+    """Shard number."""
     shards: Mapping[str, ShardSeal] = {}
-    """By array."""
     skipped: Mapping[str, Mapping[RowNumber, str]] = {}
     precision: Mapping[str, float] = {}
 
@@ -54,11 +47,9 @@ class CacheWriter:
     """
 
     def __init__(self, path: Path, manifest: Manifest, journal: Path | None = None) -> None:
-        self.path = path
-        self.manifest = manifest
+        self.path, self.manifest, self._journal = path, manifest, journal
         self.format = FORMATS[manifest.store](path)
-        self._journal = journal
-        self._collected: dict[Path, int] = {}
+        self._collected: Counter[Path] = Counter()
         """Bytes of each journal that were taken over."""
         self._lock = threading.RLock()  # shards are written by a thread, while the main one collects
 
@@ -72,16 +63,16 @@ class CacheWriter:
         if manifest is None:
             remove_features(path, heads=fresh and (path / manifests.FILE).exists())
         for name in FEATURES:
-            for partial in [path / f"{name}.partial", *(path / name).rglob("*.partial")]:
+            for partial in (path / f"{name}.partial", *(path / name).rglob("*.partial")):
                 partial.unlink(missing_ok=True)
-        writer = cls(path, manifest or new_manifest(identity, store))
+        writer = cls(path, manifest or manifests.new_manifest(identity, store))
         writer.reconcile()
         return writer
 
     @classmethod
     def join(cls, path: Path, identity: Identity, rank: int) -> CacheWriter:
         """Open a cache that the first rank has begun. Raises `InputError` if that one has other settings."""
-        manifest = read_manifest(path)
+        manifest = manifests.read_manifest(path)
         differ = differences(manifest.identity.to_json(), identity.to_json())
         if differ:
             raise InputError(f"rank {rank} would write other features to {path} than rank 0: {'; '.join(differ[:3])}")
@@ -100,42 +91,37 @@ class CacheWriter:
                 if sealed and (not file.is_file() or file.stat().st_size != sealed.bytes):
                     gone.setdefault(name, {})[number] = None
         self.set_seals(gone)
-        self._describe(
-            {name: spec for name, spec in self.manifest.arrays.items() if not self._is_described(name, spec)}
-        )
+        arrays = self.manifest.arrays
+        self._describe({name: spec for name, spec in arrays.items() if not self._is_described(name, spec)})
 
     def _is_described(self, name: str, spec: ArraySpec) -> bool:
-        metadata = self.manifest.metadata
-        for key, file in self._metadata([name]).items():
-            if key not in metadata or broken_seal(file, metadata[key]):
-                return False
-        try:
-            return self.format.is_described(name, spec)
-        except Exception:  # the formats' libraries raise anything for a damaged file
-            return False
+        return all(map(self._is_sealed, self.format.metadata(name))) and self.format.is_described(name, spec)
 
-    def _metadata(self, names: Iterable[str]) -> dict[str, Path]:
-        """What describes arrays to plain readers: path in the cache -> file."""
-        return {file.relative_to(self.path).as_posix(): file for n in names for file in self.format.metadata(n)}
+    def _is_sealed(self, key: str) -> bool:
+        """Whether a file that describes arrays has a seal, and is as it was sealed."""
+        metadata = self.manifest.metadata
+        return key in metadata and not broken_seal(self.path / key, metadata[key])
+
+    def _metadata(self, arrays: Iterable[str]) -> list[str]:
+        return list(dict.fromkeys(key for name in arrays for key in self.format.metadata(name)))
 
     def _describe(self, arrays: Mapping[str, ArraySpec]) -> None:
         """Write the metadata of arrays. A kill during this leaves files without a seal, and no wrong ones."""
         if not arrays:
             return
         with self.room():
-            metadata = dict(self.manifest.metadata)
-            for key, file in self._metadata(arrays).items():
-                sealed = metadata.pop(key, None)
-                if sealed is None or broken_seal(file, sealed):
-                    file.unlink(missing_ok=True)
+            keys = self._metadata(arrays)
+            for key in keys:
+                if not self._is_sealed(key):
+                    (self.path / key).unlink(missing_ok=True)
+            metadata = {key: sealed for key, sealed in self.manifest.metadata.items() if key not in keys}
             self.update(metadata=metadata)
             described = dict(arrays)
             for name, spec in self.manifest.arrays.items():  # several arrays share some of the files
-                if not all(file.is_file() for file in self.format.metadata(name)):
+                if not all((self.path / key).is_file() for key in self.format.metadata(name)):
                     described[name] = spec
             self.format.declare(described, {**self.manifest.arrays, **described})
-            sealed_files = {key: seal(file) for key, file in self._metadata(described).items()}
-            self.update(metadata=metadata | sealed_files)
+            self.update(metadata=metadata | {key: seal(self.path / key) for key in self._metadata(described)})
 
     def update(self, **changes: object) -> None:
         """Replace fields of the manifest, and write it."""
@@ -155,12 +141,11 @@ class CacheWriter:
     def declare(self, arrays: Mapping[str, ArraySpec]) -> None:
         """Add arrays that the cache does not have yet. Raises `InputError` if one is there in another shape."""
         for name, spec in arrays.items():
-            known = self.manifest.arrays.get(name, spec)
-            if known.shape != spec.shape:
-                raise InputError(
-                    f"{self.path}: {name} has shape {list(known.shape)}, this run would write {list(spec.shape)}"
-                )
-        new = {name: spec.unwritten() for name, spec in arrays.items() if name not in self.manifest.arrays}
+            known = self.manifest.arrays.get(name, spec).shape
+            if known != spec.shape:
+                raise InputError(f"{self.path}: {name} has shape {known}, this run would write {spec.shape}")
+        new = {name: spec for name, spec in arrays.items() if name not in self.manifest.arrays}
+        new = {name: replace(spec, shards=(None,) * shard_count(spec.shape[0])) for name, spec in new.items()}
         self._describe(new)
         if new:
             self.update(arrays={**self.manifest.arrays, **new})
@@ -171,13 +156,12 @@ class CacheWriter:
 
     def write(self, number: int, values: Mapping[str, np.ndarray], skipped: Skipped | None = None) -> None:
         """Write the shards of one number of several arrays, then count them as whole."""
+        seals = {}
         with self.room():
             for name, array in values.items():
                 self.format.write(name, number, array)
-        seals = {}
-        for name, array in values.items():
-            sealed = seal(self.format.file(name, number))
-            seals[name] = ShardSeal(sealed.bytes, sealed.sha256, values_digest(array))
+                sealed = seal(self.format.file(name, number))
+                seals[name] = ShardSeal(sealed.bytes, sealed.sha256, values_digest(array))
         self.note(JournalEntry(number, seals, skipped or {}))
 
     def adopt(self, number: int, name: str, file: Path, sealed: ShardSeal, skipped: Skipped) -> None:
@@ -197,12 +181,12 @@ class CacheWriter:
             self._apply(entry)
             if self._journal is None:
                 self.save()
-                return
-            with self.room(), self._journal.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry.to_json()) + "\n")
+            else:
+                with self.room(), self._journal.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(entry.to_json()) + "\n")
 
     def _apply(self, entry: JournalEntry) -> None:
-        arrays = with_seals(self.manifest.arrays, {name: {entry.part: s} for name, s in entry.shards.items()})
+        arrays = with_seals(self.manifest.arrays, {name: {entry.number: s} for name, s in entry.shards.items()})
         tasks = dict(self.manifest.tasks)
         for name, rows in entry.skipped.items():
             if rows:
@@ -219,21 +203,20 @@ class CacheWriter:
         Raises `DamagedCacheError` if a journal holds what no rank writes.
         """
         with self._lock:
-            changed = False
+            before = self.manifest
             for journal in sorted((self.path / JOURNAL).glob("*.jsonl")):
                 with journal.open("rb") as file:
-                    file.seek(self._collected.get(journal, 0))
+                    file.seek(self._collected[journal])
                     text = file.read()
                 complete = text[: text.rfind(b"\n") + 1]
-                self._collected[journal] = self._collected.get(journal, 0) + len(complete)
+                self._collected[journal] += len(complete)
                 for line in complete.splitlines():
                     try:
                         self._apply(decode(JournalEntry, json.loads(line)))
                     except (ValueError, LookupError, RecursionError, MalformedError):
                         raise DamagedCacheError(f"{journal} is damaged; delete it and extract again") from None
-                    changed = True
-            if changed:
-                checked_manifest(self.manifest.to_json(), self.path / manifests.FILE)
+            if self.manifest is not before:
+                manifests.checked_manifest(self.manifest.to_json(), self.path / manifests.FILE)
                 self.save()
 
     def finish(self) -> None:
@@ -244,7 +227,7 @@ class CacheWriter:
     def save(self) -> None:
         """Write the manifest."""
         with self._lock, self.room():
-            write_manifest(self.path, self.manifest)
+            manifests.write_manifest(self.path, self.manifest)
 
     @contextmanager
     def room(self) -> Iterator[None]:
