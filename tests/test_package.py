@@ -66,6 +66,17 @@ def test_the_citation_names_the_software_and_both_papers():
         assert address in citation
 
 
+def test_contributing_names_every_module_in_its_row():
+    rows = [
+        line.split(" | ", 1) for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines() if line.startswith("| `")
+    ]
+    modules = {place.split("`")[-2]: names for place, names in rows}
+    folders = {p.parent for name in ("commands", "pipeline") for p in (ROOT / name).rglob("*.py")}
+    for folder in folders - {ROOT / "pipeline/merging", ROOT / "pipeline/mini"}:
+        place = f"{folder.relative_to(ROOT)}/" + ("*.py" if folder.name == "pipeline" else "")
+        assert not {p.stem for p in folder.glob("[a-z]*.py") if f"`{p.stem}`" not in modules[place]}, place
+
+
 def test_importing_the_package_does_not_import_torch():
     code = "import sys, probsurgery; probsurgery.ExtractConfig; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
