@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from probsurgery.pipeline.store.cache import open_cache as open_cache
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Imported on first use, so that `probsurgery --help` does not wait for torch.
 _MODULES = {

@@ -1,1 +1,1 @@
-"""The two stages and what they stand on. Data flows one way: see the table of modules in README.md."""
+"""The two stages and what they stand on. Data flows one way: see the table of modules in CONTRIBUTING.md."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import probsurgery
+from probsurgery.pipeline.mini import MINI_TASKS
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -40,10 +41,40 @@ def test_the_public_names_exist_and_are_documented():
         probsurgery.nothing  # noqa: B018
 
 
-def test_the_version_is_one():
+def test_the_version_is_stated_once_and_heads_the_changelog():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["version"] == probsurgery.__version__
-    assert f"## {probsurgery.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert "version" in project["dynamic"]
+    assert "version" not in project
+    latest = re.search(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
+    assert latest == probsurgery.__version__
+
+
+def test_the_licences_of_the_mini_suite_are_stated_beside_its_weights():
+    table = (ROOT / "pipeline/mini/weights/LICENSES.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| `")]
+    assert rows == [[f"`{t.name}`", t.source, t.package, t.licence] for t in MINI_TASKS.values()]
+
+
+def test_the_citation_names_the_software_and_both_papers():
+    citation = (ROOT / "CITATION.cff").read_text()
+    keys = dict(re.findall(r"^([a-z-]+): *(.*)$", citation, re.MULTILINE))
+    assert {"cff-version", "message", "title", "authors", "references"} <= keys.keys()
+    assert "version" not in keys  # __init__.py states it
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (keys["cff-version"], keys["title"], keys["license"]) == ("1.2.0", project["name"], project["license"])
+    for address in project["urls"].values():
+        assert address in citation
+
+
+def test_contributing_names_every_module_in_its_row():
+    rows = [
+        line.split(" | ", 1) for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines() if line.startswith("| `")
+    ]
+    modules = {place.split("`")[-2]: names for place, names in rows}
+    folders = {p.parent for name in ("commands", "pipeline") for p in (ROOT / name).rglob("*.py")}
+    for folder in folders - {ROOT / "pipeline/merging", ROOT / "pipeline/mini"}:
+        place = f"{folder.relative_to(ROOT)}/" + ("*.py" if folder.name == "pipeline" else "")
+        assert not {p.stem for p in folder.glob("[a-z]*.py") if f"`{p.stem}`" not in modules[place]}, place
 
 
 def test_importing_the_package_does_not_import_torch():
@@ -56,7 +87,7 @@ def wheel(tmp_path_factory):
     """Built from a copy, so that no build folder is left in the checkout."""
     folder = tmp_path_factory.mktemp("wheel")
     (folder / "source").mkdir()
-    for name in ("pyproject.toml", "README.md", "__init__.py", "__main__.py", "cli.py", "py.typed"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "__init__.py", "__main__.py", "cli.py", "py.typed"):
         shutil.copy(ROOT / name, folder / "source")
     for name in ("commands", "pipeline", "tests", "benchmarks", "cache"):
         ignored = shutil.ignore_patterns("__pycache__", "*_*") if name == "cache" else None
@@ -76,8 +107,15 @@ def test_the_wheel_holds_the_package_and_nothing_beside_it(wheel):
         sources += [p for p in (ROOT / package).rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     expected = {f"probsurgery/{p.relative_to(ROOT).as_posix()}" for p in sources}
     assert {n for n in names if ".dist-info/" not in n} == expected
-    metadata = next(n for n in names if n.endswith("entry_points.txt"))
-    assert "probsurgery = probsurgery.__main__:main" in zipfile.ZipFile(wheel).read(metadata).decode()
+    information = f"probsurgery-{probsurgery.__version__}.dist-info"
+    assert {n for n in names if "/licenses/" in n} == {
+        f"{information}/licenses/{name}" for name in ("LICENSE", "pipeline/mini/weights/LICENSES.md")
+    }
+    entry_points = zipfile.ZipFile(wheel).read(f"{information}/entry_points.txt").decode()
+    assert "probsurgery = probsurgery.__main__:main" in entry_points
+    metadata = zipfile.ZipFile(wheel).read(f"{information}/METADATA").decode()
+    assert f"\nVersion: {probsurgery.__version__}\n" in metadata
+    assert "\nLicense-Expression: MIT\n" in metadata
 
 
 def test_the_wheel_works_where_there_is_no_checkout(wheel, tmp_path):
