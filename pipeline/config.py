@@ -1,7 +1,5 @@
 """What a run is asked to do: frozen dataclasses with every default. Paths may be given as text."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter

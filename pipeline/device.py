@@ -1,7 +1,5 @@
 """The device that a stage runs on, and the memory that is available on it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The base of all our errors. The command line prints one as a single line and exits with its status."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 

@@ -1,7 +1,5 @@
 """Files that are replaced whole or not at all, sealed with a digest, read as JSON once, and never behind a link."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

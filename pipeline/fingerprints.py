@@ -1,7 +1,5 @@
 """Digests of values and files, and the difference between two records."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

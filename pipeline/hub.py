@@ -1,7 +1,5 @@
 """Files of the Hugging Face Hub: fetched by its own client, and checked against the Hub's digests."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import re

@@ -1,7 +1,5 @@
 """How long-running work reports progress: one protocol for both stages and every command."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 

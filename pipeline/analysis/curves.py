@@ -1,7 +1,5 @@
 """Accuracy and bias against the settings that sweeps varied: one setting as a curve, two as a grid."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The heads kept with a cache, and how uncertain they are."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path

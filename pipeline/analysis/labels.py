@@ -1,7 +1,5 @@
 """Lines of tables: the result rows of one setting, their label, and their figures over seeds."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass

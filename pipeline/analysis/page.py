@@ -1,7 +1,5 @@
 """Reports -> one HTML page that holds its tables, figures and provenance, and needs no network."""
 
-from __future__ import annotations
-
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from pathlib import Path

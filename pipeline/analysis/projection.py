@@ -1,7 +1,5 @@
 """Features of all tasks in one plane: merged, corrected by a kept head, and the experts'."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Published figures for the methods that are measured here, and how they compare."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Sequence
 from pathlib import Path

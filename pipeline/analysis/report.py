@@ -1,7 +1,5 @@
 """Results -> tables: the heads fitted on one or several caches, beside the encoders between which they stand."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Tables of single runs of `fit` and `sweep`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean

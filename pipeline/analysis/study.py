@@ -1,7 +1,5 @@
 """The papers' analyses: named sets of settings, each fitted like a sweep and shown as one table."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """Tables as data, and as Markdown, LaTeX and CSV to paste."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Callable, Sequence

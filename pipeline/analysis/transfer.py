@@ -1,7 +1,5 @@
 """Accuracy of kept heads on tasks, and on caches, that they were not fitted on."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A cache and one of its heads -> the model that they stand for."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

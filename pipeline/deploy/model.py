@@ -1,7 +1,5 @@
 """The deployable model: merged encoder, heads and classifiers as one module, and the folder that it is exported to."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path

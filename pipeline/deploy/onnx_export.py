@@ -1,7 +1,5 @@
 """A model as ONNX files, one for each task, each checked by ONNX Runtime."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 from pathlib import Path

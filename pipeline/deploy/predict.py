@@ -1,7 +1,5 @@
 """Image files -> classes, by a model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ Only `extract` uses it. Ranks exchange little (who may continue, and counts at t
 encode on; features go to the file system that they share.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import time

@@ -1,7 +1,5 @@
 """The loop of stage one: images of one task and split -> features of the encoders that lack some -> shards."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor

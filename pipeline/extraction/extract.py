@@ -6,8 +6,6 @@ that a cache beside it holds already are taken from there (`store.siblings`). Se
 (`distributed`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace

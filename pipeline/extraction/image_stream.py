@@ -1,7 +1,5 @@
 """Images for merges that learn: endless batches of one task in random order."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import tee

@@ -1,7 +1,5 @@
 """Images -> batches on the device: decoded in worker processes, copied while the previous batch is encoded."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 
 import torch

@@ -4,8 +4,6 @@ The result of a learned merge depends on the machine, to float noise, and takes 
 cache's lock, and kept with the cache: `merged.safetensors`, and the coefficients of AdaMerging as `coefficients.json`.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

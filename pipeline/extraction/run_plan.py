@@ -1,7 +1,5 @@
 """What a run of stage one works on: the request checked, models and images opened, before anything is written."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass

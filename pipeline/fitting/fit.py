@@ -1,7 +1,5 @@
 """Stage two: cached features -> heads and results. The encoders are never touched, and no label reaches the fit."""
 
-from __future__ import annotations
-
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """From configurations to requests for single heads, and what exists of them already."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace

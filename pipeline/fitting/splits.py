@@ -1,7 +1,5 @@
 """Which rows each head is fitted and evaluated on, and its accuracy and bias on them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A sweep: every combination of some values, fitted together, with one line of results for each setting."""
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """The frozen head that a fit returns, and its files: head.safetensors (weights) and head.json (everything else)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field

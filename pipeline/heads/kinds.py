@@ -6,8 +6,6 @@ applied together. A single head is a stack of one.
 Shapes: K heads, B rows, d dimensions, r rank, h hidden width.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

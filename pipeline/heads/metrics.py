@@ -1,7 +1,5 @@
 """Quality of features: accuracy under the frozen classifier, and distance to the expert's features."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int

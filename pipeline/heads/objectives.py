@@ -4,8 +4,6 @@ Shapes: K heads, S samples, B rows, d dimensions. A gradient is that of the sum 
 another head, each head gets the gradient of its own loss.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float

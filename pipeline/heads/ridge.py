@@ -1,7 +1,5 @@
 """Ridge regression from merged to expert features: a baseline in closed form, with nothing to tune."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

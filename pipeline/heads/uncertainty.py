@@ -1,7 +1,5 @@
 """How well ProbSurgery's variance predicts errors: calibration, and accuracy without the least certain images."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Arrays cut along their rows into shards, and the seals that tell whether a shard is as it was written."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Caches opened for reading. Everything read is checked against the manifest."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -8,8 +8,6 @@ Files may be untrusted: the metadata of an array is compared with what this modu
 read through it. So no codec, filter, link or size from a file is followed.
 """
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Mapping

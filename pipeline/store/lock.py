@@ -1,7 +1,5 @@
 """One writer to a cache: a lock of the system, and who holds it."""
 
-from __future__ import annotations
-
 import datetime
 import os
 import socket

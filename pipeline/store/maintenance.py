@@ -1,7 +1,5 @@
 """Check, repair, convert, list and remove caches."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator

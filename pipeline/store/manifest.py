@@ -5,8 +5,6 @@ The manifest carries a digest of itself; that finds damage, and not forgery, so 
 it is used: no name leads out of the cache's folder, and no size is larger than the files bear out.
 """
 
-from __future__ import annotations
-
 import datetime
 import math
 import os

@@ -1,7 +1,5 @@
 """Features in .npy files, mapped into memory: for worker processes, and for more than memory holds."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """results.jsonl: one row for each fitted head and task, added as heads finish."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -4,8 +4,6 @@ An encoder's features depend on its weights, the preprocessing, the images and t
 the cache is of. So a second merge of the same experts needs their features, and the pre-trained encoder's, only once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from probsurgery.pipeline.errors import DamagedCacheError, ProbsurgeryError, first_line

@@ -1,7 +1,5 @@
 """The folder where a cache is to go: what is there, whether this run may add to it, and removing it."""
 
-from __future__ import annotations
-
 import shutil
 from contextlib import suppress
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Caches opened for adding shards to them: one writer at a time, which may be several ranks of one run."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -11,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from msgspec import field
@@ -54,7 +53,7 @@ class CacheWriter:
         self._lock = threading.RLock()  # shards are written by a thread, while the main one collects
 
     @classmethod
-    def begin(cls, path: Path, identity: Identity, store: str, *, fresh: bool = False) -> CacheWriter:
+    def begin(cls, path: Path, identity: Identity, store: str, *, fresh: bool = False) -> Self:
         """Open the cache at `path`, or begin it, inside a `locked(path)`.
 
         Raises `InputError` as `check_target` does; `fresh` deletes what is there first, heads and results too.
@@ -70,7 +69,7 @@ class CacheWriter:
         return writer
 
     @classmethod
-    def join(cls, path: Path, identity: Identity, rank: int) -> CacheWriter:
+    def join(cls, path: Path, identity: Identity, rank: int) -> Self:
         """Open a cache that the first rank has begun. Raises `InputError` if that one has other settings."""
         manifest = manifests.read_manifest(path)
         differ = differences(manifest.identity.to_json(), identity.to_json())

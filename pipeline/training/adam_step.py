@@ -7,8 +7,6 @@ on another head, so K heads in one stack take exactly the steps that each would 
 Shapes: K heads, S samples, B rows, d dimensions, w inner width (rank or hidden), o = d (Surgery) or 2 d (ProbSurgery).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

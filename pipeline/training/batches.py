@@ -4,8 +4,6 @@ Each (task, seed) has one stream of random numbers, for the order of the rows an
 blocks of `BLOCK` steps, whatever the device. It depends on the batch size, and on no other setting or head.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -48,7 +46,7 @@ class Rows:
             state |= {name: mapped(file) for name, file in zip(("merged", "expert"), state["files"], strict=True)}
         self.__dict__.update(state)
 
-    def spilled(self, folder: Path) -> Rows:
+    def spilled(self, folder: Path) -> "Rows":
         """The same rows, with their features written to `folder` and mapped from there."""
         files = (folder / f"{self.task}.merged.npy", folder / f"{self.task}.expert.npy")
         pairs = zip(files, (self.merged, self.expert), strict=True)

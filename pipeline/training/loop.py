@@ -1,7 +1,5 @@
 """The training loop of a stack: rows in, fitted heads out. No files, no labels, no printing."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time
@@ -34,7 +32,7 @@ class Fitted:
     """Ridge: the penalty that was used."""
     seconds: float = 0.0
     """The head's share of the time that the stack took."""
-    earlier: dict[int, Fitted] = field(default_factory=dict)
+    earlier: dict[int, "Fitted"] = field(default_factory=dict)
     """The head after each of `Job.stops`. Its curve ends with the last whole block."""
     from_run_of: int | None = None
     """Steps of the longer run from which this head was copied."""

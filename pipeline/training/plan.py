@@ -6,8 +6,6 @@ stacks go to worker processes of one thread each. On CUDA one stack takes as man
 is replayed as one graph.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
+from typing import Self
 
 import numpy as np
 import torch
@@ -74,7 +73,7 @@ class Workload:
     """d, the features' width."""
 
     @classmethod
-    def of(cls, job: Job) -> Workload:
+    def of(cls, job: Job) -> Self:
         return cls(job.settings, len(job.rows), job.dim)
 
     @property

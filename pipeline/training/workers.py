@@ -5,8 +5,6 @@ bar. It does not import the caller's script either. It is started once, receives
 from disk.
 """
 
-from __future__ import annotations
-
 import os
 import pickle
 import signal
@@ -16,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe, wait
+from typing import Self
 
 import torch
 
@@ -38,7 +37,7 @@ class Pool:
     def __init__(self, workers: int) -> None:
         self._workers = [_Worker() for _ in range(workers)]
 
-    def __enter__(self) -> Pool:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -78,7 +77,7 @@ class Pool:
                     unfinished -= 1
                     yield finished
 
-    def _replace(self, worker: _Worker) -> ProbsurgeryError:
+    def _replace(self, worker: "_Worker") -> ProbsurgeryError:
         """Replace a dead worker by a new one; returns the error for the heads that it was training."""
         status = worker.process.wait()
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
