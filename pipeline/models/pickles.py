@@ -33,7 +33,6 @@ def read_zip(path: Path) -> object:
     """The value that `torch.save` wrote as a zip archive. The archive's own checksums are verified."""
     storages: dict[str, Storage] = {}
     left = path.stat().st_size
-
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
@@ -42,26 +41,24 @@ def read_zip(path: Path) -> object:
     except Exception as error:  # a damaged directory can raise anything
         raise UnreadableError(f"the directory of its zip archive is damaged ({type(error).__name__})") from error
 
+    names = archive.namelist()
+
     def read(name: str, max_bytes: int) -> bytes:
+        if name not in names:
+            raise UnreadableError(f"it lacks the entry {name!r}")
+        info = archive.getinfo(name)
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size > max_bytes:
+            raise UnreadableError(f"its entry {name!r} does not have the size that it should have")
         try:
-            info = archive.getinfo(name)
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size > max_bytes:
-                raise UnreadableError(f"its entry {name!r} does not have the size that it should have")
             return archive.read(info)
-        except KeyError:
-            raise UnreadableError(f"it lacks the entry {name!r}") from None
-        except UnreadableError:
-            raise
         except Exception as error:  # a wrong checksum or a damaged header
             raise UnreadableError(f"its entry {name!r} is damaged ({error})") from error
 
     with archive:
-        names = archive.namelist()
         roots = [name.removesuffix("data.pkl") for name in names if name.count("/") <= 1 and name.endswith("data.pkl")]
         if len(roots) != 1:
-            raise UnreadableError(
-                f"it is a zip archive, but not one of torch.save (it holds {', '.join(names[:3]) or 'nothing'})"
-            )
+            content = ", ".join(names[:3]) or "nothing"
+            raise UnreadableError(f"it is a zip archive, but not one of torch.save (it holds {content})")
         root = roots[0]
         if f"{root}byteorder" in names and read(f"{root}byteorder", 16) != b"little":
             raise UnreadableError("it was written on a big-endian machine")
@@ -125,7 +122,6 @@ def _entries(value: object) -> dict:
     state = value.state[0] if isinstance(value.state, tuple) and value.state else value.state
     if not isinstance(state, dict):
         return value.items
-    groups = [state.get(name) for name in ("_parameters", "_buffers", "_modules")]
-    if any(isinstance(group, dict) for group in groups):
-        return {key: entry for group in groups if isinstance(group, dict) for key, entry in group.items()}
-    return state | value.items
+    names = ("_parameters", "_buffers", "_modules")
+    groups = [state[name] for name in names if isinstance(state.get(name), dict)]
+    return {key: entry for group in groups for key, entry in group.items()} if groups else state | value.items
