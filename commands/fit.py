@@ -155,10 +155,10 @@ def study_command(
     from probsurgery.pipeline.analysis.study import STUDIES, study
 
     form = "json" if as_json else form
+    if not names and form == "json":
+        print_json({name: {"title": row.title, "paper": row.paper} for name, row in STUDIES.items()})
+        return
     if not names:
-        if form == "json":
-            print_json({name: {"title": row.title, "paper": row.paper} for name, row in STUDIES.items()})
-            return
         for name, row in STUDIES.items():
             print(f"{name:<10} {row.title}{f' ({row.paper})' if row.paper else ''}")
         return
