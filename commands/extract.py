@@ -18,13 +18,8 @@ if TYPE_CHECKING:
     from probsurgery.pipeline.extraction.extract import Extraction
 
 default = ExtractConfig  # whose class attributes are the options' defaults
-Coefficients = Annotated[
-    Path | None, Option(help="Read AdaMerging's coefficients from this file instead of learning them.")
-]
 Name = Annotated[str | None, Option(help="Name of the merged checkpoint in tables. [its file's name]")]
-Checkpoints = Annotated[
-    str | None, Option(help="Folder of checkpoints; layouts: docs/sources.md. [the published ones]")
-]
+
 Data = Annotated[str | None, Option(help="Folder of data sets; layouts: docs/sources.md. [the published ones]")]
 Workers = Annotated[int | None, Option(help="Processes that decode images. [the number of cores]")]
 Fresh = Annotated[bool, Option("--fresh", help="First delete the cache that exists, heads included.")]
@@ -44,11 +39,15 @@ def extract_command(
         list[str] | None,
         Option("--merge-arg", metavar="KEY=VALUE", help="A setting, for the merges that have it; may be repeated."),
     ] = None,
-    coefficients: Coefficients = default.coefficients,
+    coefficients: Annotated[
+        Path | None, Option(help="Read AdaMerging's coefficients from this file instead of learning them.")
+    ] = default.coefficients,
     name: Name = default.name,
     tasks: Annotated[tuple | None, comma_list(str, "Tasks to merge and extract. [all of the suite]")] = default.tasks,
     only: Annotated[tuple | None, comma_list(str, "Extract only these of the merged tasks. [all]")] = default.only,
-    checkpoints: Checkpoints = default.checkpoints,
+    checkpoints: Annotated[
+        str | None, Option(help="Folder of checkpoints; layouts: docs/sources.md. [the published ones]")
+    ] = default.checkpoints,
     data: Data = default.data,
     split: Annotated[str, Option(help="test, train or both.")] = default.split,
     limit: Annotated[int | None, Option(help="Take only the first N images of each task.")] = default.limit,
@@ -60,9 +59,7 @@ def extract_command(
     device: Device = default.device,
     root: Annotated[Path, Option(help="Folder for caches under their default names.")] = default.root,
     out: Annotated[Path | None, Option(help="Write the cache to exactly this folder (one merge only).")] = default.out,
-    pretrained: Annotated[
-        bool, Option("--pretrained/--no-pretrained", help="Store the pre-trained encoder's features too.")
-    ] = default.pretrained,
+    pretrained: Annotated[bool, Option(help="Store the pre-trained encoder's features too.")] = default.pretrained,
     fresh: Fresh = default.fresh,
     skip_bad: SkipBad = default.skip_bad,
     corrupt: Annotated[

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from probsurgery.pipeline.errors import InputError, first_line
-from probsurgery.pipeline.models.pickles import named_tensors, read_stream, read_zip
-from probsurgery.pipeline.models.unpickler import CutOffError, PickledObject, UnreadableError
+from probsurgery.pipeline.models.pickles import named_tensors, read_zip
+from probsurgery.pipeline.models.unpickler import CutOffError, UnreadableError, load_stream
 
 StateDict = dict[str, Tensor]
 
@@ -35,8 +35,7 @@ _HF_NAMES = {
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
 }
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
-"""Keys under which training scripts save the model next to their own data."""
+
 _OTHER_FORMATS = {
     b"<": "an HTML or XML page, which a download leaves that needed a confirmation or a login",
     b"version https://git-lfs": "a Git LFS pointer; fetch the file itself with `git lfs pull`",
@@ -63,9 +62,10 @@ def read_tensors(path: Path) -> Mapping[str, Tensor]:
         if start[8:9] == b"{" and header < 2**32:
             state = _read_safetensors(path, 8 + header, size)
         elif start[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
-            state = _pickled_tensors(read_zip(path), size)
-        elif start[:1] == b"\x80":
-            state = _pickled_tensors(read_stream(path), size)
+            state = named_tensors(read_zip(path), size)
+        elif start[:1] == b"\x80":  # `pickle.dump`, or `torch.save` before 1.6
+            with path.open("rb") as file:
+                state = named_tensors(load_stream(file, size), size)
         elif not size:
             raise InputError(f"{path} is empty: its download did not begin")
         else:
@@ -125,13 +125,6 @@ def _read_tensor(path: Path, name: str) -> Tensor:
             return file.get_tensor(name)
     except Exception as error:  # the library raises its own and the OS's
         raise InputError(f"{path}: {name!r} cannot be read: {first_line(error)}") from None
-
-
-def _pickled_tensors(value: object, size: int) -> StateDict:
-    for wrapper in _WRAPPERS:
-        if isinstance(value, dict) and isinstance(value.get(wrapper), dict | PickledObject):
-            value = value[wrapper]
-    return named_tensors(value, size)
 
 
 class VisualState(LazyMapping):

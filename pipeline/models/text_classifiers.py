@@ -84,7 +84,10 @@ def _from_text_tower(weights: Weights, tasks: Sequence[Task], device: torch.devi
     missing = [task for task in tasks if cached[task.name] is None]
     built = build_classifiers(weights.arch, text, missing, device) if missing else {}
     for name, classifier in built.items():
-        _write_cached(files[name], classifier)
+        with suppress(OSError):  # on a full disk or in a read-only home, it is built again next time
+            files[name].parent.mkdir(parents=True, exist_ok=True)
+            with replaced(files[name], shared=True) as partial:
+                save_file({"classifier": classifier}, partial)
     return cached | built
 
 
@@ -99,13 +102,6 @@ def _read_cached(path: Path, shape: tuple[int, int]) -> Tensor | None:
     except Exception:  # missing or damaged: it is built again
         return None
     return classifier if classifier.shape == shape and classifier.isfinite().all() else None
-
-
-def _write_cached(path: Path, classifier: Tensor) -> None:
-    with suppress(OSError):  # on a full disk or in a read-only home, it is built again next time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replaced(path, shared=True) as partial:
-            save_file({"classifier": classifier}, partial)
 
 
 def text_shapes(arch: str) -> dict[str, torch.Size]:
