@@ -63,16 +63,14 @@ def _described(listed: Listed) -> dict:
 
 
 def _list_row(listed: Listed) -> tuple[str, ...]:
-    size = decimal(listed.size)
+    name, size = listed.path.name, decimal(listed.size)
     if listed.cache is None:
-        return (listed.path.name, *[""] * 6, size, "", listed.problem)
+        return (name, *[""] * 6, size, "", listed.problem)
     cache = _described(listed)
     state = f"{cache['missing']} shards missing" if cache["missing"] else "complete"
     counts = (str(len(cache["tasks"])), f"{cache['rows']:,}")
-    return (
-        *(listed.path.name, cache["arch"], cache["merge"], *counts),
-        *(cache["store"], cache["dtype"], size, str(cache["heads"]), state),
-    )
+    formats = (cache["store"], cache["dtype"])
+    return (name, cache["arch"], cache["merge"], *counts, *formats, size, str(cache["heads"]), state)
 
 
 def info_command(cache: CacheArgument, as_json: AsJson = False) -> None:
@@ -95,23 +93,15 @@ def _info(cache: Cache, size: int) -> dict:
     names = ("store", "created", "software", "identity", "requested", "tasks", "files", "merge", "runs", "precision")
     info = {"path": str(cache.path), "fingerprint": cache.fingerprint, "content": cache.content, "bytes": size}
     info |= {name: manifest[name] for name in names if name in manifest}
-    info["arrays"] = {
-        name: {
-            "shape": spec.shape,
-            "dtype": spec.dtype,
-            "shards": len(spec.shards),
-            "missing": len(spec.missing),
-            "bytes": spec.size,
-            "digest": spec.digest,
-        }
-        for name, spec in cache.manifest.arrays.items()
-    }
+    info["arrays"] = {}
+    for name, spec in cache.manifest.arrays.items():
+        counts = {"shards": len(spec.shards), "missing": len(spec.missing), "bytes": spec.size}
+        info["arrays"][name] = {"shape": spec.shape, "dtype": spec.dtype, **counts, "digest": spec.digest}
     return info
 
 
 def _info_lines(cache: Cache, size: int) -> Iterator[str]:
-    manifest, identity = cache.manifest, cache.identity
-    merge = identity.merge
+    manifest, identity, merge = cache.manifest, cache.identity, cache.identity.merge
     settings = "".join(f" {name}={value}" for name, value in merge.settings.items())
     yield f"{cache.path}: {identity.arch}, merged by {merge.name or merge.method}{settings}, d={cache.dim}"
     if identity.corruption:
@@ -171,7 +161,7 @@ def verify_command(
     damage = [problem for check in checks for problem in check.problems]
     if as_json:
         arrays = {check.name: asdict(check) for check in checks}
-        print_json({"path": str(cache), "content": opened.content, "damage": damage, "arrays": arrays})
+        print_json({"path": cache, "content": opened.content, "damage": damage, "arrays": arrays})
     else:
         arrays = sum(check.shards > 0 for check in checks)
         shards = sum(check.shards - check.missing for check in checks)

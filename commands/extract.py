@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from probsurgery.pipeline.extraction.extract import Extraction
 
 default = ExtractConfig  # whose class attributes are the options' defaults
+Name = Annotated[str | None, Option(help="Name of the merged checkpoint in tables. [its file's name]")]
+
+Data = Annotated[str | None, Option(help="Folder of data sets; layouts: docs/sources.md. [the published ones]")]
+Workers = Annotated[int | None, Option(help="Processes that decode images. [the number of cores]")]
+Fresh = Annotated[bool, Option("--fresh", help="First delete the cache that exists, heads included.")]
+SkipBad = Annotated[bool, Option("--skip-bad", help="Leave out images that cannot be decoded, and record which.")]
+AnyRows = Annotated[bool, Option("--any-rows", help="Accept data sets of another size than in the papers.")]
 
 
 def extract_command(
@@ -35,45 +42,31 @@ def extract_command(
     coefficients: Annotated[
         Path | None, Option(help="Read AdaMerging's coefficients from this file instead of learning them.")
     ] = default.coefficients,
-    name: Annotated[
-        str | None, Option(help="Name of the merged checkpoint in tables. [its file's name]")
-    ] = default.name,
+    name: Name = default.name,
     tasks: Annotated[tuple | None, comma_list(str, "Tasks to merge and extract. [all of the suite]")] = default.tasks,
     only: Annotated[tuple | None, comma_list(str, "Extract only these of the merged tasks. [all]")] = default.only,
     checkpoints: Annotated[
         str | None, Option(help="Folder of checkpoints; layouts: docs/sources.md. [the published ones]")
     ] = default.checkpoints,
-    data: Annotated[
-        str | None, Option(help="Folder of data sets; layouts: docs/sources.md. [the published ones]")
-    ] = default.data,
+    data: Data = default.data,
     split: Annotated[str, Option(help="test, train or both.")] = default.split,
     limit: Annotated[int | None, Option(help="Take only the first N images of each task.")] = default.limit,
     store: Annotated[str, Option(help=" or ".join(STORES) + ".")] = default.store,
     dtype: Annotated[str, Option(help=f"Store features in {' or '.join(DTYPES)}.")] = default.dtype,
     precision: Annotated[str, Option(help=f"Run the encoders in {', '.join(PRECISIONS)}.")] = default.precision,
     batch_size: Annotated[int, Option(help="Images in a batch.")] = default.batch_size,
-    workers: Annotated[
-        int | None, Option(help="Processes that decode images. [the number of cores]")
-    ] = default.workers,
+    workers: Workers = default.workers,
     device: Device = default.device,
     root: Annotated[Path, Option(help="Folder for caches under their default names.")] = default.root,
     out: Annotated[Path | None, Option(help="Write the cache to exactly this folder (one merge only).")] = default.out,
-    pretrained: Annotated[
-        bool, Option("--pretrained/--no-pretrained", help="Store the pre-trained encoder's features too.")
-    ] = default.pretrained,
-    fresh: Annotated[
-        bool, Option("--fresh", help="First delete the cache that exists, heads included.")
-    ] = default.fresh,
-    skip_bad: Annotated[
-        bool, Option("--skip-bad", help="Leave out images that cannot be decoded, and record which.")
-    ] = default.skip_bad,
+    pretrained: Annotated[bool, Option(help="Store the pre-trained encoder's features too.")] = default.pretrained,
+    fresh: Fresh = default.fresh,
+    skip_bad: SkipBad = default.skip_bad,
     corrupt: Annotated[
         str | None,
         Option(metavar="KIND[:1-5]", help="Corrupt every image first: noise, blur, contrast or jpeg. [none]"),
     ] = default.corrupt,
-    any_rows: Annotated[
-        bool, Option("--any-rows", help="Accept data sets of another size than in the papers.")
-    ] = default.any_rows,
+    any_rows: AnyRows = default.any_rows,
     as_json: AsJson = False,
 ) -> None:
     """Stage one: run the encoders over every image once and store the features."""
@@ -87,7 +80,7 @@ def extract_command(
     for text in result.notes:
         note(text)
     if as_json:
-        print_json(asdict(result) | {"caches": [str(path) for path in result.caches]})
+        print_json(asdict(result))
     else:
         _print_result(result)
 
@@ -111,20 +104,12 @@ def merges_command(as_json: AsJson = False) -> None:
     from probsurgery.pipeline.merging.registry import METHODS
 
     if as_json:
-        print_json(
-            {
-                name: {
-                    "title": method.title,
-                    "paper": method.paper,
-                    "learns": method.learns,
-                    "settings": {
-                        key: {"default": setting.default, "about": setting.description}
-                        for key, setting in method.settings.items()
-                    },
-                }
-                for name, method in METHODS.items()
-            }
-        )
+        described = {}
+        for name, method in METHODS.items():
+            settings = {key: {"default": s.default, "about": s.description} for key, s in method.settings.items()}
+            row = {"title": method.title, "paper": method.paper, "learns": method.learns}
+            described[name] = row | {"settings": settings}
+        print_json(described)
         return
     for name, method in METHODS.items():
         print(f"{name}: {method.title}{', learns from unlabelled images' if method.learns else ''}\n  {method.paper}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,6 +39,8 @@ Tasks = Annotated[tuple | None, comma_list(str, "Tasks to fit. [all in the cache
 Online = Annotated[bool, Option("--online", help="See each row once, in order of arrival, one at a time.")]
 Workers = Annotated[int | None, Option(help="Processes that train on a CPU; 0: only this one. [by the amount of work]")]
 Tf32 = Annotated[bool, Option("--tf32", help="Multiply in TF32 on CUDA: faster, less exact.")]
+Samples = Annotated[int | None, Option(help=f"prob: noise samples in a step; 0: no noise. [{ProbSettings.samples}]")]
+KeepHeads = Annotated[bool, Option("--keep-heads", help="Save the heads, not only their results.")]
 Seeds = Annotated[tuple, comma_list(int, "Seeds; figures are means and standard deviations over them.")]
 
 
@@ -48,12 +50,9 @@ def fit_command(
     hidden: Annotated[int | None, Option(help=f"prob: width h. [{ProbSettings.hidden}]")] = None,
     rank: Annotated[int | None, Option(help=f"surgery: rank r. [{SurgerySettings.rank}]")] = None,
     kl_weight: Annotated[float | None, Option(help=f"prob: KL weight. [{ProbSettings.kl_weight:g}]")] = None,
-    samples: Annotated[
-        int | None, Option(help=f"prob: noise samples in a step; 0: no noise. [{ProbSettings.samples}]")
-    ] = None,
+    samples: Samples = None,
     steps: Annotated[
-        int | None,
-        Option(help=f"Updates for each task. [prob {ProbSettings.steps}, surgery {SurgerySettings.steps}]"),
+        int | None, Option(help=f"Updates for each task. [prob {ProbSettings.steps}, surgery {SurgerySettings.steps}]")
     ] = None,
     batch_size: Annotated[int | None, Option(help=f"Rows in a step. [{ProbSettings.batch_size}]")] = None,
     lr: Annotated[float | None, Option(help=f"Adam's learning rate. [{ProbSettings.lr:g}]")] = None,
@@ -112,9 +111,7 @@ def sweep_command(
     workers: Workers = SweepConfig.workers,
     tf32: Tf32 = SweepConfig.tf32,
     results: StoredResults = SweepConfig.results,
-    keep_heads: Annotated[
-        bool, Option("--keep-heads", help="Save the heads, not only their results.")
-    ] = SweepConfig.keep_heads,
+    keep_heads: KeepHeads = SweepConfig.keep_heads,
     as_json: AsJson = False,
 ) -> None:
     """Stage two for every combination of comma-separated values; settings that have results are not fitted again."""
@@ -155,10 +152,10 @@ def study_command(
     from probsurgery.pipeline.analysis.study import STUDIES, study
 
     form = "json" if as_json else form
+    if not names and form == "json":
+        print_json({name: {"title": row.title, "paper": row.paper} for name, row in STUDIES.items()})
+        return
     if not names:
-        if form == "json":
-            print_json({name: {"title": row.title, "paper": row.paper} for name, row in STUDIES.items()})
-            return
         for name, row in STUDIES.items():
             print(f"{name:<10} {row.title}{f' ({row.paper})' if row.paper else ''}")
         return
@@ -182,7 +179,7 @@ def _given_settings(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in parameters.items() if name in names and value is not None}
 
 
-def _raise_failures(failures: list[tuple[str, str]] | tuple[tuple[str, str], ...]) -> None:
+def _raise_failures(failures: Sequence[tuple[str, str]]) -> None:
     from probsurgery.pipeline.fitting.fit import failure_lines
 
     if failures:

@@ -6,14 +6,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+
+from rich import progress as bars
+from rich.console import Console
 
 from probsurgery.commands.render import note
 from probsurgery.pipeline.extraction.distributed import launched_rank
 from probsurgery.pipeline.progress import Progress, no_progress
-
-if TYPE_CHECKING:
-    from rich.progress import Progress as RichProgress
 
 _BAR_WIDTH = 16
 _SECONDS_BETWEEN_LINES = 10.0
@@ -25,13 +24,9 @@ def shown_progress(unit: str) -> Iterator[Progress]:
     if launched_rank()[0]:  # rank 0 shows the progress of all ranks
         yield no_progress
     elif sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as RichProgress
-
-        columns = (BarColumn(_BAR_WIDTH), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-        columns += (TimeRemainingColumn(), TextColumn("{task.description}"))
-        with RichProgress(*columns, console=Console(stderr=True), transient=True) as bar:
+        columns = (bars.BarColumn(_BAR_WIDTH), bars.MofNCompleteColumn(), bars.TextColumn("{task.fields[rate]}"))
+        columns += (bars.TimeRemainingColumn(), bars.TextColumn("{task.description}"))
+        with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             yield _Bar(bar, unit)
     else:
         yield PlainLines(unit)
@@ -40,7 +35,7 @@ def shown_progress(unit: str) -> Iterator[Progress]:
 class _Bar:
     """Progress as a bar that disappears when the work is done."""
 
-    def __init__(self, bar: RichProgress, unit: str) -> None:
+    def __init__(self, bar: bars.Progress, unit: str) -> None:
         self._bar, self._default_unit, self._unit = bar, unit, unit
         self._task = bar.add_task("", total=None, rate="")
 

@@ -7,9 +7,12 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rich.text import Text
+from rich import box
+from rich.console import Console
+from rich.table import Table as Grid
+from rich.text import Text
 
+if TYPE_CHECKING:
     from probsurgery.pipeline.analysis.tables import Line, Table
 
 
@@ -51,25 +54,18 @@ def print_tables(tables: Sequence[Table], form: str = "text") -> None:
 
 
 def _cells(table: Table, line: Line) -> list[str | Text]:
-    from rich.text import Text
-
-    bold = (table.is_best(line, column) for column in table.columns)
-    texts = (printable(table.text(line, column)) for column in table.columns)
-    return [line.label, *(Text(text, "bold") if best else text for text, best in zip(texts, bold, strict=True))]
+    texts = {column: printable(table.text(line, column)) for column in table.columns}
+    return [line.label, *(Text(text, "bold") if table.is_best(line, c) else text for c, text in texts.items())]
 
 
 def print_rows(columns: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> None:
     """Print rows of text in columns, the first aligned left and the others right."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for index, column in enumerate(columns):
         # A narrow terminal folds long names; nothing is cut off.
-        table.add_column(column, justify="right" if index else "left", overflow="fold")
+        grid.add_column(column, justify="right" if index else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(printable(cell) if isinstance(cell, str) else cell for cell in row))
+        grid.add_row(*(printable(cell) if isinstance(cell, str) else cell for cell in row))
     # A pipe has no width: tables take what they need, where rich would wrap them at 80 columns.
     shape = {} if sys.stdout.isatty() else {"width": 200, "force_terminal": False}
-    Console(markup=False, emoji=False, **shape).print(table)  # a name may look like markup
+    Console(markup=False, emoji=False, **shape).print(grid)  # a name may look like markup

@@ -33,7 +33,9 @@ def report_command(
     as_json: JsonFormat = False,
 ) -> None:
     """Tables of the results stored with caches: accuracy, bias, costs of heads, and sweeps."""
+    from probsurgery.pipeline.analysis.figures import draw, prepare
     from probsurgery.pipeline.analysis.kept_heads import uncertainties, uncertainty_table
+    from probsurgery.pipeline.analysis.page import check_page, write_page
     from probsurgery.pipeline.analysis.projection import projection
     from probsurgery.pipeline.analysis.published import published
     from probsurgery.pipeline.analysis.report import report as make_reports
@@ -45,12 +47,8 @@ def report_command(
         if with_published and not published(arch):
             note(f"no figures were published for {arch}")
     if plots is not None:
-        from probsurgery.pipeline.analysis.figures import draw, prepare
-
         prepare(plots)
     if page is not None:
-        from probsurgery.pipeline.analysis.page import check_page, write_page
-
         check_page(page)
     summarised = sum(report.others for report in reports)
     if summarised and not everything:
@@ -84,8 +82,7 @@ def _as_json(report: Report) -> dict:
 def transfer_command(
     cache: CacheFolder,
     on: Annotated[
-        list[Path] | None,
-        Option("--on", help="Another cache, for example of corrupted images; may be repeated."),
+        list[Path] | None, Option("--on", help="Another cache, for example of corrupted images; may be repeated.")
     ] = None,
     results: StoredResults = None,
     form: TableFormat = "text",

@@ -19,15 +19,15 @@ def download(repo: str, option: str) -> Path:
     Raises `InputError` that says what is missing, where it was looked for, and how to give a local copy by `option`.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     for name in WEIGHT_FILES[:2]:
         try:
             return Path(hf_hub_download(repo, name))
         except Exception as error:  # the client raises its own, its transport's and the OS's errors
             problem = error
-            if not isinstance(error, EntryNotFoundError) or isinstance(error, LocalEntryNotFoundError):
-                break  # not the file is missing, but the repository or the connection
+            if not isinstance(error, RemoteEntryNotFoundError):
+                break
     raise InputError(explain(problem, repo, option)) from None
 
 
@@ -63,11 +63,8 @@ def cached(repo: str, folder: Path) -> Path | None:
     """The weights of a repository in a folder with the layout of the client's cache, if they are there."""
     from huggingface_hub import try_to_load_from_cache
 
-    for name in WEIGHT_FILES:
-        path = try_to_load_from_cache(repo, name, cache_dir=folder)
-        if isinstance(path, str):
-            return Path(path)
-    return None
+    paths = (try_to_load_from_cache(repo, name, cache_dir=folder) for name in WEIGHT_FILES)
+    return next((Path(path) for path in paths if isinstance(path, str)), None)
 
 
 def checked_digest(path: Path) -> SourceFile:

@@ -18,6 +18,7 @@ from PIL import Image
 from probsurgery.pipeline.files import write_json
 from probsurgery.pipeline.fingerprints import fingerprint
 from probsurgery.pipeline.models.architectures import Arch, model_config
+from probsurgery.pipeline.models.checkpoints import VisualState
 from probsurgery.pipeline.store import arrays as arrays_module
 from probsurgery.pipeline.store.arrays import ArraySpec
 from probsurgery.pipeline.store.lock import locked
@@ -29,6 +30,11 @@ DIM = 16
 TINY = Arch(
     "clip8", "ViT-T-quickgelu", "someone/clip-tiny", "someone/clip-tiny_{}", config=Path(__file__).parent / "tiny.json"
 )
+
+
+def to_visual(checkpoint, projection=None):
+    """All tensors of open_clip's visual tower, from any published layout."""
+    return dict(VisualState(checkpoint, None if projection is None else lambda: projection))
 
 
 @contextlib.contextmanager

@@ -73,10 +73,10 @@ def checked(text: str) -> str:
     kind, colon, severity = text.partition(":")
     if kind not in CORRUPTIONS:
         raise unknown("corruption", kind[:80], CORRUPTIONS)
-    severity = severity if colon else str(DEFAULT_SEVERITY)
-    if severity not in "12345" or len(severity) != 1:
+    severity = severity[:80] if colon else str(DEFAULT_SEVERITY)
+    if severity not in tuple("12345"):
         raise InputError(
-            f"--corrupt {text[:80]!r} has the severity {severity[:80]!r}; it must be from 1 to 5, as in {kind}:3"
+            f"--corrupt {text[:80]!r} has the severity {severity!r}; it must be from 1 to 5, as in {kind}:3"
         )
     return f"{kind}:{severity}"
 

@@ -11,6 +11,7 @@ import gzip
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -49,18 +50,18 @@ class ClassIndex:
     def find(self, name: str) -> int | None:
         """The label of a class name, regardless of case and separators; None if the name is unknown."""
         prefixed = re.fullmatch(r"/?[a-z][_/](.+)", name)  # SUN397 has /a/abbey, and copies of it a_abbey
-        for spelling in (name, prefixed.group(1) if prefixed else name):
-            if _key(spelling) in self._labels:
-                return self._labels[_key(spelling)]
+        for spelling in map(_key, (name, prefixed.group(1) if prefixed else name)):
+            if spelling in self._labels:
+                return self._labels[spelling]
         return int(name) if name.isascii() and name.isdigit() and int(name) < len(self.names) else None
 
     def label(self, name: str, where: Path) -> int:
         """The label of a class name. Raises `InputError` if the name is unknown."""
         label = self.find(name)
         if label is None:
+            classes = ", ".join(self.names[:4])
             raise InputError(
-                f"{where} has a class {name!r} that {self.task} does not have; its classes are: "
-                f"{', '.join(self.names[:4])}, ..."
+                f"{where} has a class {name!r} that {self.task} does not have; its classes are: {classes}, ..."
             )
         return label
 
@@ -156,8 +157,7 @@ def cars(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
     names = folder / "devkit" / "cars_meta.mat"
     if not annotations.is_file() or not names.is_file():
         return None
-    class_names = np.atleast_1d(_mat(names, "class_names"))
-    rows = np.atleast_1d(_mat(annotations, "annotations"))
+    class_names, rows = _mat(names, "class_names"), _mat(annotations, "annotations")
     pairs = [(str(row["fname"]), str(class_names[int(row["class"]) - 1])) for row in rows]
     return _listing((folder / f"cars_{split}" / file, classes.label(name, annotations)) for file, name in pairs)
 
@@ -167,8 +167,7 @@ def svhn(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
     path = folder / f"{split}_32x32.mat"
     if not path.is_file():
         return None
-    labels = np.atleast_1d(_mat(path, "y")).astype(np.int64)
-    pixels = _mat(path, "X")
+    labels, pixels = _mat(path, "y").astype(np.int64), _mat(path, "X")
     if pixels.ndim == 3:  # one image
         pixels = pixels[..., None]
     return Listing(labels % 10, pixels=np.ascontiguousarray(pixels.transpose(3, 0, 1, 2)))
@@ -177,11 +176,10 @@ def svhn(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
 def mnist(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
     """torchvision's `raw/t10k-images-idx3-ubyte` and the like, compressed (`.gz`) or not."""
     stem = "t10k" if split == "test" else "train"
-    for base in (folder / "raw", folder / "MNIST" / "raw", folder):
-        for suffix in ("", ".gz"):
-            images, labels = (base / f"{stem}-{kind}-ubyte{suffix}" for kind in ("images-idx3", "labels-idx1"))
-            if images.is_file() and labels.is_file():
-                return Listing(_idx(labels, 1).astype(np.int64), pixels=_idx(images, 3))
+    for base, suffix in product((folder / "raw", folder / "MNIST" / "raw", folder), ("", ".gz")):
+        images, labels = (base / f"{stem}-{kind}-ubyte{suffix}" for kind in ("images-idx3", "labels-idx1"))
+        if images.is_file() and labels.is_file():
+            return Listing(_idx(labels, 1).astype(np.int64), pixels=_idx(images, 3))
     return None
 
 
@@ -198,7 +196,7 @@ def _mat(path: Path, name: str) -> np.ndarray:
         from scipy.io import loadmat
     except ImportError:
         raise InputError(f"{path} needs the package scipy; pip install 'probsurgery[hub]'") from None
-    return loadmat(path, squeeze_me=True)[name]
+    return np.atleast_1d(loadmat(path, squeeze_me=True)[name])
 
 
 Layout = Callable[[Path, str, ClassIndex], Listing | None]
@@ -214,13 +212,10 @@ class TaskFolder:
     """The files of the layout, for errors."""
 
 
+_CARS_FILES = "cars_test/, cars_train/, devkit/ and cars_test_annos_withlabels.mat"
 FOLDERS: dict[str, TaskFolder] = {
     "sun397": TaskFolder(("SUN397",), sun397, "a/abbey/*.jpg with Testing_01.txt and Training_01.txt"),
-    "cars": TaskFolder(
-        ("stanford_cars", "stanford_cars_folder_based"),
-        cars,
-        "cars_test/, cars_train/, devkit/ and cars_test_annos_withlabels.mat",
-    ),
+    "cars": TaskFolder(("stanford_cars", "stanford_cars_folder_based"), cars, _CARS_FILES),
     "resisc45": TaskFolder((), resisc45, "NWPU-RESISC45/<class>/ with resisc45-test.txt and resisc45-train.txt"),
     "eurosat": TaskFolder(("EuroSAT_splits",)),
     "svhn": TaskFolder((".",), svhn, "test_32x32.mat and train_32x32.mat"),
@@ -243,15 +238,14 @@ def find_layout(task: str, split: str, folder: Path, classes: ClassIndex) -> Lis
         except Exception as error:  # damaged lists and tables can raise anything in their readers
             raise InputError(f"{folder} cannot be read as {layout.__name__.replace('_', ' ')}: {error}") from None
         if listing is not None:
-            missing = next((path for path in listing.files if not path.is_file()), None)
-            if missing is not None:
-                raise InputError(f"{folder} lists {missing.relative_to(folder)}, which does not exist")
+            for path in listing.files:
+                if not path.is_file():
+                    raise InputError(f"{folder} lists {path.relative_to(folder)}, which does not exist")
             return listing
     return None
 
 
 def known_layouts(task: str) -> str:
     """The known layouts of a task, for errors."""
-    return "; ".join(
-        filter(None, ("Parquet files as on the Hub", "test/<class>/ and train/<class>/", FOLDERS[task].files))
-    )
+    usual = ["Parquet files as on the Hub", "test/<class>/ and train/<class>/"]
+    return "; ".join([*usual, FOLDERS[task].files] if FOLDERS[task].files else usual)

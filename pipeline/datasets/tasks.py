@@ -111,22 +111,21 @@ def open_images(
     contain labels outside the task's classes, or list the classes in another order.
     """
     images = _open_mini(task, split, source) if task.suite == "mini" else _open_clip8(task, split, source)
-    expected = task.rows.get(split)
-    if expected and len(images) not in expected and not any_rows:
+    published = task.rows.get(split)
+    if published and len(images) not in published and not any_rows:
+        expected = " or ".join(f"{rows:,}" for rows in published)
         raise InputError(
-            f"{task.name} ({split}) has {len(images):,} images, but the papers' has "
-            f"{' or '.join(f'{rows:,}' for rows in expected)}; complete the data set, or accept it with --any-rows"
+            f"{task.name} ({split}) has {len(images):,} images, but the papers' has {expected}; complete the data set, "
+            "or accept it with --any-rows"
         )
     if limit is not None and limit < len(images):
         digest = hashlib.sha256(f"{images.fingerprint} first {limit}".encode()).hexdigest()
         images = replace(images, labels=images.labels[:limit], fingerprint=digest)
     if not len(images):
         raise InputError(f"task {task.name} ({split}) has no rows")
-    low, high = images.labels.min(), images.labels.max()
-    if low < 0 or high >= len(task.class_names):
-        raise InputError(
-            f"task {task.name} ({split}) has labels from {low} to {high}, but {len(task.class_names)} classes"
-        )
+    low, high, classes = images.labels.min(), images.labels.max(), len(task.class_names)
+    if low < 0 or high >= classes:
+        raise InputError(f"task {task.name} ({split}) has labels from {low} to {high}, but {classes} classes")
     return images
 
 
@@ -138,8 +137,7 @@ def _open_mini(task: Task, split: str, source: str | None) -> Images:
     images, labels = load(task.name, split)
     digest = hashlib.sha256(labels.tobytes())
     for image in images:
-        digest.update(f"{image.mode} {image.size}".encode())
-        digest.update(image.tobytes())
+        digest.update(f"{image.mode} {image.size}".encode() + image.tobytes())
     return Images(labels, digest.hexdigest(), images.__getitem__)
 
 
@@ -173,9 +171,7 @@ def _data_folders(task: Task, source: Path) -> list[Path]:
     repo = task.hub.id
     names = dict.fromkeys((task.name, task.title, repo.split("/")[-1], repo, *FOLDERS[task.name].names))
     folders = [source / name for name in names if (source / name).is_dir()]
-    if "." in names and folders == [source / "."] and not any(source.glob("*_32x32.mat")):
-        folders = []
-    if not folders:
+    if not folders or (folders == [source / "."] and not any(source.glob("*_32x32.mat"))):
         raise InputError(
             f"{source} has no folder of {task.name}; it may be called: {', '.join(n for n in names if n != '.')}; "
             f"the folder holds: {_first_names(source)}"
@@ -198,20 +194,18 @@ def _open_table(task: Task, split: str, folder: Path | None, classes: ClassIndex
     except ImportError:
         raise InputError(f"task {task.name} needs the package datasets; pip install 'probsurgery[hub]'") from None
     hub = task.hub
-    path = hub.id if folder is None else str(folder)
+    path, config = hub.id if folder is None else str(folder), hub.config
     if folder is not None:
         datasets.disable_progress_bars()
     try:
-        config = hub.config
         if folder is not None and config not in datasets.get_dataset_config_names(path):
             config = None
         table = datasets.load_dataset(path, config, split=hub.split[split])
     except Exception as error:  # the library raises its own, the hub client's and the OS's errors
         if folder is None:
             raise InputError(explain(error, path, "--data", "dataset")) from None
-        raise InputError(
-            f"cannot load the data set {path}, split {hub.split[split]} ({first_line(error)}); check its files"
-        ) from None
+        problem = f"cannot load the data set {path}, split {hub.split[split]} ({first_line(error)})"
+        raise InputError(f"{problem}; check its files") from None
     for column in (hub.image, hub.label):
         if column not in table.column_names:
             raise InputError(f"data set {path} has no column {column!r}; it has: {', '.join(table.column_names)}")
@@ -221,9 +215,8 @@ def _open_table(task: Task, split: str, folder: Path | None, classes: ClassIndex
     order = "names unknown" if names is None else classes.check_order(names, f"data set {path}")
     labels = np.asarray(table[hub.label], dtype=np.int64)
     undecoded = table.cast_column(hub.image, datasets.Image(decode=False))
-    fingerprint = _data_fingerprint(
-        [hub.id, hub.config, split, names], labels, lambda row: undecoded[row][hub.image]["bytes"] or b""
-    )
+    origin = [hub.id, hub.config, split, names]
+    fingerprint = _data_fingerprint(origin, labels, lambda row: undecoded[row][hub.image]["bytes"] or b"")
     return Images(labels, fingerprint, partial(_decode_row, table, hub.image), path, order)
 
 

@@ -7,6 +7,9 @@ activations of one batch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +23,9 @@ from probsurgery.pipeline.merging.vectors import (
     Merged,
     StateDict,
     Vector,
-    add,
-    on_device,
+    add_vectors,
     stack,
     task_vectors,
-    total,
 )
 
 
@@ -36,26 +37,26 @@ def adamerging(
     *,
     layerwise: bool,
     keep: float | None = None,
-    **learning: float | str,
+    **learning: Any,
 ) -> Merged:
     """theta_0 + sum_t lambda_t * tau_t, where the lambdas in [0, 1] are learned by `learn_coefficients` (eq. 6 and 7).
 
     With `layerwise` there is one lambda per task and parameter tensor, otherwise one per task. With `keep`, the tau_t
     are first trimmed to this share and sign-elected as in TIES ("AdaMerging++"). Given `coefficients` replace learning.
     """
-
-    def vectors() -> Iterator[Vector]:
-        return task_vectors(pretrained, experts) if keep is None else ties_vectors(pretrained, experts, keep)
-
+    vectors = partial(task_vectors, pretrained, experts)
+    if keep is not None:
+        vectors = partial(ties_vectors, pretrained, experts, keep)
     entropies: tuple[float, ...] = ()
     if coefficients is None:
-        theta = on_device(pretrained, stream)
+        theta = stream.on_device(pretrained)
         stacked = stack(pretrained, vectors(), len(experts), stream.device)
         values, entropies = learn_coefficients(theta, stacked, stream, layerwise=layerwise, **learning)
         del stacked
         coefficients = Coefficients(tuple(experts), tuple(pretrained) if layerwise else None, values)
     table = coefficients.table(tuple(experts), tuple(pretrained))
-    return Merged(add(pretrained, total(pretrained, _scaled(vectors(), table))), entropies, coefficients)
+    merged = add_vectors(pretrained, _scaled(vectors(), table))
+    return replace(merged, entropy=entropies, coefficients=coefficients)
 
 
 def _scaled(vectors: Iterable[Vector], table: Tensor) -> Iterator[Vector]:
@@ -65,13 +66,7 @@ def _scaled(vectors: Iterable[Vector], table: Tensor) -> Iterator[Vector]:
 
 
 def learn_coefficients(
-    theta: StateDict,
-    stacked: StateDict,
-    stream: ImageStream,
-    *,
-    layerwise: bool,
-    initial: float,
-    **learning: float | str,
+    theta: StateDict, stacked: StateDict, stream: ImageStream, *, layerwise: bool, initial: float, **learning: Any
 ) -> tuple[Tensor, tuple[float, ...]]:
     """Coefficients (T,) or (T, L), and the mean entropy before each step (AdaMerging, eq. 6 and 7).
 

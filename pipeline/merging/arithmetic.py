@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from probsurgery.pipeline.merging.vectors import Experts, Merged, StateDict, add, task_vectors, total
+from probsurgery.pipeline.merging.vectors import Experts, Merged, StateDict, add_vectors, task_vectors
 
 
 def weight_averaging(pretrained: StateDict, experts: Experts) -> Merged:
@@ -10,9 +10,9 @@ def weight_averaging(pretrained: StateDict, experts: Experts) -> Merged:
 
     Departure: the reference lists 1 + 7 coefficients for 8 tasks, which drops the last task.
     """
-    return Merged(add(pretrained, total(pretrained, task_vectors(pretrained, experts)), 1 / len(experts)))
+    return add_vectors(pretrained, task_vectors(pretrained, experts), 1 / len(experts))
 
 
 def task_arithmetic(pretrained: StateDict, experts: Experts, *, scale: float) -> Merged:
     """theta_0 + scale * sum tau_t (Ilharco et al., ICLR 2023)."""
-    return Merged(add(pretrained, total(pretrained, task_vectors(pretrained, experts)), scale))
+    return add_vectors(pretrained, task_vectors(pretrained, experts), scale)

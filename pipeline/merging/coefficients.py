@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -93,11 +94,9 @@ def read_coefficients(path: Path) -> Coefficients:
 
 def _read_literal(path: Path, problem: MalformedError) -> object:
     """The value of a Python literal, which unlike JSON may contain `1.` and trailing commas."""
-    try:
+    with suppress(OSError, ValueError, SyntaxError, RecursionError, MemoryError):
         if path.stat().st_size <= _MAX_BYTES:
             return ast.literal_eval(path.read_text(encoding="utf-8").strip())
-    except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):
-        pass
     raise InputError(f"{path} is neither JSON nor a list of numbers ({problem}); see docs/merging.md")
 
 

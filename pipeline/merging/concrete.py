@@ -7,21 +7,14 @@ Adam's two moments, and the merged model. `concrete_am` holds every task vector,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from probsurgery.pipeline.merging.adamerging import blend, learn_coefficients
 from probsurgery.pipeline.merging.entropy import Build, learn
-from probsurgery.pipeline.merging.vectors import (
-    Experts,
-    ImageStream,
-    Merged,
-    StateDict,
-    on_device,
-    stack,
-    task_vectors,
-    total,
-)
+from probsurgery.pipeline.merging.vectors import Experts, ImageStream, Merged, StateDict, stack, task_vectors, total
 
 
 class Mask:
@@ -44,21 +37,15 @@ class Mask:
 
 
 def concrete_ta(
-    pretrained: StateDict,
-    experts: Experts,
-    stream: ImageStream,
-    *,
-    scale: float,
-    temperature: float,
-    **learning: float | str,
+    pretrained: StateDict, experts: Experts, stream: ImageStream, *, scale: float, temperature: float, **learning: Any
 ) -> Merged:
     """theta_0 + scale * m * sum tau_t, where the mask m is learned.
 
     Departure: the merged model uses the mask without noise; the public code samples it once more.
     """
-    theta, device = on_device(pretrained, stream), stream.device
-    update = {name: tau.to(device) for name, tau in total(pretrained, task_vectors(pretrained, experts)).items()}
-    mask = Mask(pretrained, temperature, learning["seed"], device)
+    theta = stream.on_device(pretrained)
+    update = stream.on_device(total(pretrained, task_vectors(pretrained, experts)))
+    mask = Mask(pretrained, temperature, learning["seed"], stream.device)
 
     def build_at(step: int | None) -> Build:
         return lambda name: theta[name] + scale * mask.sample(name, step) * update[name]
@@ -68,20 +55,14 @@ def concrete_ta(
 
 
 def concrete_am(
-    pretrained: StateDict,
-    experts: Experts,
-    stream: ImageStream,
-    *,
-    initial: float,
-    temperature: float,
-    **learning: float | str,
+    pretrained: StateDict, experts: Experts, stream: ImageStream, *, initial: float, temperature: float, **learning: Any
 ) -> Merged:
     """theta_0 + sum_t lambda_t * m * tau_t, where the mask m and layer-wise coefficients lambda are learned in turn.
 
     The mask is learned with the coefficients at their initial value, then the coefficients with the mask fixed.
     Departure: the public code updates the coefficients by one inner step before each step of the mask, and resets them.
     """
-    theta = on_device(pretrained, stream)
+    theta = stream.on_device(pretrained)
     stacked = stack(pretrained, task_vectors(pretrained, experts), len(experts), stream.device)
     entropies = _mask_vectors(theta, stacked, stream, initial, temperature, learning)
     values, later = learn_coefficients(theta, stacked, stream, layerwise=True, initial=initial, **learning)
@@ -91,10 +72,7 @@ def concrete_am(
 def _mask_vectors(
     theta: StateDict, stacked: StateDict, stream: ImageStream, initial: float, temperature: float, learning: dict
 ) -> tuple[float, ...]:
-    """Learn the mask with coefficients at their initial value, and multiply the task vectors by it in place.
-
-    Returns the entropy per step; the mask's logits are freed.
-    """
+    """Learn the mask, and multiply the task vectors by it in place. Returns the mean entropy before each step."""
     mask = Mask(theta, temperature, learning["seed"], stream.device)
     fixed = torch.full((len(next(iter(stacked.values()))), 1), initial, device=stream.device)
 

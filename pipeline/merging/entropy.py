@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from probsurgery.pipeline.errors import ProbsurgeryError
-from probsurgery.pipeline.merging.vectors import ImageStream
+from probsurgery.pipeline.merging.vectors import ImageStream, on_gradient
 
 _PASS_SIZE = 16 * 3 * 224 * 224
 """Largest number of pixel values in a forward pass over several tasks: one batch of the papers' size."""
@@ -34,16 +34,11 @@ def add_gradients(build: Build, names: Iterable[str], stream: ImageStream, image
     with torch.no_grad():
         weights = {name: build(name) for name in names}
 
-    def propagate(name: str) -> Callable[[Tensor], None]:
-        def hook(weight: Tensor) -> None:
-            with torch.enable_grad():
-                build(name).backward(weight.grad)
-            weight.grad = None
+    def propagate(name: str, gradient: Tensor) -> None:
+        with torch.enable_grad():
+            build(name).backward(gradient)
 
-        return hook
-
-    for name, weight in weights.items():
-        weight.requires_grad_().register_post_accumulate_grad_hook(propagate(name))
+    on_gradient(weights, propagate)
     total = 0.0
     for tasks in _passes(images):
         features = stream.forward(weights, torch.cat([images[task] for task in tasks]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from probsurgery.pipeline.merging.vectors import Experts, ImageStream, Merged, StateDict, add_to, on_device, zeros
+from probsurgery.pipeline.merging.vectors import Experts, ImageStream, Merged, StateDict, add_to, on_gradient, zeros
 
 
 def fisher(
@@ -31,10 +31,9 @@ def fisher(
     a task with larger gradients does not outweigh the others. `floor` is the minimum of F_t relative to its mean:
     a parameter that affects no expert's predictions is averaged.
     """
-    weighted: StateDict = {}
-    weights: StateDict = {}
+    weighted, weights = {}, {}
     for index, (task, expert) in enumerate(experts.items()):
-        state = on_device(expert, stream)
+        state = stream.on_device(expert)
         generator = torch.Generator().manual_seed(seed)
         information = zeros(state)
         done = index * images
@@ -59,17 +58,8 @@ def add_squares(
     generator: torch.Generator,
 ) -> None:
     """Add (d log p(y|x) / d theta)^2 of each image (B, 3, size, size). Labels y (B,) are given or drawn from p(y|x)."""
-    weights = {name: tensor.detach().requires_grad_() for name, tensor in state.items()}
-
-    def square(name: str):
-        def hook(weight: Tensor) -> None:
-            information[name].addcmul_(weight.grad, weight.grad)
-            weight.grad = None
-
-        return hook
-
-    for name, weight in weights.items():
-        weight.register_post_accumulate_grad_hook(square(name))
+    weights = {name: tensor.detach() for name, tensor in state.items()}
+    on_gradient(weights, lambda name, gradient: information[name].addcmul_(gradient, gradient))
     for row in range(len(images)):
         log_p = stream.logits(weights, task, images[row : row + 1])[0].log_softmax(-1)
         drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -41,13 +42,11 @@ class Setting:
     def check(self, name: str, value: object) -> Value:
         """The value in the default's type, parsed if it is text. Raises `InputError` if it is not allowed."""
         kind = type(self.default)
-        try:
+        with suppress(ValueError, KeyError):
             if isinstance(value, str) and kind is bool:
                 value = {"true": True, "false": False}[value.lower()]
             elif isinstance(value, str) or (kind is float and type(value) is int):
                 value = kind(value)
-        except (ValueError, KeyError):
-            pass
         span = "" if math.isinf(self.low) else f" from {number_text(self.low)}"
         span += "" if math.isinf(self.high) else f" to {number_text(self.high)}"
         allowed = {bool: "true or false", int: f"a whole number{span}", float: f"a number{span}"}
@@ -96,12 +95,12 @@ def changed(method: str, settings: Mapping[str, object]) -> dict[str, str]:
     }
 
 
-_SCALE = Setting(0.3, "factor of the summed task vectors")
-_KEEP = Setting(0.2, "share of each task vector that is kept, the largest entries", 1e-9, 1)
+_SCALE = {"scale": Setting(0.3, "factor of the summed task vectors")}
+_KEEP = {"keep": Setting(0.2, "share of each task vector that is kept, the largest entries", 1e-9, 1)}
+_INITIAL = {"initial": Setting(0.3, "initial value of the coefficients", 0, 1)}
+_TEMPERATURE = {"temperature": Setting(0.5, "temperature of the mask's Gumbel-sigmoid", 1e-3, 1e3)}
 _SEED = Setting(0, "random seed", 0, 2**31 - 1)
 _SPLIT = Setting("test", "split of the images that it learns from", choices=SPLITS)
-_INITIAL = Setting(0.3, "initial value of the coefficients", 0, 1)
-_TEMPERATURE = Setting(0.5, "temperature of the mask's Gumbel-sigmoid", 1e-3, 1e3)
 
 
 def _adam(steps: int) -> dict[str, Setting]:
@@ -121,69 +120,43 @@ def _images(count: int) -> dict[str, Setting]:
 _ADA = "Yang et al., ICLR 2024, arxiv.org/abs/2310.02575"
 _CONCRETE = "Tang et al., 2023, arxiv.org/abs/2312.06173"
 _TASK_WISE, _LAYER_WISE = (partial(adamerging, layerwise=layerwise) for layerwise in (False, True))
-_COEFFICIENTS = {"initial": _INITIAL, **_adam(500)}
-_PROCESSED = {"keep": _KEEP, **_COEFFICIENTS}
+_COEFFICIENTS = _INITIAL | _adam(500)
+_PROCESSED = _KEEP | _COEFFICIENTS
+_DARE = {**_SCALE, "drop": Setting(0.9, "probability that an entry is dropped", 0, 0.9999), "seed": _SEED}
+_BREADCRUMBS = {
+    **_SCALE,
+    "small": Setting(0.85, "share of each tensor's smallest entries to drop", 0, 1),
+    "large": Setting(0.01, "share of each tensor's largest entries to drop", 0, 1),
+}
+_FISHER = {
+    **_images(256),
+    "labels": Setting(False, "true labels instead of the expert's own predictions"),
+    "normalise": Setting(True, "scale each expert's Fisher information to norm 1"),
+    "floor": Setting(1e-6, "minimum Fisher information, relative to its mean", 0, 1),
+}
+_REGMEAN = {**_images(256), "off_diagonal": Setting(0.9, "factor of the Gram matrices' off-diagonal entries", 0, 1)}
 
 METHODS: dict[str, Method] = {
     "wa": Method("weight averaging", "Wortsman et al., ICML 2022, arxiv.org/abs/2203.05482", weight_averaging),
-    "ta": Method(
-        "task arithmetic", "Ilharco et al., ICLR 2023, arxiv.org/abs/2212.04089", task_arithmetic, {"scale": _SCALE}
-    ),
-    "ties": Method(
-        "TIES-Merging", "Yadav et al., NeurIPS 2023, arxiv.org/abs/2306.01708", ties, {"scale": _SCALE, "keep": _KEEP}
-    ),
-    "dare": Method(
-        "DARE, then task arithmetic",
-        "Yu et al., ICML 2024, arxiv.org/abs/2311.03099",
-        dare,
-        {"scale": _SCALE, "drop": Setting(0.9, "probability that an entry is dropped", 0, 0.9999), "seed": _SEED},
-    ),
+    "ta": Method("task arithmetic", "Ilharco et al., ICLR 2023, arxiv.org/abs/2212.04089", task_arithmetic, _SCALE),
+    "ties": Method("TIES-Merging", "Yadav et al., NeurIPS 2023, arxiv.org/abs/2306.01708", ties, _SCALE | _KEEP),
+    "dare": Method("DARE, then task arithmetic", "Yu et al., ICML 2024, arxiv.org/abs/2311.03099", dare, _DARE),
     "breadcrumbs": Method(
-        "Model Breadcrumbs",
-        "Davari and Belilovsky, ECCV 2024, arxiv.org/abs/2312.06795",
-        breadcrumbs,
-        {
-            "scale": _SCALE,
-            "small": Setting(0.85, "share of each tensor's smallest entries to drop", 0, 1),
-            "large": Setting(0.01, "share of each tensor's largest entries to drop", 0, 1),
-        },
+        "Model Breadcrumbs", "Davari and Belilovsky, ECCV 2024, arxiv.org/abs/2312.06795", breadcrumbs, _BREADCRUMBS
     ),
     "fisher": Method(
-        "Fisher merging",
-        "Matena and Raffel, NeurIPS 2022, arxiv.org/abs/2111.09832",
-        fisher,
-        {
-            **_images(256),
-            "labels": Setting(False, "true labels instead of the expert's own predictions"),
-            "normalise": Setting(True, "scale each expert's Fisher information to norm 1"),
-            "floor": Setting(1e-6, "minimum Fisher information, relative to its mean", 0, 1),
-        },
-        learns=True,
+        "Fisher merging", "Matena and Raffel, NeurIPS 2022, arxiv.org/abs/2111.09832", fisher, _FISHER, learns=True
     ),
-    "regmean": Method(
-        "RegMean",
-        "Jin et al., ICLR 2023, arxiv.org/abs/2212.09849",
-        regmean,
-        {**_images(256), "off_diagonal": Setting(0.9, "factor of the Gram matrices' off-diagonal entries", 0, 1)},
-        learns=True,
-    ),
+    "regmean": Method("RegMean", "Jin et al., ICLR 2023, arxiv.org/abs/2212.09849", regmean, _REGMEAN, learns=True),
     "tw-adamerging": Method("task-wise AdaMerging", _ADA, _TASK_WISE, _COEFFICIENTS, learns=True),
     "lw-adamerging": Method("layer-wise AdaMerging", _ADA, _LAYER_WISE, _COEFFICIENTS, learns=True),
     "tw-adamerging++": Method("task-wise AdaMerging of TIES vectors", _ADA, _TASK_WISE, _PROCESSED, learns=True),
     "lw-adamerging++": Method("layer-wise AdaMerging of TIES vectors", _ADA, _LAYER_WISE, _PROCESSED, learns=True),
     "concrete-ta": Method(
-        "Concrete task arithmetic",
-        _CONCRETE,
-        concrete_ta,
-        {"scale": _SCALE, "temperature": _TEMPERATURE, **_adam(2000)},
-        learns=True,
+        "Concrete task arithmetic", _CONCRETE, concrete_ta, _SCALE | _TEMPERATURE | _adam(2000), learns=True
     ),
     "concrete-am": Method(
-        "Concrete layer-wise AdaMerging",
-        _CONCRETE,
-        concrete_am,
-        {"initial": _INITIAL, "temperature": _TEMPERATURE, **_adam(1000)},
-        learns=True,
+        "Concrete layer-wise AdaMerging", _CONCRETE, concrete_am, _INITIAL | _TEMPERATURE | _adam(1000), learns=True
     ),
     "traditional-mtl": Method("multi-task learning: one encoder fine-tuned on all tasks", "Surgery, Tab. 1", None),
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from probsurgery.pipeline.merging.vectors import Experts, ImageStream, Merged, StateDict, add_to, on_device
+from probsurgery.pipeline.merging.vectors import Experts, ImageStream, Merged, StateDict, add_to
 
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 
@@ -31,12 +31,9 @@ def regmean(
     entries multiplied by `off_diagonal`. A linear layer is every weight that the expert's forward pass multiplies
     inputs with, the visual projection included. The patch embedding is averaged.
     """
-    grams: StateDict = {}
-    products: StateDict = {}
-    means: StateDict = {}
-    transposed: set[str] = set()
+    grams, products, means, transposed = {}, {}, {}, set()
     for index, (task, expert) in enumerate(experts.items()):
-        state = on_device(expert, stream)
+        state = stream.on_device(expert)
         watch = InputGrams(state)
         done = index * images
         for batch, _ in stream.take(task, split, images, seed):
@@ -48,7 +45,8 @@ def regmean(
         for name in pretrained:
             weight = expert[name].float()
             if name in watch.grams:
-                gram = _shrunk(watch.grams.pop(name).cpu(), off_diagonal)
+                gram = watch.grams.pop(name).cpu()
+                gram = off_diagonal * gram + (1 - off_diagonal) * torch.diag(gram.diagonal())
                 inward = weight.double().T if name in transposed else weight.double()  # (in, out)
                 add_to(products, name, gram @ inward)
                 add_to(grams, name, gram)
@@ -99,10 +97,6 @@ class InputGrams(TorchDispatchMode):
         add_to(self.grams, name, rows.T @ rows)
         if factor.shape == weight.T.shape and factor.stride() == weight.T.stride():
             self.transposed.add(name)
-
-
-def _shrunk(gram: Tensor, off_diagonal: float) -> Tensor:
-    return off_diagonal * gram + (1 - off_diagonal) * torch.diag(gram.diagonal())
 
 
 def _solve(gram: Tensor, product: Tensor, mean: Tensor) -> Tensor:

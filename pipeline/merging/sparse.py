@@ -17,9 +17,9 @@ from probsurgery.pipeline.merging.vectors import (
     StateDict,
     Vector,
     add,
+    add_vectors,
     task_vector,
     task_vectors,
-    total,
     zeros,
 )
 
@@ -110,7 +110,7 @@ def dare(pretrained: StateDict, experts: Experts, *, scale: float, drop: float, 
                 for name, tau in task_vector(pretrained, expert)
             )
 
-    return Merged(add(pretrained, total(pretrained, dropped()), scale))
+    return add_vectors(pretrained, dropped(), scale)
 
 
 def breadcrumbs(pretrained: StateDict, experts: Experts, *, scale: float, small: float, large: float) -> Merged:
@@ -131,4 +131,4 @@ def breadcrumbs(pretrained: StateDict, experts: Experts, *, scale: float, small:
         return tau * mask.view_as(tau)
 
     vectors = (((name, masked(tau)) for name, tau in vector) for vector in task_vectors(pretrained, experts))
-    return Merged(add(pretrained, total(pretrained, vectors), scale))
+    return add_vectors(pretrained, vectors, scale)

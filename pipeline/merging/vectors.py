@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,12 +41,15 @@ class ImageStream:
 
     def take(self, task: str, split: str, count: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches with `count` images in total, and their labels. Images repeat if the task has fewer."""
-        size = min(count, 64)
-        for images, labels in self.batches(task, split, size, seed):
+        for images, labels in self.batches(task, split, min(count, 64), seed):
             yield images[:count], labels[:count]
             count -= len(images)
             if count <= 0:
                 return
+
+    def on_device(self, state: Mapping[str, Tensor]) -> StateDict:
+        """Weights in float32 on the device, copied only where needed."""
+        return {name: tensor.to(self.device, torch.float32) for name, tensor in state.items()}
 
     def logits(self, weights: Mapping[str, Tensor], task: str, images: Tensor) -> Tensor:
         """Logits (B, C) of images (B, 3, size, size)."""
@@ -94,9 +98,14 @@ def total(pretrained: StateDict, vectors: Iterable[Vector]) -> StateDict:
     return summed
 
 
-def add(pretrained: StateDict, update: StateDict, scale: float = 1.0) -> StateDict:
+def add(pretrained: StateDict, update: StateDict, scale: float) -> StateDict:
     """theta_0 + scale * update, computed in place in `update`."""
     return {name: update[name].mul_(scale).add_(theta) for name, theta in pretrained.items()}
+
+
+def add_vectors(pretrained: StateDict, vectors: Iterable[Vector], scale: float = 1.0) -> Merged:
+    """theta_0 + scale * (the sum of task vectors)."""
+    return Merged(add(pretrained, total(pretrained, vectors), scale))
 
 
 def add_to(sums: StateDict, name: str, tensor: Tensor) -> None:
@@ -104,9 +113,15 @@ def add_to(sums: StateDict, name: str, tensor: Tensor) -> None:
     sums[name] = sums[name].add_(tensor) if name in sums else tensor
 
 
-def on_device(state: Mapping[str, Tensor], stream: ImageStream) -> StateDict:
-    """Weights in float32 on the stream's device, copied only where needed."""
-    return {name: tensor.to(stream.device, torch.float32) for name, tensor in state.items()}
+def on_gradient(weights: StateDict, use: Callable[[str, Tensor], object]) -> None:
+    """In a backward pass, call `use` with each weight's name and gradient, and free the gradient at once."""
+
+    def hook(name: str, weight: Tensor) -> None:
+        use(name, weight.grad)
+        weight.grad = None
+
+    for name, weight in weights.items():
+        weight.requires_grad_().register_post_accumulate_grad_hook(partial(hook, name))
 
 
 def stack(pretrained: StateDict, vectors: Iterable[Vector], count: int, device: torch.device) -> StateDict:

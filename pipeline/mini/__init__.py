@@ -133,13 +133,9 @@ def load(task: str, split: str) -> tuple[list[Image.Image], np.ndarray]:
 def _check_package(task: MiniTask) -> None:
     try:
         installed = metadata.version(task.package)
+        problem = f"but {installed} is installed, which may contain other images"
     except metadata.PackageNotFoundError:
-        raise InputError(
-            f"mini task {task.name!r} needs {task.package}=={task.version}, which is not installed: "
-            "pip install 'probsurgery[mini]'"
-        ) from None
+        installed, problem = None, "which is not installed"
     if installed != task.version:
-        raise InputError(
-            f"mini task {task.name!r} needs {task.package}=={task.version}, but {installed} is installed, which may "
-            "contain other images: pip install 'probsurgery[mini]'"
-        )
+        needed = f"mini task {task.name!r} needs {task.package}=={task.version}"
+        raise InputError(f"{needed}, {problem}: pip install 'probsurgery[mini]'")

@@ -271,11 +271,7 @@ def publish(
     record = {
         "command": "python -m probsurgery.pipeline.mini.make",
         "seconds": round(time.perf_counter() - start),
-        "machine": {
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "processor": platform.machine(),
-        },
+        "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "processor": platform.machine()},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

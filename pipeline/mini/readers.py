@@ -55,17 +55,18 @@ def _chance(key: bytes) -> float:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") / 2**64
 
 
+def _distinct(pairs: Iterable[tuple[Image.Image, int]]) -> Labelled:
+    """Images and their labels. Of equal images, the first is used."""
+    first = {}
+    for image, label in pairs:
+        first.setdefault(image.tobytes(), (image, label))
+    return [image for image, _ in first.values()], [label for _, label in first.values()]
+
+
 def _split_by_hash(pixels: Iterable[np.ndarray], labels: Iterable[int], split: str, test_share: float) -> Labelled:
-    """The images whose split, by the hash of their pixels, is `split`. Of equal images, the first is used."""
-    images, split_labels, seen = [], [], set()
-    for array, label in zip(pixels, labels, strict=True):
-        key = array.tobytes()
-        if key in seen or (_chance(key) < test_share) != (split == "test"):
-            continue
-        seen.add(key)
-        images.append(Image.fromarray(array))
-        split_labels.append(int(label))
-    return images, split_labels
+    """The images whose split, by the hash of their pixels, is `split`."""
+    pairs = ((Image.fromarray(array), int(label)) for array, label in zip(pixels, labels, strict=True))
+    return _distinct(pair for pair in pairs if (_chance(pair[0].tobytes()) < test_share) == (split == "test"))
 
 
 def mnist(split: str) -> Labelled:
@@ -110,17 +111,13 @@ def street(split: str) -> Labelled:
     """102x102 colour frames, 100 per class. Adjacent files are adjacent frames of a drive: see `street_split`."""
     class_names = _literal(_file("pyqtcaptcha", "pyqtcaptcha/image_labels.py"), "image_labels")
     folder = _file("pyqtcaptcha", "pyqtcaptcha/files/image")
-    images, labels, seen = [], [], set()
-    for index, name in enumerate(sorted(class_names, key=int)):
-        if street_split(index % 100) != split:
-            continue
-        with Image.open(folder / f"{name}.png") as image:
-            image = image.convert("RGB")
-        if (key := image.tobytes()) not in seen:
-            seen.add(key)
-            images.append(image)
-            labels.append(STREET.index(class_names[name]))
-    return images, labels
+    names = [name for i, name in enumerate(sorted(class_names, key=int)) if street_split(i % 100) == split]
+    return _distinct((_opened(folder / f"{name}.png", "RGB"), STREET.index(class_names[name])) for name in names)
+
+
+def _opened(path: Path, mode: str) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert(mode)
 
 
 def street_split(place: int) -> str | None:
@@ -152,15 +149,10 @@ def xray(split: str) -> Labelled:
 
     No patient is in both splits, unlike in the package's own ones. The class of pneumonia is in the file name.
     """
-    images, labels, seen = [], [], set()
-    for path in xray_files(split):
-        with Image.open(path) as image:
-            image = image.convert("L")
-        if (key := image.tobytes()) not in seen:
-            seen.add(key)
-            images.append(image)
-            labels.append(0 if path.parent.name == "NORMAL" else 2 if "virus" in path.name else 1)
-    return images, labels
+    return _distinct(
+        (_opened(path, "L"), 0 if path.parent.name == "NORMAL" else 2 if "virus" in path.name else 1)
+        for path in xray_files(split)
+    )
 
 
 def xray_files(split: str) -> list[Path]:
@@ -188,8 +180,7 @@ def texture(split: str) -> Labelled:
     """
     images, labels = [], []
     for label, (name, box) in enumerate(TEXTURES.values()):
-        with Image.open(_file("scikit-image", f"skimage/data/{name}")) as image:
-            grey = np.asarray(image.convert("L").crop(box), dtype=np.float64)
+        grey = np.asarray(_opened(_file("scikit-image", f"skimage/data/{name}"), "L").crop(box), dtype=np.float64)
         for tile in texture_tiles(grey, split):
             images.append(Image.fromarray(_standard_contrast(tile)))
             labels.append(label)

@@ -85,13 +85,8 @@ def preprocessing(arch: str) -> dict:
     config = open_clip.get_pretrained_cfg(name, tags[0]) if tags else {}
     config = config | {"size": model_config(arch)["vision_cfg"]["image_size"]}
     p = open_clip.transform.merge_preprocess_dict(asdict(open_clip.transform.PreprocessCfg()), config)
-    return {
-        "image_size": p["size"],
-        "resize": p["resize_mode"],
-        "interpolation": p["interpolation"],
-        "mean": list(p["mean"]),
-        "std": list(p["std"]),
-    }
+    resize = {"image_size": p["size"], "resize": p["resize_mode"], "interpolation": p["interpolation"]}
+    return resize | {"mean": list(p["mean"]), "std": list(p["std"])}
 
 
 def image_transform(arch: str) -> Callable:
@@ -103,14 +98,9 @@ def transform_of(p: dict) -> Callable:
     """The transform that a dictionary from `preprocessing` describes."""
     import open_clip
 
-    return open_clip.image_transform(
-        p["image_size"],
-        is_train=False,
-        mean=tuple(p["mean"]),
-        std=tuple(p["std"]),
-        resize_mode=p["resize"],
-        interpolation=p["interpolation"],
-    )
+    size, resize, interpolation = p["image_size"], p["resize"], p["interpolation"]
+    values = {"mean": tuple(p["mean"]), "std": tuple(p["std"])}
+    return open_clip.image_transform(size, False, resize_mode=resize, interpolation=interpolation, **values)
 
 
 def _empty_tower(arch: str) -> nn.Module:
@@ -121,9 +111,9 @@ def _empty_tower(arch: str) -> nn.Module:
     from open_clip.model import _build_vision_tower
 
     config = model_config(arch)
-    vision = config["vision_cfg"] | (
-        {"timm_model_pretrained": False} if "timm_model_name" in config["vision_cfg"] else {}
-    )
+    vision = config["vision_cfg"]
+    if "timm_model_name" in vision:
+        vision = vision | {"timm_model_pretrained": False}
     with torch.device("meta"):
         return _build_vision_tower(config["embed_dim"], vision, config.get("quick_gelu", False))
 
@@ -151,9 +141,8 @@ def build_visual(arch: str, state: Mapping[str, Tensor]) -> nn.Module:
     """
     tower = _empty_tower(arch)
     tower.load_state_dict(dict(state), strict=True, assign=True)
-    unfilled = next(
-        (name for name, tensor in (*tower.named_parameters(), *tower.named_buffers()) if tensor.is_meta), None
-    )
+    tensors = (*tower.named_parameters(), *tower.named_buffers())
+    unfilled = next((name for name, tensor in tensors if tensor.is_meta), None)
     if unfilled is not None:
         raise InputError(f"{arch} cannot be built from a checkpoint: checkpoints do not hold {unfilled!r}")
     return tower.eval().requires_grad_(False)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from probsurgery.pipeline.errors import InputError, first_line
-from probsurgery.pipeline.models.pickles import named_tensors, read_stream, read_zip
-from probsurgery.pipeline.models.unpickler import CutOffError, PickledObject, UnreadableError
+from probsurgery.pipeline.models.pickles import named_tensors, read_zip
+from probsurgery.pipeline.models.unpickler import CutOffError, UnreadableError, load_stream
 
 StateDict = dict[str, Tensor]
 
@@ -33,8 +35,7 @@ _HF_NAMES = {
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
 }
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
-"""Keys under which training scripts save the model next to their own data."""
+
 _OTHER_FORMATS = {
     b"<": "an HTML or XML page, which a download leaves that needed a confirmation or a login",
     b"version https://git-lfs": "a Git LFS pointer; fetch the file itself with `git lfs pull`",
@@ -59,20 +60,18 @@ def read_tensors(path: Path) -> Mapping[str, Tensor]:
     header = int.from_bytes(start[:8], "little")
     try:
         if start[8:9] == b"{" and header < 2**32:
-            state = _read_safetensors(path, header, size)
+            state = _read_safetensors(path, 8 + header, size)
         elif start[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
-            state = _pickled_tensors(read_zip(path), size)
-        elif start[:1] == b"\x80":
-            state = _pickled_tensors(read_stream(path), size)
+            state = named_tensors(read_zip(path), size)
+        elif start[:1] == b"\x80":  # `pickle.dump`, or `torch.save` before 1.6
+            with path.open("rb") as file:
+                state = named_tensors(load_stream(file, size), size)
         elif not size:
             raise InputError(f"{path} is empty: its download did not begin")
         else:
-            other = next((name for magic, name in _OTHER_FORMATS.items() if start.lstrip().startswith(magic)), None)
-            raise InputError(
-                f"{path} is not a checkpoint but {other}"
-                if other
-                else f"{path} is not a checkpoint of a known format; safetensors, torch.save and pickle files are read"
-            )
+            known = (f"but {name}" for magic, name in _OTHER_FORMATS.items() if start.lstrip().startswith(magic))
+            other = next(known, "of a known format; safetensors, torch.save and pickle files are read")
+            raise InputError(f"{path} is not a checkpoint {other}")
     except CutOffError as error:
         raise InputError(f"{path} is cut off: {error}; download or copy it again") from None
     except UnreadableError as error:
@@ -84,40 +83,35 @@ def read_tensors(path: Path) -> Mapping[str, Tensor]:
     return state
 
 
-class _SafetensorsFile(Mapping):
-    """Tensors of a safetensors file, each read on access. No tensor is cached, and the file is not kept open."""
+class LazyMapping(Mapping):
+    """Values that are read or built on each access. None is cached."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with safe_open(path, "pt") as file:
-            self._names = dict.fromkeys(file.keys())
+    def __init__(self, builders: dict[str, Callable[[], Any]]) -> None:
+        self._builders = builders
 
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        try:
-            with safe_open(self._path, "pt") as file:
-                return file.get_tensor(name)
-        except Exception as error:  # the library raises its own and the OS's
-            raise InputError(f"{self._path}: {name!r} cannot be read: {first_line(error)}") from None
+    def __getitem__(self, name: str) -> Any:
+        return self._builders[name]()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._builders)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._builders)
 
 
-def _read_safetensors(path: Path, header: int, size: int) -> Mapping[str, Tensor]:
+def _read_safetensors(path: Path, start: int, size: int) -> Mapping[str, Tensor]:
+    """The tensors of a file whose values begin at byte `start`, each read on access. The file is not left open."""
     try:
-        return _SafetensorsFile(path)
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+        return LazyMapping({name: partial(_read_tensor, path, name) for name in names})
     except Exception as error:  # the library raises its own and the OS's
-        if 8 + header > size:
+        if start > size:
             raise CutOffError("it ends in the middle of its safetensors header") from None
         try:
             with path.open("rb") as file:
-                entries = json.loads(file.read(8 + header)[8:])
-            end = 8 + header + max(e["data_offsets"][1] for n, e in entries.items() if n != "__metadata__")
+                entries = json.loads(file.read(start)[8:])
+            end = start + max(e["data_offsets"][1] for n, e in entries.items() if n != "__metadata__")
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
             raise UnreadableError("its safetensors header is damaged") from None
         if end > size:
@@ -125,57 +119,43 @@ def _read_safetensors(path: Path, header: int, size: int) -> Mapping[str, Tensor
         raise UnreadableError(f"its safetensors header is damaged ({first_line(error)})") from None
 
 
-def _pickled_tensors(value: object, size: int) -> StateDict:
-    for wrapper in _WRAPPERS:
-        if isinstance(value, dict) and isinstance(value.get(wrapper), dict | PickledObject):
-            value = value[wrapper]
-    return named_tensors(value, size)
+def _read_tensor(path: Path, name: str) -> Tensor:
+    try:
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(name)
+    except Exception as error:  # the library raises its own and the OS's
+        raise InputError(f"{path}: {name!r} cannot be read: {first_line(error)}") from None
 
 
-class VisualState(Mapping):
+class VisualState(LazyMapping):
     """State dict of open_clip's visual tower in float32, built tensor by tensor from any published layout:
 
     - open_clip's visual tower itself;
-    - a whole CLIP model of open_clip or OpenAI, or a wrapper of one, whose tower is under `visual.` (the rest is
-      dropped);
+    - a whole CLIP model of open_clip or OpenAI, or a wrapper of it, of which only the tower, `visual.`, is used;
     - Hugging Face `CLIPVisionModel` (keys with `vision_model.`, or without as transformers >= 5 writes them), which
-      lacks the visual projection: `projection` (width, d) of the pre-trained model replaces it;
+      lacks the visual projection: `projection` gives that of the pre-trained model, (width, d);
     - Hugging Face `CLIPModel` and `CLIPVisionModelWithProjection`, which have it.
     """
 
-    def __init__(self, checkpoint: Mapping[str, Tensor], projection: Tensor | None = None) -> None:
-        self._checkpoint, self._projection = checkpoint, projection
-        self._sources = _visual_sources(checkpoint)
-        if projection is not None and lacks_projection(checkpoint):
-            self._sources["proj"] = ()
-
-    def raw(self, name: str) -> Tensor:
-        """A tensor in the checkpoint's own type."""
-        sources = self._sources[name]
-        if not sources:
-            return self._projection
-        tensors = [self._checkpoint[source] for source in sources]
-        if len(tensors) > 1:
-            if len({tensor.shape for tensor in tensors}) > 1:
-                raise InputError(f"the shapes of the q, k, v projections of {name} differ in the checkpoint")
-            return torch.cat(tensors)
-        return tensors[0].T.contiguous() if sources[0].endswith("visual_projection.weight") else tensors[0]
+    def __init__(self, checkpoint: Mapping[str, Tensor], projection: Callable[[], Tensor] | None = None) -> None:
+        sources = _visual_sources(checkpoint)
+        super().__init__({name: partial(_joined, checkpoint, name, names) for name, names in sources.items()})
+        if projection is not None and _is_hugging_face(checkpoint):
+            self._builders.setdefault("proj", projection)
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self.raw(name)
+        tensor = super().__getitem__(name)
         return tensor.float() if tensor.is_floating_point() else tensor
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sources)
 
-    def __len__(self) -> int:
-        return len(self._sources)
-
-
-def to_visual(state: Mapping[str, Tensor], projection: Tensor | None = None) -> StateDict:
-    """All tensors of a `VisualState`, in the checkpoint's own types."""
-    view = VisualState(state, projection)
-    return {name: view.raw(name) for name in view}
+def _joined(checkpoint: Mapping[str, Tensor], name: str, sources: tuple[str, ...]) -> Tensor:
+    """One tensor of the visual tower, in the checkpoint's own type."""
+    tensors = [checkpoint[source] for source in sources]
+    if len({tensor.shape for tensor in tensors}) > 1:
+        raise InputError(f"the shapes of the q, k, v projections of {name} differ in the checkpoint")
+    if len(tensors) > 1:
+        return torch.cat(tensors)
+    return tensors[0].T.contiguous() if sources[0].endswith("visual_projection.weight") else tensors[0]
 
 
 def to_text(state: Mapping[str, Tensor]) -> StateDict | None:
@@ -224,11 +204,6 @@ def _under(names: Iterable[str], module: str) -> dict[str, str]:
 
 def _is_hugging_face(names: Iterable[str]) -> bool:
     return any(name.endswith("embeddings.patch_embedding.weight") for name in names)
-
-
-def lacks_projection(names: Iterable[str]) -> bool:
-    """Whether these name a Hugging Face `CLIPVisionModel`, which has no visual projection."""
-    return _is_hugging_face(names) and not any(name.endswith("visual_projection.weight") for name in names)
 
 
 def _from_hugging_face(names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:

@@ -22,9 +22,10 @@ from probsurgery.pipeline.models.unpickler import (
     TensorView,
     UnreadableError,
     load_pickle,
-    load_stream,
 )
 
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+"""Keys under which training scripts save the model next to their own data."""
 _MAX_ENTRIES = 100_000
 _MAX_DEPTH = 50
 
@@ -33,7 +34,6 @@ def read_zip(path: Path) -> object:
     """The value that `torch.save` wrote as a zip archive. The archive's own checksums are verified."""
     storages: dict[str, Storage] = {}
     left = path.stat().st_size
-
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
@@ -42,28 +42,26 @@ def read_zip(path: Path) -> object:
     except Exception as error:  # a damaged directory can raise anything
         raise UnreadableError(f"the directory of its zip archive is damaged ({type(error).__name__})") from error
 
+    entries = {info.filename: info for info in archive.infolist()}
+
     def read(name: str, max_bytes: int) -> bytes:
+        if name not in entries:
+            raise UnreadableError(f"it lacks the entry {name!r}")
+        info = entries[name]
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size > max_bytes:
+            raise UnreadableError(f"its entry {name!r} does not have the size that it should have")
         try:
-            info = archive.getinfo(name)
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size > max_bytes:
-                raise UnreadableError(f"its entry {name!r} does not have the size that it should have")
             return archive.read(info)
-        except KeyError:
-            raise UnreadableError(f"it lacks the entry {name!r}") from None
-        except UnreadableError:
-            raise
         except Exception as error:  # a wrong checksum or a damaged header
             raise UnreadableError(f"its entry {name!r} is damaged ({error})") from error
 
     with archive:
-        names = archive.namelist()
-        roots = [name.removesuffix("data.pkl") for name in names if name.count("/") <= 1 and name.endswith("data.pkl")]
-        if len(roots) != 1:
-            raise UnreadableError(
-                f"it is a zip archive, but not one of torch.save (it holds {', '.join(names[:3]) or 'nothing'})"
-            )
-        root = roots[0]
-        if f"{root}byteorder" in names and read(f"{root}byteorder", 16) != b"little":
+        pickles = [name for name in entries if name.count("/") <= 1 and name.endswith("data.pkl")]
+        if len(pickles) != 1:
+            content = ", ".join(list(entries)[:3]) or "nothing"
+            raise UnreadableError(f"it is a zip archive, but not one of torch.save (it holds {content})")
+        root = pickles[0].removesuffix("data.pkl")
+        if f"{root}byteorder" in entries and read(f"{root}byteorder", 16) != b"little":
             raise UnreadableError("it was written on a big-endian machine")
 
         def storage(dtype: torch.dtype, key: str, numel: int) -> Storage:
@@ -78,13 +76,7 @@ def read_zip(path: Path) -> object:
                 raise UnreadableError("it reads one storage as two types")
             return storages[key]
 
-        return load_pickle(read(f"{root}data.pkl", left), storage)
-
-
-def read_stream(path: Path) -> object:
-    """The value that `pickle.dump`, or `torch.save` before 1.6, wrote."""
-    with path.open("rb") as file:
-        return load_stream(file, path.stat().st_size)
+        return load_pickle(read(pickles[0], left), storage)
 
 
 def named_tensors(value: object, max_bytes: int) -> dict[str, Tensor]:
@@ -92,6 +84,9 @@ def named_tensors(value: object, max_bytes: int) -> dict[str, Tensor]:
 
     Raises `UnreadableError` if the tensors would take more than `max_bytes`, the size of the file.
     """
+    for wrapper in _WRAPPERS:
+        if isinstance(value, dict) and isinstance(value.get(wrapper), dict | PickledObject):
+            value = value[wrapper]
     views = dict(_views(value))
     size = sum(math.prod(view.size) * view.storage.dtype.itemsize for view in views.values())
     if size > max_bytes:
@@ -125,7 +120,6 @@ def _entries(value: object) -> dict:
     state = value.state[0] if isinstance(value.state, tuple) and value.state else value.state
     if not isinstance(state, dict):
         return value.items
-    groups = [state.get(name) for name in ("_parameters", "_buffers", "_modules")]
-    if any(isinstance(group, dict) for group in groups):
-        return {key: entry for group in groups if isinstance(group, dict) for key, entry in group.items()}
-    return state | value.items
+    names = ("_parameters", "_buffers", "_modules")
+    groups = [state[name] for name in names if isinstance(state.get(name), dict)]
+    return {key: entry for group in groups for key, entry in group.items()} if groups else state | value.items

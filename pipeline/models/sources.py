@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from probsurgery.pipeline.datasets.tasks import Task
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.files import MalformedError, SourceFile, read_json
 from probsurgery.pipeline.models import architectures
-from probsurgery.pipeline.models.checkpoints import StateDict, VisualState, check_state, lacks_projection, read_tensors
+from probsurgery.pipeline.models.checkpoints import LazyMapping, StateDict, VisualState, check_state, read_tensors
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -42,15 +42,11 @@ class Weights:
         self._checked: set[Path] = set()
         self._shapes = architectures.expected_shapes(arch)
 
-    @property
-    def names(self) -> list[str]:
-        """Names of a tower's tensors, in order."""
-        return list(self._shapes)
-
-    @property
-    def places(self) -> tuple[Path, ...]:
+        model = self.row.open_clip.removesuffix("-quickgelu")
+        self.places = (self.folder, self.folder / model) if self.folder else ()
         """Where to look for files: the folder, and the folder in it that has the model's name."""
-        return (self.folder, self.folder / self.row.open_clip.removesuffix("-quickgelu")) if self.folder else ()
+        self.names = list(self._shapes)
+        """Names of a tower's tensors, in order."""
 
     @cached_property
     def pretrained_file(self) -> Path:
@@ -60,7 +56,7 @@ class Weights:
     def pretrained(self) -> StateDict:
         """The tower that the experts were fine-tuned from."""
         state = self.load(self.pretrained_file)
-        return {name: state[name] for name in self._shapes}
+        return {name: state[name] for name in self.names}
 
     def expert(self, task: Task) -> Mapping[str, Tensor]:
         """The tower that was fine-tuned on a task."""
@@ -75,9 +71,8 @@ class Weights:
     def own(self, name: str) -> Mapping[str, Tensor]:
         """Another tower of the folder, such as `traditional-mtl`."""
         if self.folder is None:
-            raise InputError(
-                f"no {name} checkpoint of {self.arch} is published; put {name}.safetensors in --checkpoints"
-            )
+            message = f"no {name} checkpoint of {self.arch} is published; put {name}.safetensors in --checkpoints"
+            raise InputError(message)
         return self.load(self._file(name, [name], None))
 
     def merged(self, path: Path) -> Mapping[str, Tensor]:
@@ -88,8 +83,7 @@ class Weights:
 
     def load(self, path: Path) -> Mapping[str, Tensor]:
         """Any checkpoint of this architecture, in open_clip's names and float32, read tensor by tensor if possible."""
-        checkpoint = read_tensors(path)
-        state = VisualState(checkpoint, self._projection if lacks_projection(checkpoint) else None)
+        state = VisualState(read_tensors(path), lambda: self._projection)
         if path not in self._checked:
             check_state(state, self._shapes, str(path), self.arch)
             self._check_activation(path)
@@ -134,15 +128,12 @@ class Weights:
     def _find(self, content: str, stems: Sequence[str], repo: str | None) -> Path:
         """The first file that exists, of all names that the layouts allow."""
         candidates = [*stems, *((repo.split("/")[-1], repo) if repo else ())]
-        for place in self.places:
-            for stem in candidates:
-                files = [place / f"{stem}{suffix}" for suffix in SUFFIXES]
-                files += [place / stem / name for name in hub.WEIGHT_FILES]
-                path = next((path for path in files if path.is_file()), None)
-                if path is not None:
-                    return path
-        path = hub.cached(repo, self.folder) if repo else None
-        if path is not None:
+        for stem in (place / stem for place in self.places for stem in candidates):
+            files = [stem.with_name(stem.name + suffix) for suffix in SUFFIXES]
+            files += [stem / name for name in hub.WEIGHT_FILES]
+            if path := next(filter(Path.is_file, files), None):
+                return path
+        if path := repo and hub.cached(repo, self.folder):
             return path
         tried = [f"{stem}{SUFFIXES[0]}" if "/" not in stem else f"{stem}.pt" for stem in candidates]
         content_of_folder = ", ".join(sorted(p.name for p in self.folder.iterdir())[:8]) or "nothing"
@@ -150,19 +141,3 @@ class Weights:
             f"no checkpoint of {content!r} in {self.folder}; looked for {', '.join(tried)} and the like, "
             f"also in {self.places[1].name}/; the folder holds: {content_of_folder}"
         )
-
-
-class LazyMapping(Mapping):
-    """Values that are built on each access."""
-
-    def __init__(self, builders: dict[str, Callable[[], Mapping[str, Tensor]]]) -> None:
-        self._builders = builders
-
-    def __getitem__(self, name: str) -> Mapping[str, Tensor]:
-        return self._builders[name]()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._builders)
-
-    def __len__(self) -> int:
-        return len(self._builders)

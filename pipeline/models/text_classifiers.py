@@ -26,10 +26,11 @@ def load_classifiers(weights: Weights, tasks: Sequence[Task], device: torch.devi
 
     A folder holds them as `classifiers.safetensors`, or as the task-vectors code's `head_<Task>.pt`.
     """
-    classifiers: dict[str, Tensor] = {}
+    classifiers, missing = {}, []
     for task in tasks:
         classifier = _from_folder(weights, task)
         if classifier is None:
+            missing.append(task)
             continue
         shape = (len(task.class_names), model_config(weights.arch)["embed_dim"])
         if classifier.shape != shape:
@@ -40,7 +41,6 @@ def load_classifiers(weights: Weights, tasks: Sequence[Task], device: torch.devi
         if not classifier.isfinite().all():
             raise InputError(f"the classifier of {task.name!r} in {weights.folder} holds NaN or infinite weights")
         classifiers[task.name] = classifier.float().contiguous()
-    missing = [task for task in tasks if task.name not in classifiers]
     return classifiers | (_from_text_tower(weights, missing, device) if missing else {})
 
 
@@ -62,10 +62,10 @@ def _from_text_tower(weights: Weights, tasks: Sequence[Task], device: torch.devi
             f"{weights.folder} holds no classifier of {tasks[0].name!r} (classifiers.safetensors), and the task has "
             "no prompts to make one from"
         )
-    path = weights.pretrained_file
+    path, repo = weights.pretrained_file, weights.row.pretrained_repo
     text = to_text(read_tensors(path))
-    if text is None and weights.folder is not None and weights.row.pretrained_repo is not None:
-        path = hub.download(weights.row.pretrained_repo, "--checkpoints")
+    if text is None and weights.folder is not None and repo is not None:
+        path = hub.download(repo, "--checkpoints")
         text = to_text(read_tensors(path))
     if text is None:
         raise InputError(
@@ -75,21 +75,20 @@ def _from_text_tower(weights: Weights, tasks: Sequence[Task], device: torch.devi
     check_state(text, text_shapes(weights.arch), f"the text tower of {path}", weights.arch)
     text = {name: tensor.float() for name, tensor in text.items()}
     tower, dim = digest(text), text["text_projection"].shape[1]
-    files, classifiers = {}, {}
+    files, cached = {}, {}
     for task in tasks:
         weights.files[f"classifier {task.name}"] = SourceFile(source="text tower", sha256=tower)
         key = fingerprint([weights.row.open_clip, tower, task.class_names, task.templates])
         files[task.name] = user_cache() / "classifiers" / f"{key}.safetensors"
-        cached = _read_cached(files[task.name], (len(task.class_names), dim))
-        if cached is not None:
-            classifiers[task.name] = cached
-    missing = [task for task in tasks if task.name not in classifiers]
-    if missing:
-        built = build_classifiers(weights.arch, text, missing, device)
-        for name, classifier in built.items():
-            _write_cached(files[name], classifier)
-        classifiers |= built
-    return classifiers
+        cached[task.name] = _read_cached(files[task.name], (len(task.class_names), dim))
+    missing = [task for task in tasks if cached[task.name] is None]
+    built = build_classifiers(weights.arch, text, missing, device) if missing else {}
+    for name, classifier in built.items():
+        with suppress(OSError):  # on a full disk or in a read-only home, it is built again next time
+            files[name].parent.mkdir(parents=True, exist_ok=True)
+            with replaced(files[name], shared=True) as partial:
+                save_file({"classifier": classifier}, partial)
+    return cached | built
 
 
 def user_cache() -> Path:
@@ -103,13 +102,6 @@ def _read_cached(path: Path, shape: tuple[int, int]) -> Tensor | None:
     except Exception:  # missing or damaged: it is built again
         return None
     return classifier if classifier.shape == shape and classifier.isfinite().all() else None
-
-
-def _write_cached(path: Path, classifier: Tensor) -> None:
-    with suppress(OSError):  # on a full disk or in a read-only home, it is built again next time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replaced(path, shared=True) as partial:
-            save_file({"classifier": classifier}, partial)
 
 
 def text_shapes(arch: str) -> dict[str, torch.Size]:
@@ -137,9 +129,8 @@ def build_classifiers(arch: str, text: StateDict, tasks: Sequence[Task], device:
     scale = model.logit_scale.exp()
     classifiers = {}
     for task in tasks:
-        weights = open_clip.build_zero_shot_classifier(
-            model, tokenizer, task.class_names, task.templates, device=device
-        )
+        prompts = (task.class_names, task.templates)
+        weights = open_clip.build_zero_shot_classifier(model, tokenizer, *prompts, device=device)
         classifiers[task.name] = (scale * weights.T).float().cpu().contiguous()
     return classifiers
 

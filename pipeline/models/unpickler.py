@@ -66,11 +66,8 @@ class Global:
 
 @dataclass
 class PickledObject:
-    """What an object was pickled as, instead of the object."""
+    """The pickled state of an object, instead of the object."""
 
-    path: str
-    """Its class or factory."""
-    args: tuple = ()
     state: Any = None
     items: dict = field(default_factory=dict)
     """Entries, if it is a kind of dictionary."""
@@ -95,7 +92,7 @@ class TensorView:
     stride: tuple[int, ...]
 
     def tensor(self) -> Tensor:
-        """The tensor. Raises if it exceeds its storage."""
+        """Raises if the tensor exceeds its storage."""
         if not self.storage.numel or 0 in self.size:
             return torch.empty(self.size, dtype=self.storage.dtype)
         flat = torch.frombuffer(self.storage.bytes, dtype=self.storage.dtype)
@@ -123,7 +120,7 @@ _REBUILT: dict[str, Callable] = {
     "torch.storage._load_from_bytes": lambda data: load_stream(io.BytesIO(data), len(data)),
     "torch.jit._pickle.restore_type_tag": lambda value, *rest: value,
     "collections.OrderedDict": _ordered_dict,
-    "copyreg._reconstructor": lambda cls, *rest: PickledObject(cls.path),
+    "copyreg._reconstructor": lambda *args: PickledObject(),
 }
 
 
@@ -137,7 +134,7 @@ def _call(function: object, args: tuple) -> object:
         raise UnreadableError(
             f"it would call {function.path} when unpickled, which no checkpoint needs; do not open it with other tools"
         )
-    return PickledObject(function.path, args)
+    return PickledObject()
 
 
 class _BoundedFile:
@@ -145,8 +142,7 @@ class _BoundedFile:
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file, self._size = file, size
-        self.is_short = False
-        """Whether a read requested more than was left."""
+        self.is_short = False  # whether a read requested more than was left
 
     def read(self, count: int) -> bytes:
         data = self._file.read(min(count, self._size - self._file.tell()))
@@ -219,6 +215,10 @@ class _Unpickler(pickle._Unpickler):
         self.append({})
         self.update(values)
 
+    def load_frozenset(self) -> None:
+        self.pop_mark()
+        self.append(PickledObject())
+
     def extend(self, values: list) -> None:
         if isinstance(self.stack[-1], list):
             self.stack[-1].extend(values)
@@ -247,7 +247,7 @@ class _Unpickler(pickle._Unpickler):
         pickle.SETITEM: lambda self: self.update([self.stack.pop(-2), self.stack.pop()]),
         pickle.SETITEMS: lambda self: self.update(self.pop_mark()),
         pickle.ADDITEMS: lambda self: self.pop_mark(),
-        pickle.FROZENSET: lambda self: self.append(PickledObject("builtins.frozenset", tuple(self.pop_mark()))),
+        pickle.FROZENSET: load_frozenset,
         **dict.fromkeys((pickle.INST, pickle.OBJ, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEXT_BUFFER), refuse),
     }.items():
         dispatch[_opcode[0]] = _method
@@ -280,8 +280,8 @@ def load_stream(stream: BinaryIO, size: int) -> object:
         raise UnreadableError("its list of storages does not agree with its tensors")
     for key in map(str, keys):
         header, expected = file.read(8), storages[key].numel * storages[key].dtype.itemsize
-        data = bytearray(file.read(expected)) if len(header) == 8 else bytearray()
-        if len(data) < expected or len(header) < 8:
+        data = bytearray(file.read(expected))
+        if len(header) < 8 or len(data) < expected:
             raise CutOffError(f"it ends in the middle of a tensor ({len(data):,} of {expected:,} bytes)")
         if struct.unpack("<q", header)[0] != storages[key].numel:
             raise UnreadableError("a storage has another size than its tensors say")

@@ -21,13 +21,13 @@ from probsurgery.pipeline.extraction import encode, extract, run_plan
 from probsurgery.pipeline.fitting.fit import fit
 from probsurgery.pipeline.merging.registry import merge
 from probsurgery.pipeline.models import architectures
-from probsurgery.pipeline.models.checkpoints import digest, to_visual
+from probsurgery.pipeline.models.checkpoints import digest
 from probsurgery.pipeline.models.sources import Weights
 from probsurgery.pipeline.store import arrays
 from probsurgery.pipeline.store.cache import Cache
 from probsurgery.pipeline.store.manifest import MergeIdentity
 from probsurgery.pipeline.store.writer import CacheWriter
-from support import damage, hub_data_set, hugging_face_config
+from support import damage, hub_data_set, hugging_face_config, to_visual
 
 TASKS = ("digits8", "texture")
 LIMIT = 90

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from probsurgery.pipeline.datasets.tasks import select_tasks
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.models.architectures import build_visual, expected_shapes, model_config
-from probsurgery.pipeline.models.checkpoints import check_state, digest, read_tensors, to_visual
+from probsurgery.pipeline.models.checkpoints import check_state, digest, read_tensors
 from probsurgery.pipeline.models.sources import Weights
-from support import hugging_face_config
+from support import hugging_face_config, to_visual
 
 
 @pytest.fixture(scope="module")

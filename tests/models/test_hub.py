@@ -18,9 +18,8 @@ from probsurgery.pipeline.datasets.tasks import open_images, select_tasks
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.hub import explain
 from probsurgery.pipeline.models.architectures import build_visual, image_transform
-from probsurgery.pipeline.models.checkpoints import to_visual
 from probsurgery.pipeline.store.cache import Cache
-from support import hub_data_set, hugging_face_config, tiny_clip
+from support import hub_data_set, hugging_face_config, tiny_clip, to_visual
 
 TASKS = ("eurosat", "svhn", "mnist")
 DATA = {"eurosat": "tanganke/eurosat", "svhn": "ufldl-stanford/svhn", "mnist": "ylecun/mnist"}

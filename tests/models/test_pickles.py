@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.models import unpickler
 from probsurgery.pipeline.models.architectures import build_visual, model_config
-from probsurgery.pipeline.models.checkpoints import digest, read_tensors, to_visual
+from probsurgery.pipeline.models.checkpoints import digest, read_tensors
 from probsurgery.pipeline.models.sources import Weights
-from support import pickled_like_task_vectors
+from support import pickled_like_task_vectors, to_visual
 
 WRITERS = [
     torch.save,

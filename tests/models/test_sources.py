@@ -14,10 +14,10 @@ from probsurgery.pipeline.datasets.tasks import select_tasks
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.models import architectures
 from probsurgery.pipeline.models.architectures import model_config
-from probsurgery.pipeline.models.checkpoints import digest, to_visual
+from probsurgery.pipeline.models.checkpoints import digest
 from probsurgery.pipeline.models.sources import Weights
 from probsurgery.pipeline.models.text_classifiers import load_classifiers
-from support import TINY, hugging_face_config, pickled_like_task_vectors, tiny_clip
+from support import TINY, hugging_face_config, pickled_like_task_vectors, tiny_clip, to_visual
 
 CPU = torch.device("cpu")
 (EUROSAT, SVHN) = select_tasks("clip8", ["eurosat", "svhn"])
