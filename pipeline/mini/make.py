@@ -15,6 +15,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 import open_clip
@@ -280,7 +281,7 @@ def publish(
         "recipe": asdict(recipe),
         "tasks": {
             task: {
-                "package": f"{MINI_TASKS[task].package}=={MINI_TASKS[task].version}",
+                "package": f"{MINI_TASKS[task].package}=={metadata.version(MINI_TASKS[task].package)}",
                 "train_rows": len(train[task][1]),
                 "test_rows": len(test[task][1]),
                 "classes": len(MINI_TASKS[task].class_names),

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import tomllib
+from dataclasses import replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -22,7 +25,7 @@ FOLDER = Path(mini.__file__).parent
 WEIGHTS = FOLDER / "weights"
 TASKS = sorted(MINI_TASKS)
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-PINS = PROJECT["optional-dependencies"]["mini"]
+EXTRA = PROJECT["optional-dependencies"]["mini"]
 
 
 @cache
@@ -114,11 +117,25 @@ def test_no_patient_is_in_both_splits():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_installed_packages_match_the_record(task):
+def test_known_versions_are_installable_and_include_the_one_the_weights_were_made_with(task):
     entry = MINI_TASKS[task]
-    assert metadata.version(entry.package) == entry.version
-    assert f"{entry.package}=={entry.version}" in PINS
-    assert record()["tasks"][task]["package"] == f"{entry.package}=={entry.version}"
+    known = SpecifierSet(entry.versions)
+    package, version = record()["tasks"][task]["package"].split("==")
+    (wanted,) = [r for r in map(Requirement, EXTRA) if r.name == entry.package]
+    assert package == entry.package
+    assert version in known
+    assert all(bound.version in wanted.specifier for bound in known)
+
+
+@pytest.mark.parametrize("split", mini.SPLITS)
+@pytest.mark.parametrize("task", TASKS)
+def test_digests_are_of_labels_then_mode_size_and_pixels(task, split):
+    """Caches of the mini suite record these digests, so a change of their form would refuse every such cache."""
+    images, labels = loaded(task, split)
+    content = hashlib.sha256(labels.tobytes())
+    for image in images:
+        content.update(f"{image.mode} {image.size}".encode() + image.tobytes())
+    assert content.hexdigest() == MINI_TASKS[task].digests[split]
 
 
 def test_weights_match_the_record_and_are_small():
@@ -162,13 +179,51 @@ def test_unknown_names_are_refused_with_the_known_ones(task, split, message):
         mini.load(task, split)
 
 
-@pytest.mark.parametrize("error", ["missing", "other"])
-def test_a_missing_or_other_package_is_named_with_the_command_to_install_it(monkeypatch, error):
+def test_a_missing_package_is_named_with_the_command_to_install_it(monkeypatch):
     def version(package):
-        if error == "missing":
-            raise metadata.PackageNotFoundError(package)
-        return "0.0.1"
+        raise metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr(mini.metadata, "version", version)
-    with pytest.raises(InputError, match=r"mlxtend==0\.25\.0.*pip install 'probsurgery\[mini\]'"):
+    with pytest.raises(InputError, match=r"mlxtend, which is not installed: pip install 'probsurgery\[mini\]'"):
         mini.load("mnist", "test")
+
+
+def test_another_version_with_the_same_images_is_accepted(monkeypatch):
+    monkeypatch.setattr(mini.metadata, "version", lambda package: "99.0")
+    assert len(mini.load("digits8", "test")[0]) == record()["tasks"]["digits8"]["test_rows"]
+
+
+def one_pixel_changed(images, labels):
+    images[0].putpixel((0, 0), images[0].getpixel((0, 0)) ^ 1)
+    return images, labels
+
+
+def one_label_changed(images, labels):
+    return images, [(labels[0] + 1) % 10, *labels[1:]]
+
+
+def one_image_missing(images, labels):
+    return images[:-1], labels[:-1]
+
+
+def other_layout(images, labels):
+    raise FileNotFoundError("No such file: digits.csv")
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (one_pixel_changed, r"with Pillow [\d.]+ gives other images"),
+        (one_label_changed, "gives other images"),
+        (one_image_missing, "gives other images"),
+        (other_layout, r"cannot be read \(No such file: digits.csv\)"),
+    ],
+)
+def test_other_images_are_refused_in_one_line_with_versions_that_hold_them(monkeypatch, change, problem):
+    entry = replace(MINI_TASKS["digits8"], reader=lambda split: change(*readers.digits8(split)))
+    monkeypatch.setattr(mini, "MINI_TASKS", {"digits8": entry})
+    installed = metadata.version("scikit-learn")
+    message = rf"mini task 'digits8': scikit-learn {installed} .*{problem}.*pip install 'scikit-learn>=1\.4\.2,<="
+    with pytest.raises(InputError, match=message) as caught:
+        mini.load("digits8", "test")
+    assert "\n" not in str(caught.value)
