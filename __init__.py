@@ -9,8 +9,6 @@ on the cache: `fit` with one setting, `sweep` with many. `report` gives tables o
     corrected = head(cache.features("mnist"), "mnist")
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING
 

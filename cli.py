@@ -4,8 +4,6 @@ Exit statuses: 0 done; 2 the request or its inputs are wrong, and nothing was be
 verify` found damage; 130 Ctrl-C; 143 SIGTERM.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import signal

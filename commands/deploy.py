@@ -1,7 +1,5 @@
 """`predict` classes of images, and `export` a model."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """Stage two: `fit` for one setting, `sweep` for a grid of settings, `study` for the papers' analyses."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path

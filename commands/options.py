@@ -1,7 +1,5 @@
 """Options that several commands share, parsers of their values, and configurations made from them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path

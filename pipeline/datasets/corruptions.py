@@ -4,8 +4,6 @@ Kinds and levels are those of ImageNet-C (Hendrycks and Dietterich, ICLR 2019), 
 size, before the encoder's preprocessing.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 from collections.abc import Callable

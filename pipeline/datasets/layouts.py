@@ -4,8 +4,6 @@ A layout is a function of a folder. It returns the images of one split with thei
 another layout. Labels come from class names if a layout has names, so that they do not depend on an order.
 """
 
-from __future__ import annotations
-
 import csv
 import gzip
 import re

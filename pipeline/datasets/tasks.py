@@ -1,7 +1,5 @@
 """Tasks and suites: the sources of images, labels, class names and prompts."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence

@@ -4,8 +4,6 @@ Holds theta_0 and the stacked task vectors on the device, (T + 1) P, one copy of
 activations of one batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial

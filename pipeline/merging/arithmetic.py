@@ -1,7 +1,5 @@
 """Sums of task vectors: weight averaging and task arithmetic. Both hold theta_0 and the sum, 2 P."""
 
-from __future__ import annotations
-
 from probsurgery.pipeline.merging.vectors import Experts, Merged, StateDict, add_vectors, task_vectors
 
 

@@ -1,7 +1,5 @@
 """Merging coefficients and their files: our JSON format, and the tables that AdaMerging's authors publish."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -57,7 +55,7 @@ class Coefficients:
 
     def named(
         self, method: str, settings: Mapping[str, object], tasks: tuple[str, ...], names: tuple[str, ...]
-    ) -> Coefficients:
+    ) -> "Coefficients":
         """These coefficients in the order of `tasks` and tensor `names`, labelled with both, method and settings."""
         table = self.table(tasks, names)
         values, tensors = (table[:, 0], None) if self.values.ndim == 1 else (table, names)

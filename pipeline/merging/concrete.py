@@ -5,8 +5,6 @@ AdaMerging. `concrete_ta` holds 7 P on the device: theta_0, the sum of the task 
 Adam's two moments, and the merged model. `concrete_am` holds every task vector, (T + 6) P.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

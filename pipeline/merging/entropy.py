@@ -4,8 +4,6 @@ The merged weights are a function of the learned parameters, `build(name)`, one 
 of the merged model: the gradient of each of its tensors is propagated to the parameters and freed at once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch

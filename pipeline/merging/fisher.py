@@ -4,8 +4,6 @@ Holds 8 P: theta_0, the weighted sum, the sum of weights, an expert, and its Fis
 normalisation. The expert and its information are on the device.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ Each family of methods has a module of its own. Methods that learn take an `Imag
 batches of images. They depend on no encoder and no data set.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress

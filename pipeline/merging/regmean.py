@@ -4,8 +4,6 @@ Holds the sums of experts, of Gram matrices and of their products with the weigh
 Gram matrices on the device. Matrices are float64; a ViT-L/14's have 1.6 times the model's entries. In total 13 P.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -72,7 +70,7 @@ class InputGrams(TorchDispatchMode):
         self.transposed: set[str] = set()
         """Weights that are stored as (out, in) instead of (in, out)."""
 
-    def __enter__(self) -> InputGrams:
+    def __enter__(self) -> "InputGrams":
         self._fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # one fused kernel hides its products
         return super().__enter__()

@@ -3,8 +3,6 @@
 DARE and Breadcrumbs hold theta_0 and the sum, 2 P; TIES holds theta_0 and two sums, 3 P.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator
 

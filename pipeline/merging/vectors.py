@@ -5,8 +5,6 @@ tau_t = theta_t - theta_0 is a task vector. P is the size of one model in float3
 access; every function here iterates over them and holds one tensor of one expert, unless its docstring says otherwise.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial

@@ -3,8 +3,6 @@
 `load(task, split)` returns the images of a task; `MINI_TASKS` lists the source and licence of each. The suite's
 encoders are in `weights/`, and `make.py` trains them."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -161,9 +159,12 @@ def load(task: str, split: str) -> tuple[list[Image.Image], np.ndarray]:
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
     entry = MINI_TASKS[task]
-    _check_package(entry)
     try:
+        metadata.version(entry.package)
         images, labels = entry.reader(split)
+    except metadata.PackageNotFoundError:
+        missing = f"mini task {task!r} needs {entry.package}, which is not installed"
+        raise InputError(f"{missing}: pip install 'probsurgery[mini]'") from None
     except Exception as error:  # another release may have any other layout
         raise _other_images(entry, f"cannot be read ({first_line(error)})") from None
     labels = np.asarray(labels, dtype=np.int64)
@@ -175,18 +176,8 @@ def load(task: str, split: str) -> tuple[list[Image.Image], np.ndarray]:
 def _digest(images: list[Image.Image], labels: np.ndarray) -> str:
     digest = hashlib.sha256(labels.tobytes())
     for image in images:
-        digest.update(f"{image.mode} {image.size}".encode())
-        digest.update(image.tobytes())
+        digest.update(f"{image.mode} {image.size}".encode() + image.tobytes())
     return digest.hexdigest()
-
-
-def _check_package(task: MiniTask) -> None:
-    try:
-        metadata.version(task.package)
-    except metadata.PackageNotFoundError:
-        raise InputError(
-            f"mini task {task.name!r} needs {task.package}, which is not installed: pip install 'probsurgery[mini]'"
-        ) from None
 
 
 def _other_images(task: MiniTask, problem: str) -> InputError:

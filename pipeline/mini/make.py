@@ -5,8 +5,6 @@ task. One expert per task is fine-tuned from it on that task alone, and one enco
 learning), both with frozen classifiers. Test splits are read only at the end, for the record. Everything is seeded: the
 same machine, library versions and number of threads give the same weights, others give similar ones."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -4,8 +4,6 @@ Splits are fixed functions of the data, never random: they depend on a hash of t
 position in the scene. Exact duplicates are dropped. No image is resized to the encoder's input. Heavy imports are made
 inside the readers. Of a package that imports more than its data (Qt, plotting), the files are read."""
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import io

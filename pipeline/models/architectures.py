@@ -1,7 +1,5 @@
 """The table of architectures, and the open_clip image towers that they describe."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Reads published checkpoint formats as state dicts with open_clip's names. Nothing in the files is executed."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -4,8 +4,6 @@
 `pickle.dump` of a model nests such a stream in every tensor.
 """
 
-from __future__ import annotations
-
 import math
 import zipfile
 from collections import deque

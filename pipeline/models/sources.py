@@ -1,7 +1,5 @@
 """Where an architecture's weights come from: the Hub, the package, or a folder in any of the common layouts."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Zero-shot classifiers: a checkpoint folder's own, or made from the pre-trained text tower and cached for the user."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from contextlib import suppress

@@ -5,8 +5,6 @@ Checkpoints hold whole objects as often as state dicts, and the classes of the p
 every object an inert `PickledObject`, and only tensors are rebuilt, by this module.
 """
 
-from __future__ import annotations
-
 import io
 import pickle
 import struct
