@@ -68,9 +68,8 @@ def _list_row(listed: Listed) -> tuple[str, ...]:
         return (name, *[""] * 6, size, "", listed.problem)
     cache = _described(listed)
     state = f"{cache['missing']} shards missing" if cache["missing"] else "complete"
-    counts = (str(len(cache["tasks"])), f"{cache['rows']:,}")
-    formats = (cache["store"], cache["dtype"])
-    return (name, cache["arch"], cache["merge"], *counts, *formats, size, str(cache["heads"]), state)
+    texts = (str(len(cache["tasks"])), f"{cache['rows']:,}", cache["store"], cache["dtype"], size, str(cache["heads"]))
+    return (name, cache["arch"], cache["merge"], *texts, state)
 
 
 def info_command(cache: CacheArgument, as_json: AsJson = False) -> None:

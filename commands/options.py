@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 from typer import BadParameter, Option
 
+from probsurgery.pipeline.analysis.tables import FORMATS
 from probsurgery.pipeline.errors import InputError, unknown
 
 Config = TypeVar("Config")
@@ -50,8 +51,6 @@ def key_values(option: str, texts: list[str]) -> dict[str, str]:
 
 def table_format(text: str) -> str:
     """A format for tables. Raises `InputError` for an unknown one."""
-    from probsurgery.pipeline.analysis.tables import FORMATS
-
     formats = ("text", *FORMATS, "json")
     if text not in formats:
         raise unknown("format", text, formats)

@@ -1,19 +1,15 @@
 """Results on standard output, as tables or JSON; notes on standard error."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from probsurgery.pipeline.analysis.tables import Line, Table
+from probsurgery.pipeline.analysis.tables import FORMATS, Line, Table
 
 
 def note(text: str) -> None:
@@ -38,8 +34,6 @@ def counted(count: int, noun: str) -> str:
 
 def print_tables(tables: Sequence[Table], form: str = "text") -> None:
     """Print tables as text, JSON, or another of `tables.FORMATS`."""
-    from probsurgery.pipeline.analysis.tables import FORMATS
-
     if form == "json":
         print_json([table.to_json() for table in tables])
         return

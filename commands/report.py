@@ -1,17 +1,12 @@
 """`report` on the results of caches, and `transfer` of heads to other tasks and caches."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from typer import Option
 
 from probsurgery.commands.options import CacheFolder, JsonFormat, StoredResults, TableFormat
 from probsurgery.commands.render import note, print_json, print_tables
-
-if TYPE_CHECKING:
-    from probsurgery.pipeline.analysis.report import Report
 
 
 def report_command(
@@ -68,15 +63,9 @@ def report_command(
         note(f"{page}: written")
     uncertainty = [uncertainty_table(head) for head in measured] if uncertain else []
     if form == "json":
-        print_json([_as_json(report) for report in reports] + [{"uncertainty": t.to_json()} for t in uncertainty])
+        print_json([report.to_json() for report in reports] + [{"uncertainty": t.to_json()} for t in uncertainty])
     else:
         print_tables([table for report in reports for table in report.tables] + uncertainty, form)
-
-
-def _as_json(report: Report) -> dict:
-    described = {name: getattr(report, name) for name in ("caches", "arch", "merges", "protocol", "tasks")}
-    tables = {name: getattr(report, name).to_json() for name in ("accuracy", "bias", "costs")}
-    return described | tables | {"curves": [table.to_json() for table in report.tables[3:]]}
 
 
 def transfer_command(

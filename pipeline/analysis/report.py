@@ -49,6 +49,12 @@ class Report:
         """All tables: accuracy, bias, costs, then one for each curve."""
         return (self.accuracy, self.bias, self.costs, *(curve_table(curve, self.tasks) for curve in self.curves))
 
+    def to_json(self) -> dict:
+        """Circumstances and tables, with figures in full."""
+        circumstances = {name: getattr(self, name) for name in ("caches", "arch", "merges", "protocol", "tasks")}
+        accuracy, bias, costs, *curves = (table.to_json() for table in self.tables)
+        return circumstances | {"accuracy": accuracy, "bias": bias, "costs": costs, "curves": curves}
+
 
 @dataclass(frozen=True)
 class _Source:

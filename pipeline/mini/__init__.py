@@ -13,10 +13,9 @@ import numpy as np
 import PIL
 from PIL import Image
 
+from probsurgery.pipeline.config import SPLITS
 from probsurgery.pipeline.errors import InputError, first_line, unknown
 from probsurgery.pipeline.mini import readers
-
-SPLITS = ("train", "test")
 
 PILLOW = "pillow>=10.0,<=13.0"
 """Releases of Pillow that are known to decode the images alike."""
@@ -168,16 +167,12 @@ def load(task: str, split: str) -> tuple[list[Image.Image], np.ndarray]:
     except Exception as error:  # another release may have any other layout
         raise _other_images(entry, f"cannot be read ({first_line(error)})") from None
     labels = np.asarray(labels, dtype=np.int64)
-    if _digest(images, labels) != entry.digests[split]:
-        raise _other_images(entry, f"with Pillow {PIL.__version__} gives other images than the weights were trained on")
-    return images, labels
-
-
-def _digest(images: list[Image.Image], labels: np.ndarray) -> str:
     digest = hashlib.sha256(labels.tobytes())
     for image in images:
         digest.update(f"{image.mode} {image.size}".encode() + image.tobytes())
-    return digest.hexdigest()
+    if digest.hexdigest() != entry.digests[split]:
+        raise _other_images(entry, f"with Pillow {PIL.__version__} gives other images than the weights were trained on")
+    return images, labels
 
 
 def _other_images(task: MiniTask, problem: str) -> InputError:

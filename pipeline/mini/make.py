@@ -257,14 +257,6 @@ def make(folder: Path, recipe: Recipe) -> dict:
         report(f"expert {task} trained", start)
     mtl = train_mtl(train, base, classifiers, recipe)
     report("multi-task encoder trained", start)
-    return publish(folder, recipe, train, (base, classifiers, experts, mtl), start)
-
-
-def publish(
-    folder: Path, recipe: Recipe, train: Data, weights: tuple[State, State, dict[str, State], State], start: float
-) -> dict:
-    """Write the weights, evaluate them on the test splits, and write and return the record."""
-    base, classifiers, experts, mtl = weights
     files = write(base, experts, classifiers, mtl, folder)
     test = read_split("test")
     record = {

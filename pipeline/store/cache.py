@@ -212,5 +212,4 @@ class Cache:
         return np.delete(values, skipped, axis=0) if skipped else values
 
 
-open_cache = Cache
-"""The public name for opening a cache."""
+open_cache = Cache  # the public name
