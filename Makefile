@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CACHE ?= cache/mini_ta
+# Processes of `make test`. Tests wait for subprocesses, so there may be more than cores.
+JOBS ?= 3
 
 .PHONY: demo test lint clean
 
@@ -22,7 +24,7 @@ demo: .venv/installed
 	$(BIN)/probsurgery report --cache $(CACHE)
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(JOBS)
 
 lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports --no-cache
