@@ -14,7 +14,7 @@ from contextlib import suppress
 import typer
 
 from probsurgery.commands import caches, deploy, extract, fit, report
-from probsurgery.commands.render import note
+from probsurgery.commands.render import note, printable
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
 from probsurgery.pipeline.extraction.distributed import launched_rank
 
@@ -110,5 +110,5 @@ def _exit_quietly(*_: object) -> None:
 
 
 def _fail(message: str, status: int) -> int:
-    note(f"error: {' '.join(message.split())}")
+    note(f"error: {printable(' '.join(message.split()))}")
     return status

@@ -109,8 +109,8 @@ def decode(kind: type[T], value: object) -> T:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         raise MalformedError(first_line(error)[:200]) from None
-    except (OverflowError, RecursionError) as error:
-        raise MalformedError(f"a number or a nesting in it is too large ({first_line(error)[:80]})") from None
+    except (OverflowError, RecursionError, UnicodeError) as error:
+        raise MalformedError(f"a value of it cannot be read: {first_line(error)[:80]}") from None
 
 
 class MalformedError(ValueError):

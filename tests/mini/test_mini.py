@@ -21,6 +21,7 @@ from probsurgery.pipeline import mini
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.mini import MINI_TASKS, readers
 
+SPLITS = ("train", "test")
 FOLDER = Path(mini.__file__).parent
 WEIGHTS = FOLDER / "weights"
 TASKS = sorted(MINI_TASKS)
@@ -68,7 +69,7 @@ def test_no_test_photograph_nearly_equals_a_training_photograph(task):
     assert (thumbnails("test") @ thumbnails("train").T).max() < 0.96
 
 
-@pytest.mark.parametrize("split", mini.SPLITS)
+@pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("task", TASKS)
 def test_labels_cover_the_classes_and_counts_match_the_record(task, split):
     images, labels = loaded(task, split)
@@ -81,7 +82,7 @@ def test_labels_cover_the_classes_and_counts_match_the_record(task, split):
 def test_land_cover_patches_share_no_pixel_across_splits():
     covered = {}
     half = readers.PATCH // 2
-    for split in mini.SPLITS:
+    for split in SPLITS:
         covered[split] = np.zeros((145, 145), dtype=bool)
         for row, column in readers.landcover_centres(split):
             covered[split][row - half : row + half + 1, column - half : column + half + 1] = True
@@ -94,7 +95,7 @@ def test_texture_tiles_share_no_pixel_across_splits():
     """Every pixel of a mock picture has a different value, so that shared values would be shared pixels."""
     picture = np.arange(303 * 384, dtype=np.float64).reshape(303, 384)
     train, test = (
-        {float(v) for tile in readers.texture_tiles(picture, split) for v in tile.ravel()} for split in mini.SPLITS
+        {float(v) for tile in readers.texture_tiles(picture, split) for v in tile.ravel()} for split in SPLITS
     )
     assert train
     assert test
@@ -105,12 +106,12 @@ def test_texture_tiles_share_no_pixel_across_splits():
 
 def test_street_frames_of_one_run_stay_in_one_split():
     """A test frame is further from any train frame of its class than the number of dropped frames."""
-    places = {split: [place for place in range(100) if readers.street_split(place) == split] for split in mini.SPLITS}
+    places = {split: [place for place in range(100) if readers.street_split(place) == split] for split in SPLITS}
     assert min(abs(a - b) for a in places["train"] for b in places["test"]) > 2 * readers.STREET_GAP
 
 
 def test_no_patient_is_in_both_splits():
-    patients = {split: {readers.patient(path) for path in readers.xray_files(split)} for split in mini.SPLITS}
+    patients = {split: {readers.patient(path) for path in readers.xray_files(split)} for split in SPLITS}
     assert patients["train"]
     assert patients["test"]
     assert not patients["train"] & patients["test"]
@@ -127,7 +128,7 @@ def test_known_versions_are_installable_and_include_the_one_the_weights_were_mad
     assert all(bound.version in wanted.specifier for bound in known)
 
 
-@pytest.mark.parametrize("split", mini.SPLITS)
+@pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("task", TASKS)
 def test_digests_are_of_labels_then_mode_size_and_pixels(task, split):
     """Caches of the mini suite record these digests, so a change of their form would refuse every such cache."""
@@ -172,7 +173,7 @@ def test_the_record_shows_interference_by_merging():
 
 @pytest.mark.parametrize(
     ("task", "split", "message"),
-    [("cats", "test", "choose from: mnist"), ("mnist", "validation", "choose from: train, test")],
+    [("cats", "test", "choose from: mnist"), ("mnist", "validation", "choose from: test, train")],
 )
 def test_unknown_names_are_refused_with_the_known_ones(task, split, message):
     with pytest.raises(InputError, match=message):

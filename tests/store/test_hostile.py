@@ -467,3 +467,13 @@ def test_a_head_is_not_read_through_a_link(tmp_path):
     (folder / "head.safetensors").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(InputError, match="is a link"):
         load_head(folder)
+
+
+@pytest.mark.parametrize("text", ["\ud800", "\x1b[31m"])
+def test_text_that_no_terminal_can_show_is_one_line(cache, run, text):
+    head = fit(FitConfig(cache.path, SurgerySettings(steps=5, rank=4))).path / "head.json"
+    plain = json.loads(head.read_text())
+    head.write_text(json.dumps(plain | {"request": {**plain["request"], "protocol": text}}))
+    assert text not in refused(run("fit", "--cache", cache.path, "--head", "surgery", "--steps", 5, "--rank", 4))
+    edit_manifest(cache.path, lambda m: m.update(store=text))
+    assert text not in refused(run("cache", "info", cache.path), "does not have a manifest's form")
