@@ -97,10 +97,10 @@ def _open_caches(plan: RunPlan, locks: ExitStack, result: Extraction, progress: 
         target = model.request.path, plan.identity(model.identity), plan.config.store
         check_target(*target, fresh=fresh)  # all of them, before the first is changed
         targets.append((target, fresh))
-    writers = [CacheWriter.begin(*target, fresh=fresh) for target, fresh in targets]
-    opened = list(zip(models, writers, strict=True))
-    for model, writer in opened:
-        store_learned(writer, model)
+    opened = []
+    for (target, fresh), model in zip(targets, models, strict=True):
+        opened.append((model, CacheWriter.begin(*target, fresh=fresh)))
+        store_learned(opened[-1][1], model)
     taken = {}
     for model, writer in opened:
         _register(writer, plan)
