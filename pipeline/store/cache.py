@@ -28,6 +28,7 @@ class Cache:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
         self.format = FORMATS[self.manifest.store](self.path)
+        self._fingerprints: dict[tuple[str, str], str] = {}
 
     def __repr__(self) -> str:
         return f"Cache({str(self.path)!r}, arch={self.identity.arch!r}, dim={self.dim})"
@@ -52,8 +53,11 @@ class Cache:
 
         Result rows carry it as `cache`.
         """
-        record = self.manifest.tasks[task]
-        return fingerprint([self.identity.to_json(), record.classifier, record.splits[split].to_json()])
+        if (task, split) not in self._fingerprints:  # asked for by every head of a sweep
+            record = self.manifest.tasks[task]
+            parts = [self.identity.to_json(), record.classifier, record.splits[split].to_json()]
+            self._fingerprints[task, split] = fingerprint(parts)
+        return self._fingerprints[task, split]
 
     @property
     def dim(self) -> int:
@@ -88,9 +92,8 @@ class Cache:
             raise InputError(f"{self.path} has no task {task!r}; it merges: {', '.join(self.identity.tasks)}")
         missing, total = self.missing_shards(task, split)
         if not total and f"{split}/{task}" not in self.manifest.requested:
-            raise InputError(
-                f"{self.path} does not hold {task} ({split}); extract it with --only {task} --split {split}"
-            )
+            advice = f"extract it with --only {task} --split {split}"
+            raise InputError(f"{self.path} does not hold {task} ({split}); {advice}")
         again = "run the same `probsurgery extract` again"
         if missing or not total:
             state = f"{missing} of {total} shards are missing" if total else "it was not begun"
@@ -131,9 +134,8 @@ class Cache:
         """
         self.require(task, split)
         if not self.has(task, kind, split):
-            raise InputError(
-                f"{self.path} holds no {kind!r} features of {task} ({split}); it may hold: {', '.join(KINDS)}"
-            )
+            kinds = ", ".join(KINDS)
+            raise InputError(f"{self.path} holds no {kind!r} features of {task} ({split}); it may hold: {kinds}")
         name, shape = f"{split}/{task}/{kind}", (self.rows(task, split), self.dim)
         self._require_sizes(name)
         bad: list[int] = []
