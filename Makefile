@@ -13,6 +13,7 @@ JOBS ?= 3
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "probsurgery needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[mini,dev]'
+	mkdir -p .venv/package && ln -sfn ../.. .venv/package/probsurgery # for mypy
 	touch $@
 
 demo: .venv/installed
@@ -27,7 +28,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest -q -n $(JOBS)
 
 lint: .venv/installed
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports --no-cache
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports --no-cache && $(BIN)/mypy
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .mypy_cache build dist *.egg-info

@@ -5,10 +5,12 @@ verify` found damage; 130 Ctrl-C; 143 SIGTERM.
 """
 
 import errno
+import io
 import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 
 import typer
@@ -18,7 +20,7 @@ from probsurgery.commands.render import note, printable
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
 from probsurgery.pipeline.extraction.distributed import launched_rank
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "extract": extract.extract_command,
     "merges": extract.merges_command,
     "fit": fit.fit_command,
@@ -29,7 +31,7 @@ COMMANDS = {
     "predict": deploy.predict_command,
     "export": deploy.export_command,
 }
-CACHE_COMMANDS = {
+CACHE_COMMANDS: dict[str, Callable[..., None]] = {
     "ls": caches.list_command,
     "info": caches.info_command,
     "verify": caches.verify_command,
@@ -65,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command; every error becomes one line on standard error and an exit status."""
     # A stream that was closed before the start is None.
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
-    with suppress(AttributeError):  # a terminal or file that cannot show a character gets a question mark
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or file that cannot show a character gets a question mark
         sys.stdout.reconfigure(errors="replace")
     with suppress(ValueError):  # raised outside the main thread
         signal.signal(signal.SIGTERM, _exit_quietly)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.filesize import decimal
@@ -14,7 +14,7 @@ from rich.filesize import decimal
 from probsurgery.commands.options import AsJson
 from probsurgery.commands.progress import shown_progress
 from probsurgery.commands.render import counted, note, print_json, print_rows, printable
-from probsurgery.pipeline.config import DTYPES, STORES, ExtractConfig
+from probsurgery.pipeline.config import CACHES, DTYPES, STORES
 from probsurgery.pipeline.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ CacheArgument = Annotated[Path, typer.Argument(metavar="CACHE", help="Folder of 
 
 
 def list_command(
-    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of caches, or one cache.")] = ExtractConfig.root,
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of caches, or one cache.")] = CACHES,
     as_json: AsJson = False,
 ) -> None:
     """List the caches in a folder."""
@@ -42,8 +42,8 @@ def list_command(
     print(f"{counted(len(caches), 'cache')} in {root}, {total} on disk (shared files once)")
 
 
-def _described(listed: Listed) -> dict:
-    described = {"path": str(listed.path), "bytes": listed.size}
+def _described(listed: Listed) -> dict[str, Any]:
+    described: dict[str, Any] = {"path": str(listed.path), "bytes": listed.size}
     if listed.cache is None:
         return described | {"problem": listed.problem}
     from probsurgery.pipeline.merging.registry import merge_label
@@ -87,16 +87,15 @@ def info_command(cache: CacheArgument, as_json: AsJson = False) -> None:
     print_rows(columns, (_split_row(opened, *requested.split("/")) for requested in opened.manifest.requested))
 
 
-def _info(cache: Cache, size: int) -> dict:
+def _info(cache: Cache, size: int) -> dict[str, Any]:
     manifest = cache.manifest.to_json()
     names = ("store", "created", "software", "identity", "requested", "tasks", "files", "merge", "runs", "precision")
     info = {"path": str(cache.path), "fingerprint": cache.fingerprint, "content": cache.content, "bytes": size}
-    info |= {name: manifest[name] for name in names if name in manifest}
-    info["arrays"] = {}
+    arrays = {}
     for name, spec in cache.manifest.arrays.items():
         counts = {"shards": len(spec.shards), "missing": len(spec.missing), "bytes": spec.size}
-        info["arrays"][name] = {"shape": spec.shape, "dtype": spec.dtype, **counts, "digest": spec.digest}
-    return info
+        arrays[name] = {"shape": spec.shape, "dtype": spec.dtype, **counts, "digest": spec.digest}
+    return info | {name: manifest[name] for name in names if name in manifest} | {"arrays": arrays}
 
 
 def _info_lines(cache: Cache, size: int) -> Iterator[str]:
@@ -162,10 +161,10 @@ def verify_command(
         arrays = {check.name: asdict(check) for check in checks}
         print_json({"path": cache, "content": opened.content, "damage": damage, "arrays": arrays})
     else:
-        arrays = sum(check.shards > 0 for check in checks)
+        count = sum(check.shards > 0 for check in checks)
         shards = sum(check.shards - check.missing for check in checks)
         dropped = " and dropped; run the same `probsurgery extract` again to fill them" if repair and damage else ""
-        counts = f"{arrays} arrays, {shards} shards checked, {len(damage)} damaged{dropped}"
+        counts = f"{count} arrays, {shards} shards checked, {len(damage)} damaged{dropped}"
         print(f"{cache}: {counts}; content {opened.content[:16]}")
     if damage:
         raise typer.Exit(1)

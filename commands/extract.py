@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
 from probsurgery.commands.options import AsJson, Device, comma_list, configured, key_values
 from probsurgery.commands.progress import shown_progress
 from probsurgery.commands.render import note, print_json
-from probsurgery.pipeline.config import DTYPES, PRECISIONS, STORES, ExtractConfig, number_text
+from probsurgery.pipeline.config import CACHES, DTYPES, PRECISIONS, STORES, ExtractConfig, number_text
 from probsurgery.pipeline.extraction.distributed import launched_rank
 
 if TYPE_CHECKING:
@@ -41,10 +41,14 @@ def extract_command(
     ] = None,
     coefficients: Annotated[
         Path | None, Option(help="Read AdaMerging's coefficients from this file instead of learning them.")
-    ] = default.coefficients,
+    ] = None,
     name: Name = default.name,
-    tasks: Annotated[tuple | None, comma_list(str, "Tasks to merge and extract. [all of the suite]")] = default.tasks,
-    only: Annotated[tuple | None, comma_list(str, "Extract only these of the merged tasks. [all]")] = default.only,
+    tasks: Annotated[
+        tuple[Any, ...] | None, comma_list(str, "Tasks to merge and extract. [all of the suite]")
+    ] = default.tasks,
+    only: Annotated[
+        tuple[Any, ...] | None, comma_list(str, "Extract only these of the merged tasks. [all]")
+    ] = default.only,
     checkpoints: Annotated[
         str | None, Option(help="Folder of checkpoints; layouts: docs/sources.md. [the published ones]")
     ] = default.checkpoints,
@@ -57,8 +61,8 @@ def extract_command(
     batch_size: Annotated[int, Option(help="Images in a batch.")] = default.batch_size,
     workers: Workers = default.workers,
     device: Device = default.device,
-    root: Annotated[Path, Option(help="Folder for caches under their default names.")] = default.root,
-    out: Annotated[Path | None, Option(help="Write the cache to exactly this folder (one merge only).")] = default.out,
+    root: Annotated[Path, Option(help="Folder for caches under their default names.")] = CACHES,
+    out: Annotated[Path | None, Option(help="Write the cache to exactly this folder (one merge only).")] = None,
     pretrained: Annotated[bool, Option(help="Store the pre-trained encoder's features too.")] = default.pretrained,
     fresh: Fresh = default.fresh,
     skip_bad: SkipBad = default.skip_bad,

@@ -12,6 +12,7 @@ from probsurgery.commands.options import (
     CacheFolder,
     Device,
     JsonFormat,
+    Several,
     StoredResults,
     TableFormat,
     comma_list,
@@ -33,13 +34,13 @@ from probsurgery.pipeline.errors import InputError, ProbsurgeryError, unknown
 Shared = Annotated[bool, Option("--shared", help="Fit one head for all tasks.")]
 Holdout = Annotated[float, Option(help="Share of the test rows to exclude from the fit and evaluate on.")]
 FitSplit = Annotated[str, Option(help="Fit on test (the papers' protocol) or train images.")]
-Tasks = Annotated[tuple | None, comma_list(str, "Tasks to fit. [all in the cache]")]
+Tasks = Annotated[Several | None, comma_list(str, "Tasks to fit. [all in the cache]")]
 Online = Annotated[bool, Option("--online", help="See each row once, in order of arrival, one at a time.")]
 Workers = Annotated[int | None, Option(help="Processes that train on a CPU; 0: only this one. [by the amount of work]")]
 Tf32 = Annotated[bool, Option("--tf32", help="Multiply in TF32 on CUDA: faster, less exact.")]
 Samples = Annotated[int | None, Option(help=f"prob: noise samples in a step; 0: no noise. [{ProbSettings.samples}]")]
 KeepHeads = Annotated[bool, Option("--keep-heads", help="Save the heads, not only their results.")]
-Seeds = Annotated[tuple, comma_list(int, "Seeds; figures are means and standard deviations over them.")]
+Seeds = Annotated[Several, comma_list(int, "Seeds; figures are means and standard deviations over them.")]
 
 
 def fit_command(
@@ -67,7 +68,7 @@ def fit_command(
     workers: Workers = FitConfig.workers,
     tf32: Tf32 = FitConfig.tf32,
     name: Annotated[str | None, Option(help="Name of the head's folder. [from the settings]")] = FitConfig.name,
-    results: StoredResults = FitConfig.results,
+    results: StoredResults = None,
     as_json: AsJson = False,
 ) -> None:
     """Stage two: fit a head for each task on the cached features."""
@@ -88,17 +89,17 @@ def fit_command(
 
 def sweep_command(
     cache: CacheFolder,
-    head: Annotated[tuple, comma_list(str, f"Kinds of head: {', '.join(HEAD_SETTINGS)}.")] = SweepConfig.head,
-    hidden: Annotated[tuple | None, comma_list(int, "prob: widths h, such as 32,64,128.")] = None,
-    rank: Annotated[tuple | None, comma_list(int, "surgery: ranks r.")] = None,
-    kl_weight: Annotated[tuple | None, comma_list(float, "prob: KL weights.")] = None,
-    samples: Annotated[tuple | None, comma_list(int, "prob: noise samples in a step.")] = None,
-    steps: Annotated[tuple | None, comma_list(int, "Updates for each task.")] = None,
-    batch_size: Annotated[tuple | None, comma_list(int, "Rows in a step.")] = None,
-    lr: Annotated[tuple | None, comma_list(float, "Adam's learning rates.")] = None,
-    loss: Annotated[tuple | None, comma_list(str, f"Losses: {', '.join(LOSSES)}.")] = None,
-    penalty: Annotated[tuple | None, comma_list(float, "ridge: penalties.")] = None,
-    fraction: Annotated[tuple, comma_list(float, "Shares of the rows that the fit may see.")] = SweepConfig.fraction,
+    head: Annotated[Several, comma_list(str, f"Kinds of head: {', '.join(HEAD_SETTINGS)}.")] = SweepConfig.head,
+    hidden: Annotated[Several | None, comma_list(int, "prob: widths h, such as 32,64,128.")] = None,
+    rank: Annotated[Several | None, comma_list(int, "surgery: ranks r.")] = None,
+    kl_weight: Annotated[Several | None, comma_list(float, "prob: KL weights.")] = None,
+    samples: Annotated[Several | None, comma_list(int, "prob: noise samples in a step.")] = None,
+    steps: Annotated[Several | None, comma_list(int, "Updates for each task.")] = None,
+    batch_size: Annotated[Several | None, comma_list(int, "Rows in a step.")] = None,
+    lr: Annotated[Several | None, comma_list(float, "Adam's learning rates.")] = None,
+    loss: Annotated[Several | None, comma_list(str, f"Losses: {', '.join(LOSSES)}.")] = None,
+    penalty: Annotated[Several | None, comma_list(float, "ridge: penalties.")] = None,
+    fraction: Annotated[Several, comma_list(float, "Shares of the rows that the fit may see.")] = SweepConfig.fraction,
     seed: Seeds = SweepConfig.seed,
     shared: Shared = SweepConfig.shared,
     holdout: Holdout = SweepConfig.holdout,
@@ -108,7 +109,7 @@ def sweep_command(
     device: Device = SweepConfig.device,
     workers: Workers = SweepConfig.workers,
     tf32: Tf32 = SweepConfig.tf32,
-    results: StoredResults = SweepConfig.results,
+    results: StoredResults = None,
     keep_heads: KeepHeads = SweepConfig.keep_heads,
     as_json: AsJson = False,
 ) -> None:
@@ -141,7 +142,7 @@ def study_command(
     device: Device = SweepConfig.device,
     workers: Workers = SweepConfig.workers,
     tf32: Tf32 = SweepConfig.tf32,
-    results: StoredResults = SweepConfig.results,
+    results: StoredResults = None,
     form: TableFormat = "text",
     as_json: JsonFormat = False,
 ) -> None:

@@ -3,14 +3,19 @@
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from typer import BadParameter, Option
 
 from probsurgery.pipeline.analysis.tables import FORMATS
 from probsurgery.pipeline.errors import InputError, unknown
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
+Several = tuple[Any, ...]
+"""Values of a comma list."""
 _KINDS = {str: ("A,B,...", "a name"), int: ("N,N,...", "a whole number"), float: ("N,N,...", "a number")}
 """Types of the values in a comma list, with the metavar in the help and the noun in an error."""
 
@@ -22,7 +27,7 @@ def comma_list(kind: type, help_text: str) -> Any:
     """
     metavar, noun = _KINDS[kind]
 
-    def parse(text: str | tuple) -> tuple:
+    def parse(text: str | Several) -> Several:
         if isinstance(text, tuple):  # the default
             return text
         values = []

@@ -22,9 +22,15 @@ def shown_progress(unit: str) -> Iterator[Progress]:
     if launched_rank()[0]:  # rank 0 shows the progress of all ranks
         yield no_progress
     elif sys.stderr.isatty():
-        columns = (bars.BarColumn(_BAR_WIDTH), bars.MofNCompleteColumn(), bars.TextColumn("{task.fields[rate]}"))
-        columns += (bars.TimeRemainingColumn(), bars.TextColumn("{task.description}"))
-        with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        with bars.Progress(
+            bars.BarColumn(_BAR_WIDTH),
+            bars.MofNCompleteColumn(),
+            bars.TextColumn("{task.fields[rate]}"),
+            bars.TimeRemainingColumn(),
+            bars.TextColumn("{task.description}"),
+            console=Console(stderr=True),
+            transient=True,
+        ) as bar:
             yield _Bar(bar, unit)
     else:
         yield PlainLines(unit)

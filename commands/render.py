@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -61,5 +62,5 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> 
     for row in rows:
         grid.add_row(*(printable(cell) if isinstance(cell, str) else cell for cell in row))
     # A pipe has no width: tables take what they need, where rich would wrap them at 80 columns.
-    shape = {} if sys.stdout.isatty() else {"width": 200, "force_terminal": False}
+    shape: dict[str, Any] = {} if sys.stdout.isatty() else {"width": 200, "force_terminal": False}
     Console(markup=False, emoji=False, **shape).print(grid)  # a name may look like markup

@@ -38,7 +38,8 @@ def main(folder: Path) -> None:
     print(to_markdown([reports[0].accuracy, reports[0].bias, reports[0].costs]))
 
     opened = probsurgery.open_cache(cache)
-    from_features = uncertainties(opened), [projection(opened)]
+    projected = projection(opened)
+    from_features = uncertainties(opened), [projected] if projected else []
     for path in draw(reports, folder / "figures", *from_features):
         print(path)
     write_page(folder / "report.html", reports, *from_features)

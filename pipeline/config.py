@@ -4,10 +4,10 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from itertools import product
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from probsurgery.pipeline.errors import InputError, unknown
 from probsurgery.pipeline.fingerprints import shortened
@@ -17,6 +17,8 @@ DTYPES = ("float32", "float16")
 PRECISIONS = ("fp32", "bf16", "fp16")
 STORES = ("zarr", "hdf5")
 SPLITS = ("test", "train")
+CACHES = Path("cache")
+"""Folder in which caches get their default names."""
 
 
 def number_text(value: float) -> str:
@@ -66,7 +68,11 @@ class _HeadSettings:
     title: ClassVar[str]  # name in tables
     width_name: ClassVar[str | None] = None  # the setting that is the inner width
     is_trained: ClassVar[bool] = True  # step by step, and not solved in closed form
-    samples = 0  # noise samples in a training step; not annotated, so that it is a field of `ProbSettings` only
+    # Of a kind without these settings. Not annotated, so that they are fields of the other kinds only.
+    steps = 0
+    batch_size = 0
+    samples = 0
+    kl_weight = 0.0
 
     @property
     def predicts_sigma(self) -> bool:
@@ -75,8 +81,10 @@ class _HeadSettings:
 
 
 @dataclass(frozen=True)
-class _TrainedSettings(_HeadSettings):
+class TrainedSettings(_HeadSettings):
     """Settings of every head that is trained step by step. A step is one update of one head."""
+
+    width_name: ClassVar[str]
 
     steps: int = 1_000
     batch_size: int = 16
@@ -94,7 +102,7 @@ class _TrainedSettings(_HeadSettings):
 
 
 @dataclass(frozen=True)
-class SurgerySettings(_TrainedSettings):
+class SurgerySettings(TrainedSettings):
     """Surgery (Yang et al., ICML 2024, arxiv.org/abs/2402.02705): a correction of low rank r."""
 
     kind = "surgery"
@@ -105,7 +113,7 @@ class SurgerySettings(_TrainedSettings):
 
 
 @dataclass(frozen=True)
-class ProbSettings(_TrainedSettings):
+class ProbSettings(TrainedSettings):
     """ProbSurgery (Wei et al., ICML 2025): a Gaussian over the correction."""
 
     kind = "prob"
@@ -149,7 +157,7 @@ HEAD_SETTINGS: dict[str, type[HeadSettings]] = {s.kind: s for s in (ProbSettings
 _ABBREVIATIONS = {"hidden": "h", "rank": "r", "kl_weight": "kl", "batch_size": "batch"}
 
 
-def head_settings(head: str, **given: object) -> HeadSettings:
+def head_settings(head: str, **given: Any) -> HeadSettings:
     """Settings of a kind of head by its name; a value of None stands for the default.
 
     Raises `InputError` for an unknown head, a setting that this kind does not have, or a value out of range.
@@ -161,6 +169,11 @@ def head_settings(head: str, **given: object) -> HeadSettings:
             allowed = ", ".join(map(_option, _names(head)))
             raise InputError(f"{_option(name)} is not a setting of {head} heads; they take: {allowed}")
     return HEAD_SETTINGS[head](**given)
+
+
+def changed_settings(head: HeadSettings, **changed: Any) -> HeadSettings:
+    """The same kind of head, with other values of some settings."""
+    return head_settings(head.kind, **asdict(head) | changed)
 
 
 def _names(head: str) -> list[str]:
@@ -206,7 +219,7 @@ class ExtractConfig:
     workers: int | None = None
     """Processes that decode images; 0: the main process; None: one for each core, for images in files."""
     device: str = "auto"
-    root: str | Path = Path("cache")
+    root: str | Path = CACHES
     """Folder in which caches get their default names."""
     out: str | Path | None = None
     """Folder of the one cache to write, instead of `root` and a default name."""
@@ -289,7 +302,13 @@ class FitConfig:
             for name in ("steps", "batch_size"):
                 if getattr(self.head, name) not in (1, getattr(type(self.head), name)):
                     raise InputError(f"--online takes every row once, one at a time; leave {_option(name)} out")
-            object.__setattr__(self, "head", replace(self.head, steps=1, batch_size=1))
+            object.__setattr__(self, "head", changed_settings(self.head, steps=1, batch_size=1))
+
+    @property
+    def known_tasks(self) -> tuple[str, ...]:
+        """The tasks of a configuration whose tasks have been filled in from the cache."""
+        assert self.tasks is not None, "stage two fills the tasks in first"
+        return self.tasks
 
     @property
     def protocol(self) -> str:
@@ -321,7 +340,7 @@ class SweepConfig:
 
     cache: str | Path
     head: tuple[str, ...] = ("prob",)
-    values: dict[str, tuple] = field(default_factory=dict)
+    values: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     """Values of the heads' settings, by name; each kind of head takes the settings that it has."""
     fraction: tuple[float, ...] = (FitConfig.fraction,)
     seed: tuple[int, ...] = (FitConfig.seed,)
@@ -359,7 +378,7 @@ class SweepConfig:
         combinations = sum(math.prod(map(len, self._values_of(head).values())) for head in self.head)
         return combinations * len(self.fraction) * len(self.seed)
 
-    def _values_of(self, head: str) -> dict[str, tuple]:
+    def _values_of(self, head: str) -> dict[str, tuple[Any, ...]]:
         return {name: values for name, values in self.values.items() if name in _names(head)}
 
     def expand(self) -> list[FitConfig]:

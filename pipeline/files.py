@@ -27,14 +27,14 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True):
         return msgspec.to_builtins(self)
 
 
-class Seal(Record):
+class Seal(Record, frozen=True):
     """Size and digest of a file."""
 
     bytes: Count
     sha256: Digest
 
 
-class SourceFile(Record):
+class SourceFile(Record, frozen=True):
     """A file that something was made from."""
 
     source: str = ""

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def fingerprint(value: object) -> str:
@@ -17,7 +18,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def differences(a: Mapping, b: Mapping, prefix: str = "") -> list[str]:
+def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Each leaf in which two nested mappings differ, as ``path: a's value / b's value``."""
     lines = []
     for key in sorted(a.keys() | b.keys()):

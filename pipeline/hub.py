@@ -37,9 +37,9 @@ def explain(problem: Exception, repo: str, option: str, kind: str = "model") -> 
 
     fetch = f"hf download {repo}{' --repo-type dataset' if kind == 'dataset' else ''} --local-dir DIR/{repo}"
     elsewhere = f"or fetch it elsewhere with `{fetch}` and give {option} DIR"
-    chain = [problem]
-    while (chain[-1].__cause__ or chain[-1].__context__) is not None and len(chain) < 10:
-        chain.append(chain[-1].__cause__ or chain[-1].__context__)
+    chain: list[BaseException] = [problem]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and len(chain) < 10:
+        chain.append(cause)
     if any(isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) for error in chain):
         return f"no space left for the {kind} {repo}; free some in {constants.HF_HOME}, or point HF_HOME elsewhere"
     not_found = type(problem).__name__ == "DatasetNotFoundError"  # the datasets library hides the client's error

@@ -1,6 +1,7 @@
 """The package as it is installed: contents of the wheel, public names, and which module may import which."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -150,3 +151,16 @@ def test_the_readme_begins_with_the_two_commands():
     first_screen = (ROOT / "README.md").read_text()[:2_500]
     places = [first_screen.index(c) for c in ("make demo", "make test", "pip install", "--arch mini", "--arch vitl14")]
     assert places == sorted(places)
+
+
+@pytest.mark.slow
+def test_the_documented_snippets_have_no_type_error(tmp_path):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 2
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "probsurgery").symlink_to(ROOT)
+    (tmp_path / "snippets.py").write_text("\n".join(blocks))
+    environment = os.environ | {"MYPYPATH": str(tmp_path / "package")}
+    command = [BIN / "mypy", "--config-file", ROOT / "pyproject.toml", "--follow-imports", "silent", "snippets.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from types import UnionType
+from typing import Any
 
 from probsurgery.pipeline.analysis.labels import (
     HeadFigures,
@@ -22,7 +22,7 @@ AXES = ("rank", "hidden", "kl_weight", "steps", "samples", "fraction", "loss", "
 """Settings against which there are curves."""
 GRID_AXES = ("hidden", "kl_weight")
 """Settings against which there is a grid: down, across."""
-_Group = dict[tuple, list[ResultRow]]
+_Group = dict[tuple[Any, ...], list[ResultRow]]
 """Rows by their values on one or two axes."""
 
 
@@ -34,7 +34,7 @@ class Curve:
     label: str
     """The head, with the settings that are held fixed."""
     protocol: str
-    points: dict[object, HeadFigures]
+    points: dict[Any, HeadFigures]
     """By the setting's value, in order."""
 
     @property
@@ -48,7 +48,7 @@ class Grid:
 
     label: str
     protocol: str
-    points: dict[tuple, HeadFigures]
+    points: dict[tuple[Any, ...], HeadFigures]
     """By both settings' values, in order: a row for each width, a column for each weight."""
 
 
@@ -56,7 +56,7 @@ def find_curves(rows: Sequence[ResultRow], prefix: str = "") -> list[Curve]:
     """The longest curve for each setting that varies and each kind of head."""
     groups: dict[tuple[str, str], list[_Group]] = defaultdict(list)
     for axis in AXES:
-        for group in _equal_but_for(rows, (axis,), int | float | str):
+        for group in _equal_but_for(rows, (axis,), (int, float, str)):
             if len(group) > 1:
                 groups[axis, _first_row(group).kind].append(group)
     curves = []
@@ -73,7 +73,7 @@ def find_curves(rows: Sequence[ResultRow], prefix: str = "") -> list[Curve]:
 def find_grids(rows: Sequence[ResultRow], prefix: str = "") -> list[Grid]:
     """The largest grid of widths and KL weights, or nothing if only one of them varies."""
     grids = []
-    for group in _equal_but_for(rows, GRID_AXES, int | float):
+    for group in _equal_but_for(rows, GRID_AXES, (int, float)):
         weights = {width: {weight for w, weight in group if w == width} for width, _ in group}
         most = max(weights.values(), key=len)  # a width with fewer weights would leave holes
         values = sorted(width for width in weights if weights[width] >= most), sorted(most)
@@ -86,7 +86,7 @@ def find_grids(rows: Sequence[ResultRow], prefix: str = "") -> list[Grid]:
     return [Grid(prefix + head_label(first, GRID_AXES), first.protocol, _figures(group))]
 
 
-def _equal_but_for(rows: Sequence[ResultRow], axes: tuple[str, ...], types: UnionType) -> list[_Group]:
+def _equal_but_for(rows: Sequence[ResultRow], axes: tuple[str, ...], types: tuple[type, ...]) -> list[_Group]:
     """Rows with values of these types on the axes, in groups that are equal in all else but seed and task."""
     groups: dict[str, _Group] = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -98,7 +98,7 @@ def _equal_but_for(rows: Sequence[ResultRow], axes: tuple[str, ...], types: Unio
     return list(groups.values())
 
 
-def _priority(group: _Group, axes: tuple[str, ...]) -> tuple:
+def _priority(group: _Group, axes: tuple[str, ...]) -> tuple[object, ...]:
     """Sort key of groups: more values come first, then settings near the defaults."""
     first = _first_row(group)
     return -len(group), departure_count(first, axes), sort_key(first, axes)
@@ -108,7 +108,7 @@ def _first_row(group: _Group) -> ResultRow:
     return next(iter(group.values()))[0]
 
 
-def _figures(group: _Group) -> dict[tuple, HeadFigures]:
+def _figures(group: _Group) -> dict[tuple[Any, ...], HeadFigures]:
     tasks = list(dict.fromkeys(row.task for rows in group.values() for row in rows))
     return {values: head_figures(rows, tasks) for values, rows in group.items()}
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -26,12 +26,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+T = TypeVar("T")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette for colour-blind readers; lines differ in their markers too."""
 MARKERS = "osD^vPX"
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")
-_LINE_STYLES = [{"color": colour, "marker": marker} for colour, marker in zip(COLOURS, MARKERS, strict=True)]
-_STYLE = {
+_LINE_STYLES: list[dict[str, Any]] = [
+    {"color": colour, "marker": marker} for colour, marker in zip(COLOURS, MARKERS, strict=True)
+]
+_STYLE: dict[Any, object] = {
     "font.size": 8,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -85,10 +88,10 @@ def prepare(folder: Path | None = None) -> None:
 
 def _matplotlib_style() -> AbstractContextManager[None]:
     try:
-        from matplotlib import rc_context
+        import matplotlib as mpl
     except ImportError:
         raise InputError("figures need matplotlib; pip install 'probsurgery[plots]'") from None
-    return rc_context(_STYLE)
+    return mpl.rc_context(_STYLE)
 
 
 def _new_figure(width: float, height: float) -> Figure:
@@ -115,7 +118,9 @@ def _figures(
     yield from _numbered("projection", projections, _projection)
 
 
-def _numbered(name: str, items: Sequence, drawing: Callable, suffix: str = "") -> Iterator[tuple[str, Figure]]:
+def _numbered(
+    name: str, items: Sequence[T], drawing: Callable[[T], Figure], suffix: str = ""
+) -> Iterator[tuple[str, Figure]]:
     """A figure of each item; their files' names have a number if there are several."""
     for number, item in enumerate(items, 1):
         yield (f"{name}-{number}" if len(items) > 1 else name) + suffix, drawing(item)
@@ -126,11 +131,17 @@ def _bias_bars(report: Report) -> Figure:
     lines, columns = report.bias.lines[:_MAX_BARS], [*report.tasks, AVERAGE]
     figure = _new_figure(7.2, 2.8)
     axes = figure.subplots()
-    width, edge = 0.8 / len(lines), {"edgecolor": "white", "linewidth": 0.3, "error_kw": {"elinewidth": 0.8}}
+    width = 0.8 / len(lines)
+    edge: dict[str, Any] = {"edgecolor": "white", "linewidth": 0.3, "error_kw": {"elinewidth": 0.8}}
     for index, line in enumerate(lines):
         x = np.arange(len(columns)) - 0.4 + width * (index + 0.5)
-        means, deviations = _means_and_deviations(line.values.get(column) for column in columns)
-        filling = {"color": COLOURS[index], "hatch": HATCHES[index], "label": line.label.removeprefix("+ ")}
+        figures = (line.values.get(column) for column in columns)
+        means, deviations = _means_and_deviations(f if isinstance(f, Spread) else None for f in figures)
+        filling: dict[str, Any] = {
+            "color": COLOURS[index],
+            "hatch": HATCHES[index],
+            "label": line.label.removeprefix("+ "),
+        }
         axes.bar(x, means, width, yerr=deviations, **filling, **edge)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_ylabel("bias, mean |difference| to expert")
@@ -154,7 +165,7 @@ def _curves(report: Report, curves: Sequence[Curve]) -> Figure:
     for axes, (measure, (title, *_)) in zip(panels, _MEASURES.items(), strict=True):
         for curve, style in zip(curves, cycle(_LINE_STYLES), strict=False):
             points = {v: s for v, point in curve.points.items() if (s := getattr(point, measure).get(AVERAGE))}
-            x = range(len(points)) if is_categorical else list(points)
+            x: Sequence[float] = range(len(points)) if is_categorical else list(points)
             means, deviations = _means_and_deviations(points.values())
             axes.plot(x, means, markersize=4, linestyle=line_style, label=curve.label, **style)
             if is_categorical:
@@ -191,13 +202,19 @@ def _draw_encoders(axes: Axes, report: Report) -> None:
     """A horizontal line for each encoder whose average accuracy is near the values shown."""
     low, high = axes.get_ylim()
     margin = 0.6 * (high - low)
-    note = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom", "fontsize": 6, "color": "0.35"}
+    note: dict[str, Any] = {
+        "xycoords": ("axes fraction", "data"),
+        "ha": "right",
+        "va": "bottom",
+        "fontsize": 6,
+        "color": "0.35",
+    }
     for line in report.accuracy.lines:
         is_merged = line.label.startswith("merged (")
-        value = line.values.get(AVERAGE)
-        if value and (is_merged or line.kind == BASELINE) and low - margin <= value.mean <= high + margin:
-            axes.axhline(value.mean, color="0.35", linewidth=0.8, linestyle=":" if is_merged else "--")
-            axes.annotate(line.label, (1, value.mean), **note)
+        value = line.number(AVERAGE) if is_merged or line.kind == BASELINE else None
+        if value is not None and low - margin <= value <= high + margin:
+            axes.axhline(value, color="0.35", linewidth=0.8, linestyle=":" if is_merged else "--")
+            axes.annotate(line.label, (1, value), color="0.35", **note)
 
 
 def _heat_map(grid: Grid) -> Figure:
@@ -270,12 +287,14 @@ def _projection(projected: Projection) -> Figure:
     return figure
 
 
-def _panel_for_each(tasks: Collection[str], height: float, **shared: bool) -> tuple[Figure, np.ndarray]:
+def _panel_for_each(
+    tasks: Collection[str], height: float, *, sharex: bool, sharey: bool = False
+) -> tuple[Figure, np.ndarray]:
     """A figure, and its panels: one with a title for each task, four in a row. `height` is a panel's, in inches."""
     columns = min(4, len(tasks))
     rows = math.ceil(len(tasks) / columns)
     figure = _new_figure(7.2, height * rows + 0.6)
-    panels = figure.subplots(rows, columns, squeeze=False, **shared)
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey)
     for axes, task in zip(panels.flat, tasks, strict=False):
         axes.set_title(task)
     for axes in panels.flat[len(tasks) :]:

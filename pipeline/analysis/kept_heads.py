@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 
 from probsurgery.pipeline.analysis.labels import head_label
-from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, Line, Table
+from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, Line, Table, mean_of
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.heads.head import Head, load_head
 from probsurgery.pipeline.heads.uncertainty import COVERAGES, Uncertainty, measure
@@ -81,7 +81,7 @@ def uncertainty_table(head: HeadUncertainty) -> Table:
     """Correlations, calibration, and accuracy without the least certain images."""
     lines = [Line(task, _uncertainty_figures(measured)) for task, measured in head.tasks.items()]
     columns = {column: _FORMATS.get(column, ".1f") for column in lines[0].values}
-    means = {column: fmean(line.values[column] for line in lines) for column in columns}
+    means = {column: mean_of(lines, column) for column in columns}
     title = f"Uncertainty of {head.label} ({head.cache}: {head.protocol}, evaluated on all test images)"
     return Table(title, columns, (*lines, Line(AVERAGE, means, BASELINE)), first="task", notes=(_NOTE,))
 

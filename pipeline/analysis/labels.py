@@ -8,7 +8,7 @@ from statistics import fmean
 from probsurgery.pipeline.analysis.tables import AVERAGE
 from probsurgery.pipeline.config import HEAD_SETTINGS, number_text
 from probsurgery.pipeline.fingerprints import fingerprint
-from probsurgery.pipeline.store.results import ResultRow, Spread, spread
+from probsurgery.pipeline.store.results import ResultRow, Spread, spreads
 
 _WIDTHS = {settings.width_name for settings in HEAD_SETTINGS.values()}
 
@@ -38,7 +38,7 @@ def departure_count(row: ResultRow, leave_out: Collection[str] = ()) -> int:
     return len(departures(row, leave_out)) + row.shared + ("fraction" not in leave_out and row.fraction != 1)
 
 
-def sort_key(row: ResultRow, leave_out: Collection[str] = ()) -> tuple:
+def sort_key(row: ResultRow, leave_out: Collection[str] = ()) -> tuple[object, ...]:
     """Order of settings of one kind of head: private heads first, then by fraction, width, and the other settings."""
     settings = [(name, value) for name, value in row.settings.items() if name not in leave_out]
     settings.sort(key=lambda item: item[0] not in _WIDTHS)
@@ -50,8 +50,7 @@ def head_label(row: ResultRow, leave_out: Collection[str] = ()) -> str:
     """A head's name in a table: its kind, width, steps, and whatever departs from the default."""
     kind = HEAD_SETTINGS.get(row.kind)
     details, named = [], {"batch_size"} if row.is_online else set()
-    if kind and kind.is_trained:
-        width = kind.width_name
+    if kind and (width := kind.width_name):
         named |= {width, "steps"}
         if width not in leave_out:
             details.append(f"{width[0]}={row.settings.get(width, '?')}")
@@ -126,7 +125,7 @@ def _over_seeds(
     seeds = [{task: fmean(values) for task, values in by_task.items()} for by_task in by_seed.values()]
     columns = {task: [means[task] for means in seeds if task in means] for task in tasks}
     columns[AVERAGE] = [fmean(means[task] for task in tasks) for means in seeds if means.keys() >= set(tasks)]
-    return {column: spread(values) for column, values in columns.items() if values}
+    return spreads(columns)
 
 
 def _without_equal_seeds(figures: dict[str, Spread]) -> dict[str, Spread]:

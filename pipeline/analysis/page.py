@@ -31,7 +31,7 @@ def write_page(
     caches = list(dict.fromkeys(cache for report in reports for cache in report.caches))
     sections = [(f"Results: {report.arch}, {report.protocol}", report.tables) for report in reports]
     if uncertainties:
-        sections.append(("Uncertainty", [*map(uncertainty_table, uncertainties)]))
+        sections.append(("Uncertainty", tuple(map(uncertainty_table, uncertainties))))
     with TemporaryDirectory() as folder:
         titles = draw(reports, folder, uncertainties, projections)
         figures = [(title, b64encode(png.with_suffix(".svg").read_bytes()).decode()) for png, title in titles.items()]

@@ -54,6 +54,6 @@ def published_lines(arch: str, measured: Sequence[Line], tasks: Sequence[str]) -
         lines.append(Line(f"{method} [published: {row['source']}]", values, PUBLISHED, method))
         for line in measured:
             if line.method == method:
-                differences = {c: line.values[c].mean - v for c, v in values.items() if c in line.values}
+                differences = {c: number - v for c, v in values.items() if (number := line.number(c)) is not None}
                 lines.append(Line(f"measured - published, {method}", differences, DIFFERENCE, method))
     return lines

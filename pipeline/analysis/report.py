@@ -49,7 +49,7 @@ class Report:
         """All tables: accuracy, bias, costs, then one for each curve."""
         return (self.accuracy, self.bias, self.costs, *(curve_table(curve, self.tasks) for curve in self.curves))
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, object]:
         """Circumstances and tables, with figures in full."""
         circumstances = {name: getattr(self, name) for name in ("caches", "arch", "merges", "protocol", "tasks")}
         accuracy, bias, costs, *curves = (table.to_json() for table in self.tables)
@@ -86,7 +86,7 @@ def report(
         raise InputError(f"a cache is named twice: {', '.join(map(str, paths))}")
     if results is not None and len(paths) > 1:
         raise InputError("--results goes with one --cache; results of several are read from the caches themselves")
-    groups: dict[tuple, list[_Source]] = defaultdict(list)
+    groups: dict[tuple[str, tuple[str, ...], str], list[_Source]] = defaultdict(list)
     for path in paths:
         cache = Cache(path)
         folder, merge = Path(cache.path if results is None else results), cache.identity.merge
@@ -155,8 +155,8 @@ def _baselines(sources: Sequence[_Source], names: Sequence[str], tasks: Sequence
     """The pre-trained encoder and the experts: one line each if all caches agree, else one for each cache."""
     lines = []
     for encoder, label in (("pretrained", "pretrained"), ("individual", "individual experts")):
-        figures = [labels.encoder_accuracy(source.rows, tasks, encoder) for source in sources]
-        figures = [(name, values) for name, values in zip(names, figures, strict=True) if values]
+        of_each = [labels.encoder_accuracy(source.rows, tasks, encoder) for source in sources]
+        figures = [(name, values) for name, values in zip(names, of_each, strict=True) if values]
         if all(_are_equal(values, figures[0][1]) for _, values in figures):
             lines += [Line(label, values, BASELINE, encoder) for _, values in figures[:1]]
         else:
@@ -187,11 +187,14 @@ def _is_main(rows: Sequence[ResultRow], folder: Path) -> bool:
     return is_default or any((folder / "heads" / row.head).is_dir() for row in rows)
 
 
-def _costs(rows: Sequence[ResultRow], tasks: Sequence[str], arch: str) -> dict[str, Spread | float]:
+def _costs(rows: Sequence[ResultRow], tasks: Sequence[str], arch: str) -> dict[str, Spread | float | None]:
     by_seed = [[row for row in rows if row.seed == seed] for seed in dict.fromkeys(row.seed for row in rows)]
     parameters = rows[0].parameters
-    values = {"parameters": parameters, "all heads": labels.head_count(rows) * parameters}
-    values["fit, s"] = spread(map(labels.training_seconds, by_seed))
+    values: dict[str, Spread | float | None] = {
+        "parameters": parameters,
+        "all heads": labels.head_count(rows) * parameters,
+        "fit, s": spread(map(labels.training_seconds, by_seed)),
+    }
     with suppress(InputError):  # the architecture is not known here
         encoder = sum(shape.numel() for shape in architectures.expected_shapes(arch).values())
         values["of the encoder, %"] = 100 * parameters / encoder

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean
 
 from probsurgery.pipeline.analysis.labels import head_count, training_seconds, value_text
-from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, Line, Table
+from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, Line, Table, mean_of
 from probsurgery.pipeline.fitting.sweep import SweepResult
 from probsurgery.pipeline.store.results import ResultRow
 
@@ -17,7 +17,7 @@ def fit_table(rows: Sequence[ResultRow], folder: Path | None = None) -> Table:
     for row in rows:
         accuracy = [100 * share for share in (row.accuracy.merged, row.accuracy.head, row.accuracy.individual)]
         lines.append(Line(row.task, dict(zip(columns, [*accuracy, row.bias.before, row.bias.after], strict=True))))
-    averages = {column: fmean(line.values[column] for line in lines) for column in columns}
+    averages = {column: mean_of(lines, column) for column in columns}
     heads = "1 head" if head_count(rows) == 1 else f"{head_count(rows)} heads"
     note = f"{heads}, {rows[0].parameters:,} parameters each, {training_seconds(rows):.1f} s of training"
     title = f"{folder or rows[0].head} ({rows[0].protocol})"
@@ -31,7 +31,7 @@ def sweep_tables(result: SweepResult) -> list[Table]:
         average = {AVERAGE: fmean(values.values())} if len(values) == len(result.tasks) else {}
         lines.append(Line(encoder, values | average, BASELINE))
     for line in result.lines:
-        figures = line.accuracy | {AVERAGE: line.average_accuracy, "bias": line.average_bias}
+        figures = {**line.accuracy, AVERAGE: line.average_accuracy, "bias": line.average_bias}
         incomplete = f" ({line.seeds} of {result.seeds} seeds)" if line.seeds < result.seeds else ""
         setting = [f"{name.replace('_', '-')} {value_text(value)}" for name, value in line.setting.items()]
         lines.append(Line((" ".join(setting) or "with head") + incomplete, figures))

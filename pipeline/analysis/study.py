@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from probsurgery.pipeline.analysis.labels import by_setting, encoder_accuracy, head_figures, head_label
 from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, Line, Table
@@ -29,7 +30,7 @@ class Study:
     """The sweeps of the study, as variants of a base that has the cache, the seeds and the tasks."""
 
 
-def _one_sweep(**changes: object) -> _Sweeps:
+def _one_sweep(**changes: Any) -> _Sweeps:
     return lambda base: [replace(base, **changes)]
 
 

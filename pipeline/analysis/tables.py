@@ -2,8 +2,9 @@
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from statistics import fmean
 
 from probsurgery.pipeline.store.results import Spread
 
@@ -23,11 +24,24 @@ class Line:
     """One line of a table: its label, and its values by column. A column without a value is shown as "-"."""
 
     label: str
-    values: dict[str, Value | None]
+    values: Mapping[str, Value | None]
     kind: str = MEASURED
     """`measured`; `baseline`, which does not compete for the best; `published`; or `difference` to a published line."""
     method: str = ""
     """Its name in the published tables."""
+
+    def number(self, column: str) -> float | None:
+        """A value as a number, the mean if it is over seeds; None for text or no value."""
+        value = self.values.get(column)
+        value = value.mean if isinstance(value, Spread) else value
+        return value if isinstance(value, int | float) else None
+
+
+def mean_of(lines: Iterable[Line], column: str) -> float | None:
+    """The mean of a column; None unless every line has a number there."""
+    numbers = [line.number(column) for line in lines]
+    known = [number for number in numbers if number is not None]
+    return fmean(known) if known and len(known) == len(numbers) else None
 
 
 @dataclass(frozen=True)
@@ -49,15 +63,14 @@ class Table:
         """Whether a cell, as shown, is the best of its column. Several cells may be."""
         if self.best is None or line.kind != MEASURED:
             return False
-        shown = [self._rounded(other, column) for other in self.lines if other.kind == MEASURED]
-        shown = [value for value in shown if value is not None]
+        rounded = [self._rounded(other, column) for other in self.lines if other.kind == MEASURED]
+        shown = [value for value in rounded if value is not None]
         return len(shown) > 1 and self._rounded(line, column) == self.best(shown)
 
     def _rounded(self, line: Line, column: str) -> float | None:
         """A cell's number as it is shown; None for text or no value."""
-        value = line.values.get(column)
-        value = value.mean if isinstance(value, Spread) else value
-        return float(format(value, self.columns[column].replace(",", ""))) if isinstance(value, int | float) else None
+        number = line.number(column)
+        return None if number is None else float(format(number, self.columns[column].replace(",", "")))
 
     def text(self, line: Line, column: str) -> str:
         """A cell as text."""
@@ -67,7 +80,7 @@ class Table:
             return value or "-"
         return spread_text(value, spec) if isinstance(value, Spread) else format(value, spec)
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, object]:
         """Figures in full; a figure over seeds is `{"mean", "sd", "seeds"}`."""
         lines = []
         for line in self.lines:

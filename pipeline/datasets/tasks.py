@@ -2,10 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -16,7 +17,7 @@ from probsurgery.pipeline.files import Record, decode, read_json
 from probsurgery.pipeline.hub import explain
 
 
-class HubDataset(Record):
+class HubDataset(Record, frozen=True):
     """A data set of the Hugging Face Hub: its names of our splits, its columns of images and labels."""
 
     id: str
@@ -26,7 +27,7 @@ class HubDataset(Record):
     label: str
 
 
-class Task(Record, rename={"class_names": "classes", "hub": "dataset"}):
+class Task(Record, frozen=True, rename={"class_names": "classes", "hub": "dataset"}):
     """One classification task."""
 
     name: str
@@ -43,6 +44,12 @@ class Task(Record, rename={"class_names": "classes", "hub": "dataset"}):
     """Number of images of the papers' splits, where known. SUN397's test split exists in two sizes."""
     aliases: tuple[str, ...] = ()
     """The data set's own class names, where they differ from ours by more than case and separators."""
+
+    @property
+    def published(self) -> HubDataset:
+        """The data set of the Hub, of a task that has one."""
+        assert self.hub is not None, f"{self.name} is in the package"
+        return self.hub
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ def select_tasks(suite: str, names: Sequence[str] | None) -> tuple[Task, ...]:
     return tuple(task for name, task in known.items() if name in names)
 
 
-def check_names(names: Sequence[str], known: Sequence[str]) -> None:
+def check_names(names: Sequence[str], known: Collection[str]) -> None:
     """Raise `InputError` unless there is at least one name, all names are known, and none is repeated."""
     if not names:
         raise InputError(f"no task was named; choose from: {', '.join(known)}")
@@ -163,7 +170,7 @@ def _data_folders(task: Task, source: Path) -> list[Path]:
     """Folders in a folder of data sets that may hold a task's data."""
     if not source.is_dir():
         raise InputError(f"no folder {source}; --data takes a folder with a folder for each task")
-    repo = task.hub.id
+    repo = task.published.id
     names = dict.fromkeys((task.name, task.title, repo.split("/")[-1], repo, *FOLDERS[task.name].names))
     folders = [source / name for name in names if (source / name).is_dir()]
     if not folders or (folders == [source / "."] and not any(source.glob("*_32x32.mat"))):
@@ -174,7 +181,7 @@ def _data_folders(task: Task, source: Path) -> list[Path]:
     return folders
 
 
-def _data_fingerprint(origin: list, labels: np.ndarray, encoded: Callable[[int], bytes]) -> str:
+def _data_fingerprint(origin: list[Any], labels: np.ndarray, encoded: Callable[[int], bytes]) -> str:
     """Digest of the origin, all labels and at most 128 encoded images: reading all takes as long as the extraction."""
     digest = hashlib.sha256(json.dumps(origin).encode() + labels.tobytes())
     for row in range(0, len(labels), max(1, len(labels) // 64)):
@@ -188,7 +195,7 @@ def _open_table(task: Task, split: str, folder: Path | None, classes: ClassIndex
         import datasets
     except ImportError:
         raise InputError(f"task {task.name} needs the package datasets; pip install 'probsurgery[hub]'") from None
-    hub = task.hub
+    hub = task.published
     path, config = hub.id if folder is None else str(folder), hub.config
     if folder is not None:
         datasets.disable_progress_bars()
@@ -215,5 +222,5 @@ def _open_table(task: Task, split: str, folder: Path | None, classes: ClassIndex
     return Images(labels, fingerprint, partial(_decode_row, table, hub.image), path, order)
 
 
-def _decode_row(table, column: str, row: int) -> Image.Image:
+def _decode_row(table: Any, column: str, row: int) -> Image.Image:
     return table[int(row)][column]

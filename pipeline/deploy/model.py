@@ -7,7 +7,6 @@ from typing import Any
 
 import torch.nn.functional as F
 from jaxtyping import Float
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ FILES = ("merged.safetensors", "heads.safetensors", "classifiers.safetensors")
 _MOST_BYTES = 2**24  # of model.json
 
 
-class Provenance(Record, kw_only=True, omit_defaults=False):
+class Provenance(Record, frozen=True, kw_only=True, omit_defaults=False):
     """What a model was made from. `cache` is the digest of the cache's identity."""
 
     arch: str
@@ -39,7 +38,7 @@ class Provenance(Record, kw_only=True, omit_defaults=False):
     software: Mapping[str, str]
 
 
-class ModelDescription(Provenance, kw_only=True, omit_defaults=False):
+class ModelDescription(Provenance, frozen=True, kw_only=True, omit_defaults=False):
     """What model.json holds. `head` is the kind of head, `files` has the files' digests."""
 
     schema: int
@@ -69,7 +68,7 @@ class SurgeryModel(nn.Module):
         self.encoder, self.settings, self.tasks, self.shared = encoder, head.settings, head.tasks, head.shared
         self.class_names = {task: tuple(class_names[task]) for task in head.tasks}
         self.provenance, self._head_names = provenance, tuple(head.params)
-        self.transform: Callable[[Image.Image], Tensor] = architectures.transform_of(provenance.preprocessing)
+        self.transform = architectures.transform_of(provenance.preprocessing)
         for name, values in head.params.items():
             self.register_buffer(f"head_{name}", values)
         for number, task in enumerate(head.tasks):  # not every task's name can be a buffer's

@@ -57,8 +57,17 @@ def write_onnx(model: SurgeryModel, folder: Path, progress: Progress = no_progre
                 warnings.simplefilter("ignore")  # deprecations within the exporter
                 logging.getLogger("torch.onnx").setLevel(logging.ERROR)
                 shapes = {"images": {0: torch.export.Dim("batch")}}
-                names = {"input_names": ["images"], "output_names": graph.outputs, "dynamic_shapes": shapes}
-                torch.onnx.export(graph, (drawn[:2],), path, dynamo=True, external_data=False, verbose=False, **names)
+                torch.onnx.export(
+                    graph,
+                    (drawn[:2],),
+                    path,
+                    input_names=["images"],
+                    output_names=graph.outputs,
+                    dynamic_shapes=shapes,
+                    dynamo=True,
+                    external_data=False,
+                    verbose=False,
+                )
             session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         except Exception as error:  # the exporter raises anything
             raise ProbsurgeryError(f"{task} cannot be written as ONNX: {first_line(error)}") from None

@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from probsurgery.pipeline.errors import ProbsurgeryError, first_line
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -37,16 +40,16 @@ class Ranks:
     local_rank: int = 0
     """Rank among those on this machine."""
     local_size: int = 1
-    group: object = None
-    """torch.distributed's group; None: the default one."""
+    group: "ProcessGroup | None" = None
+    """None: torch.distributed's default one."""
 
     @property
     def leads(self) -> bool:
         """Whether this is rank 0."""
         return self.rank == 0
 
-    def lead(self, action: Callable[[], T], *, all_follow: bool = False) -> T | None:
-        """Rank 0 acts, and the others wait; then they act too, if `all_follow`.
+    def lead(self, action: Callable[[], T], then: Callable[[], T]) -> T:
+        """Rank 0 acts, and the others wait for it; `then` is what they do after it.
 
         Rank 0 reports its own error: the others exit with its status, and print nothing.
         """
@@ -63,7 +66,7 @@ class Ranks:
         status = self._broadcast(None)
         if status:
             sys.exit(status)
-        return action() if all_follow else None
+        return then()
 
     def _broadcast(self, status: int | None) -> int:
         import torch.distributed as dist
@@ -71,7 +74,7 @@ class Ranks:
         statuses = [status]
         with _lost_ranks():
             dist.broadcast_object_list(statuses, src=0, group=self.group)
-        return statuses[0]
+        return statuses[0] or 0
 
     def total(self, counts: list[int], meanwhile: Callable[[], None]) -> list[int]:
         """Sums over the ranks, once all have called this; rank 0 calls `meanwhile` repeatedly until then."""
@@ -81,6 +84,7 @@ class Ranks:
         sums = torch.tensor(counts)
         with _lost_ranks():
             waiting = dist.all_reduce(sums, group=self.group, async_op=True)
+            assert waiting is not None, "every rank is in the group"
             while self.leads and not waiting.is_completed():
                 meanwhile()
                 time.sleep(0.2)
@@ -107,13 +111,15 @@ def joined() -> Iterator[Ranks]:
         return
     import torch.distributed as dist
 
-    is_own_group = not dist.is_initialized()
+    is_own_group, group = not dist.is_initialized(), None
     if is_own_group:
         with _lost_ranks():
             dist.init_process_group("gloo", timeout=_LONGEST_WAIT)
-    local = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    else:
+        group = cast("ProcessGroup", dist.new_group(backend="gloo"))  # -100 for processes outside it; every rank is in
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     try:
-        yield Ranks(rank, size, *local, group=None if is_own_group else dist.new_group(backend="gloo"))
+        yield Ranks(rank, size, local_rank, local_size, group)
     finally:
         if is_own_group:
             dist.destroy_process_group()

@@ -87,7 +87,7 @@ def fill(
     _check_precision(plan, images, batch_rows[:1], targets, towers)
     batches = read_batches(images, config.arch, batch_rows, plan.workers, plan.device)
     with ThreadPoolExecutor(max_workers=1) as thread:
-        writing: Future | None = None
+        writing: Future[None] | None = None
         for number in shards:
             here = [target for target in targets if number in target.shards]
             names = {target.encoder for target in here} - {"labels"}

@@ -75,10 +75,13 @@ def extract(config: ExtractConfig, progress: Progress = no_progress) -> Extracti
         result = Extraction()
         with result.timed("prepare"):
             # Rank 0 goes first: the others find what it downloads, and the classifiers that it makes.
-            plan = ranks.lead(partial(plan_run, config, ranks), all_follow=True)
+            make_plan = partial(plan_run, config, ranks)
+            plan = ranks.lead(make_plan, then=make_plan)
         result.caches = [request.path for request in plan.requests]
         with ExitStack() as locks:
-            opened = ranks.lead(lambda: _open_caches(plan, locks, result, progress)) or _join_caches(plan, ranks)
+            opened = ranks.lead(
+                lambda: _open_caches(plan, locks, result, progress), then=lambda: _join_caches(plan, ranks)
+            )
             if ranks.size > 1:  # shares are computed from what was missing before any rank wrote
                 ranks.total([0], meanwhile=lambda: None)
             _fill_caches(plan, opened, ranks, result, progress)
@@ -101,7 +104,7 @@ def _open_caches(plan: RunPlan, locks: ExitStack, result: Extraction, progress: 
     for (target, fresh), model in zip(targets, models, strict=True):
         opened.append((model, CacheWriter.begin(*target, fresh=fresh)))
         store_learned(opened[-1][1], model)
-    taken = {}
+    taken: dict[tuple[str, int, str], tuple[str, int]] = {}
     for model, writer in opened:
         _register(writer, plan)
         writer.declare(plan.arrays)
@@ -109,8 +112,8 @@ def _open_caches(plan: RunPlan, locks: ExitStack, result: Extraction, progress: 
         # The merges of one run would have shared the passes of the other encoders.
         taken |= {(*k, model.request.name if k[0].endswith("merged") else ""): row for k, row in rows.items()}
         result.notes += [f"{problem}: it was encoded again" for problem in problems]
-    for name, rows in taken.values():
-        result.taken[name] = result.taken.get(name, 0) + rows
+    for name, count in taken.values():
+        result.taken[name] = result.taken.get(name, 0) + count
     return opened
 
 
@@ -205,9 +208,15 @@ def _fill_caches(plan: RunPlan, opened: Opened, ranks: Ranks, result: Extraction
             raise ProbsurgeryError(f"{writer.path} lacks shards that other ranks should have written; run this again")
     if work or result.taken:
         seconds = {phase: round(value, 3) for phase, value in result.seconds.items()}
-        counts = {"images": result.images, "passes": result.passes, "taken": result.taken, "ranks": ranks.size}
         cuda, cpu = plan.device.type == "cuda", f"cpu, {torch.get_num_threads()} threads"
-        run = Run(**counts, seconds=seconds, device=torch.cuda.get_device_name(plan.device) if cuda else cpu)
+        run = Run(
+            images=result.images,
+            passes=result.passes,
+            taken=result.taken,
+            ranks=ranks.size,
+            seconds=seconds,
+            device=torch.cuda.get_device_name(plan.device) if cuda else cpu,
+        )
         for writer in writers:
             writer.update(runs=(*writer.manifest.runs, run))
     result.notes += _notes(writers[0].manifest)

@@ -43,8 +43,8 @@ def image_stream(
             yield from decoder.read(task, images, shuffled(len(images), batch_size, seed))
         if (task, split) not in decoded:
             windows = (range(len(images))[i : i + _AT_ONCE] for i in range(0, len(images), _AT_ONCE))
-            pixels, labels = zip(*decoder.read(task, images, windows), strict=True)
-            decoded[task, split] = torch.cat(pixels), torch.cat(labels)
+            read = list(decoder.read(task, images, windows))
+            decoded[task, split] = torch.cat([batch for batch, _ in read]), torch.cat([labels for _, labels in read])
         pixels, labels = decoded[task, split]
         for rows in shuffled(len(labels), batch_size, seed):
             yield pixels[rows], labels[rows]

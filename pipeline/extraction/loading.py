@@ -1,6 +1,7 @@
 """Images -> batches on the device: decoded in worker processes, copied while the previous batch is encoded."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -8,19 +9,19 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from probsurgery.pipeline.datasets.tasks import Images
 from probsurgery.pipeline.errors import ProbsurgeryError, first_line
-from probsurgery.pipeline.models.architectures import image_transform, preprocessing
+from probsurgery.pipeline.models.architectures import Transform, image_transform, preprocessing
 
 Batch = tuple[Tensor, dict[int, str]]
 """Images (B, 3, size, size), and the rows among them that could not be decoded, each with the reason."""
 
 
 def read_batches(
-    images: Images, arch: str, rows: Sequence[Sequence[int]], workers: int, device: torch.device
+    images: Images, arch: str, rows: Iterable[Sequence[int]], workers: int, device: torch.device
 ) -> Iterator[Batch]:
     """Batches of these rows on the device, in order, preprocessed for the architecture."""
     batches = DataLoader(
         _Decoded(images, image_transform(arch), preprocessing(arch)["image_size"]),
-        batch_sampler=rows,
+        batch_sampler=cast("Iterable[list[int]]", rows),
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
@@ -36,7 +37,7 @@ def refuse_undecoded(problems: dict[int, str], where: str) -> None:
         )
 
 
-def _copied(batches: DataLoader, device: torch.device) -> Iterator[Batch]:
+def _copied(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """Copies each batch on a separate CUDA stream while the previous one is encoded."""
     copying = torch.cuda.Stream(device)
     waiting: list[Batch] = []
@@ -50,10 +51,10 @@ def _copied(batches: DataLoader, device: torch.device) -> Iterator[Batch]:
     yield from waiting
 
 
-class _Decoded(Dataset):
+class _Decoded(Dataset[tuple[Tensor, tuple[int, str] | None]]):
     """Images as the encoder takes them. An image that cannot be decoded becomes zeros, with the text of the error."""
 
-    def __init__(self, images: Images, transform: Callable, size: int) -> None:
+    def __init__(self, images: Images, transform: Transform, size: int) -> None:
         self.images, self.transform, self.size = images, transform, size
 
     def __len__(self) -> int:

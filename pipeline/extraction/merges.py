@@ -20,7 +20,7 @@ from probsurgery.pipeline.errors import InputError, ProbsurgeryError, unknown
 from probsurgery.pipeline.files import broken_seal, replaced, seal, write_json
 from probsurgery.pipeline.merging.coefficients import Coefficients, read_coefficients
 from probsurgery.pipeline.merging.entropy import window
-from probsurgery.pipeline.merging.registry import METHODS, changed, merge
+from probsurgery.pipeline.merging.registry import METHODS, Value, changed, merge
 from probsurgery.pipeline.merging.vectors import ImageStream, Merged
 from probsurgery.pipeline.models.checkpoints import digest
 from probsurgery.pipeline.models.sources import Weights
@@ -86,33 +86,33 @@ def merge_requests(config: ExtractConfig, tasks: Sequence[Task], *, whole_suite:
 
 
 def _merge_request(name: str, config: ExtractConfig, tasks: Sequence[Task], whole_suite: bool) -> MergeRequest:
-    coefficients = None
+    coefficients, source = None, ""
     if name in METHODS:
         method = METHODS[name]
         given = {key: value for key, value in config.merge_args.items() if key in method.settings}
         settings = method.checked(name, given)
         if config.coefficients is not None and method.takes_coefficients:
-            coefficients, settings = _given_coefficients(name, config.coefficients, given)
-        label = name + "".join(f"-{key}{value}" for key, value in changed(name, settings).items())
-        if coefficients is not None and "steps" not in settings:
-            label += f"-{config.coefficients.stem}"
+            file = Path(config.coefficients)
+            coefficients, settings = _given_coefficients(name, file, given)
+            source = "" if "steps" in settings else f"-{file.stem}"
+        label = name + "".join(f"-{key}{value}" for key, value in changed(name, settings).items()) + source
         identity = MergeIdentity(name, settings)
     else:
         label = config.name or Path(name).stem
         identity = MergeIdentity("file", {}, config.name)
     suffix = "" if whole_suite else "_" + "+".join(task.name for task in tasks)
     suffix += "" if config.corrupt is None else "-" + config.corrupt.replace(":", "")
-    path = config.out or config.root / f"{config.arch}_{label}{suffix}"
-    return MergeRequest(name, path, identity, coefficients)
+    path = config.out or Path(config.root) / f"{config.arch}_{label}{suffix}"
+    return MergeRequest(name, Path(path), identity, coefficients)
 
 
-def _given_coefficients(name: str, path: Path, given: dict) -> tuple[Coefficients, dict]:
+def _given_coefficients(name: str, path: Path, given: dict[str, object]) -> tuple[Coefficients, dict[str, Value]]:
     """Coefficients from a file, and the settings that they were learned with, if the file says so."""
     method, coefficients = METHODS[name], read_coefficients(path)
     if coefficients.method not in (None, name):
         raise InputError(f"{path} has coefficients that were learned for {coefficients.method}, not {name}")
     layerwise = coefficients.values.ndim == 2
-    if layerwise != method.function.keywords["layerwise"]:
+    if layerwise != method.is_layerwise:
         content = "a coefficient for each tensor" if layerwise else "one coefficient for each task"
         other = f"{'lw' if layerwise else 'tw'}{name[2:]}"
         raise InputError(f"{path} has {content}, which is not {name}; use --merge {other}")
@@ -199,7 +199,8 @@ def make_merge(
             settings = request.identity.settings
             merged = merge(request.name, pretrained, experts, stream, request.coefficients, **settings)
         except torch.OutOfMemoryError as error:
-            problem = f"does not fit into {stream.device}'s memory ({str(error).partition('.')[0]})"
+            device = stream.device if stream else "the CPU"
+            problem = f"does not fit into {device}'s memory ({str(error).partition('.')[0]})"
             advice = "use --device cpu, or fewer --tasks"
             raise ProbsurgeryError(f"{request.name} of {len(tasks)} experts {problem}; {advice}") from None
     coefficients = merged.coefficients

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from probsurgery.pipeline.fitting.requests import (
     RecordedResults,
     chosen_tasks,
     description,
-    existing_head,
+    existing_record,
     head_requests,
     training_runs,
 )
@@ -59,7 +59,9 @@ class FitResult:
 
     @property
     def head(self) -> Head:
-        """The head, read from its folder."""
+        """The head, read from its folder. Raises `InputError` if heads were not kept."""
+        if self.path is None:
+            raise InputError("the heads of this run were not kept; sweep with `keep_heads`, or fit this setting")
         return load_head(self.path)
 
 
@@ -93,7 +95,7 @@ def fit_all(
     device = choose_device(common.device)
     if common.tf32 and device.type != "cuda":
         raise InputError(f"--tf32 is for CUDA devices, and this fit runs on {device}")
-    recorded = RecordedResults(common.results or cache.path)
+    recorded = RecordedResults(Path(common.results or cache.path))
     tasks = chosen_tasks(cache, common)
     fits = [_Fit(replace(config, tasks=tasks), cache, recorded, keep_heads=keep_heads) for config in configs]
     for each in fits:
@@ -125,7 +127,8 @@ class _Fit:
     def __init__(self, config: FitConfig, cache: Cache, recorded: RecordedResults, *, keep_heads: bool) -> None:
         self.config, self._cache, self._recorded = config, cache, recorded
         self._requests = head_requests(config, cache, keep_heads=keep_heads)
-        self._folder = recorded.folder / "heads" / self._requests[0].name if keep_heads else None
+        self._folder = recorded.folder / "heads" / self._requests[0].name
+        self._keep_heads = keep_heads
         self.missing: list[HeadRequest] = []
         """Requests that are still to be trained."""
         self._rows: dict[str, ResultRow] = {}
@@ -154,16 +157,17 @@ class _Fit:
         new = [row for row in rows if row.task not in self._rows]
         self._rows |= {row.task: row for row in new}
         append_results(self._recorded.folder, new)
-        if self._folder is not None:
+        if self._keep_heads:
             self._trained[request] = outcome
             if len(self._trained) == len(self._requests):
                 self._write_head()
 
     def _write_head(self) -> None:
-        config, heads = self.config, [self._trained[request] for request in self._requests]
+        config, tasks = self.config, self.config.known_tasks
+        heads = [self._trained[request] for request in self._requests]
         record = FitRecord(
-            request=description(config, self._cache, config.tasks),
-            results=tuple(self._rows[task] for task in config.tasks),
+            request=description(config, self._cache, tasks),
+            results=tuple(self._rows[task] for task in tasks),
             fits=tuple(
                 TrainingRecord(
                     tasks=row.tasks,
@@ -184,7 +188,7 @@ class _Fit:
         try:
             with replaced(self._folder, shared=True) as partial:
                 partial.mkdir()
-                Head(config.head, config.tasks, self._cache.dim, params, config.shared, record).save(partial)
+                Head(config.head, tasks, self._cache.dim, params, config.shared, record).save(partial)
         except OSError:
             if not self._folder.is_dir():
                 raise
@@ -193,17 +197,17 @@ class _Fit:
             self._reopen()
 
     def _reopen(self) -> None:
-        head = existing_head(self._folder, description(self.config, self._cache, self.config.tasks))
-        self._recorded.restore(head.record.results)
-        self._rows = {row.task: row for row in head.record.results}
+        record = existing_record(self._folder, description(self.config, self._cache, self.config.known_tasks))
+        self._recorded.restore(record.results)
+        self._rows = {row.task: row for row in record.results}
         self._repeated = True
 
     def result(self) -> FitResult:
         """The result so far."""
         return FitResult(
             self.config,
-            [self._rows[task] for task in self.config.tasks if task in self._rows],
-            self._folder,
+            [self._rows[task] for task in self.config.known_tasks if task in self._rows],
+            self._folder if self._keep_heads else None,
             repeated=self._repeated,
             fitted=self._fitted,
             failures=tuple(self._failures),
@@ -212,7 +216,7 @@ class _Fit:
 
 def _train(
     requests: Sequence[HeadRequest], cache: Cache, device: torch.device, progress: Progress
-) -> Iterator[tuple[HeadRequest, _TrainedHead | ProbsurgeryError]]:
+) -> Generator[tuple[HeadRequest, _TrainedHead | ProbsurgeryError], None, None]:
     """Train and evaluate the head of every request. Yields each with its head or its error, as stacks finish.
 
     If the features of all tasks would take half of the memory, the requests are grouped by their tasks, and the
@@ -241,7 +245,7 @@ def _train(
     with Pool(workers) if workers else nullcontext() as pool:
         for group, plan in zip(groups.values(), plans, strict=True):
             with tempfile.TemporaryDirectory() if is_large or plan.workers else nullcontext() as scratch:
-                loaded = LoadedTasks(cache, _tasks_of(group), common.fit_split, scratch and Path(scratch))
+                loaded = LoadedTasks(cache, _tasks_of(group), common.fit_split, Path(scratch) if scratch else None)
                 jobs = [_job(request, loaded, runs[request]) for request in group]
                 stacks = {number: stack for stack in plan.stacks for number in stack}
                 for number, outcome in execute(jobs, plan, pool if plan.workers else None, counter):
@@ -276,8 +280,10 @@ def _job(request: HeadRequest, loaded: LoadedTasks, shorter: Sequence[HeadReques
     return Job(rows, request.workload.settings, config.seed, config.online, stops)
 
 
-def _rows(request: HeadRequest, fitted: Fitted, loaded: LoadedTasks, **recorded: str | TrainingPlan) -> list[ResultRow]:
-    """Evaluate a head; `recorded` is what its rows record besides of how it was trained."""
+def _rows(
+    request: HeadRequest, fitted: Fitted, loaded: LoadedTasks, *, device: str, plan: TrainingPlan
+) -> list[ResultRow]:
+    """Evaluate a head that was trained on this device by this plan: a row for each of its tasks."""
     config, cache = request.config, loaded.cache
     merge = cache.identity.merge
     head = Head(config.head, request.tasks, cache.dim, fitted.params, config.shared)
@@ -304,7 +310,8 @@ def _rows(request: HeadRequest, fitted: Fitted, loaded: LoadedTasks, **recorded:
             parameters=request.workload.parameters,
             seconds=fitted.seconds,
             from_run_of=fitted.from_run_of,
-            **recorded,
+            device=device,
+            plan=plan,
         )
         rows.append(row)
     return rows

@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from probsurgery.pipeline.config import FitConfig
+from probsurgery.pipeline.config import FitConfig, changed_settings
 from probsurgery.pipeline.datasets.tasks import check_names
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.fingerprints import differences, fingerprint
 from probsurgery.pipeline.fitting.splits import seen_count
-from probsurgery.pipeline.heads.head import Head, load_head
+from probsurgery.pipeline.heads.head import FitRecord, load_head
 from probsurgery.pipeline.store.cache import Cache
 from probsurgery.pipeline.store.lock import require_writable
 from probsurgery.pipeline.store.results import ResultRow, append_results, read_results
@@ -57,13 +57,14 @@ def head_requests(config: FitConfig, cache: Cache, *, keep_heads: bool) -> tuple
     """The heads that a configuration, with its tasks filled in, asks for, in the order of the tasks."""
     # Named after its tasks unless these are all that are merged. While a cache is being extracted, a head of the tasks
     # so far does not take the name of the head of all tasks.
-    by_tasks = (keep_heads or config.shared) and len(config.tasks) < len(cache.identity.tasks)
+    by_tasks = (keep_heads or config.shared) and len(config.known_tasks) < len(cache.identity.tasks)
     name = config.name or replace(config, tasks=config.tasks if by_tasks else None).default_name()
     requests = []
-    for tasks in [config.tasks] if config.shared else [(task,) for task in config.tasks]:
+    for tasks in [config.known_tasks] if config.shared else [(task,) for task in config.known_tasks]:
         settings = config.head
         if config.online:
-            settings = replace(settings, steps=seen_count(config, cache.rows(tasks[0], config.fit_split)))
+            steps = seen_count(config, cache.rows(tasks[0], config.fit_split))
+            settings = changed_settings(settings, steps=steps)
         workload = Workload(settings, len(tasks), cache.dim)
         requests.append(HeadRequest(config, name, tasks, workload, fingerprint(description(config, cache, tasks))))
     return tuple(requests)
@@ -94,14 +95,14 @@ def training_runs(requests: Sequence[HeadRequest]) -> dict[HeadRequest, list[Hea
     groups = defaultdict(list)
     for request in requests:
         config, head = request.config, request.config.head
-        alike = replace(config, head=replace(head, steps=1), name=None) if head.is_trained else request
+        alike = replace(config, head=changed_settings(head, steps=1), name=None) if head.is_trained else request
         groups[alike, request.tasks].append(request)
     longest = [max(group, key=lambda request: request.workload.head_steps) for group in groups.values()]
     return {run: [r for r in group if r is not run] for run, group in zip(longest, groups.values(), strict=True)}
 
 
-def existing_head(folder: Path, wanted: dict[str, Any]) -> Head:
-    """The head in a folder. Raises `InputError` if its description is not the one that is `wanted`."""
+def existing_record(folder: Path, wanted: dict[str, Any]) -> FitRecord:
+    """The record of the head in a folder. Raises `InputError` if its description is not the one that is `wanted`."""
     head = load_head(folder)
     if head.record is None or {row.task for row in head.record.results} != set(head.tasks):
         raise InputError(f"{folder / 'head.json'} is damaged; delete {folder} and fit again")
@@ -111,7 +112,7 @@ def existing_head(folder: Path, wanted: dict[str, Any]) -> Head:
             f"{folder} exists with other settings (there / asked): {'; '.join(differ[:3])}; choose another --name, or "
             "delete it"
         )
-    return head
+    return head.record
 
 
 class RecordedResults:

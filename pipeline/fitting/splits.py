@@ -38,10 +38,10 @@ class LoadedTasks:
             self._test[task] = features | {"labels": cache.labels(task), "classifier": cache.classifier(task)}
             if fit_split != "test":
                 features, files = _features(cache, task, fit_split, FITTED_KINDS, scratch)
-            fitted, fitted_files = (tuple(by_kind[kind] for kind in FITTED_KINDS) for by_kind in (features, files))
-            self._fitted[task] = Rows(task, *fitted, files=fitted_files if scratch else None)
-        self._seen: dict[tuple, Rows] = {}
-        self._baselines: dict[tuple, tuple[Tensor, dict[str, tuple[float, float]]]] = {}
+            pair = (files["merged"], files["expert"]) if files else None
+            self._fitted[task] = Rows(task, features["merged"], features["expert"], files=pair)
+        self._seen: dict[tuple[str, int, float, float], Rows] = {}
+        self._baselines: dict[tuple[object, ...], tuple[Tensor, dict[str, tuple[float, float]]]] = {}
 
     def rows(self, config: FitConfig, task: str) -> Rows:
         """What the fit may see: merged and expert features only. Heads that see the same rows share one object."""
@@ -71,11 +71,11 @@ class LoadedTasks:
 
 def _features(
     cache: Cache, task: str, split: str, kinds: Sequence[str], scratch: Path | None
-) -> tuple[dict[str, Tensor], dict[str, Path | None]]:
+) -> tuple[dict[str, Tensor], dict[str, Path]]:
     """A task's features of those kinds that the cache holds, and the files in `scratch` that they are mapped from."""
     kinds = [kind for kind in kinds if cache.has(task, kind, split)]
-    files = {kind: scratch and scratch / f"{task}.{split}.{kind}.npy" for kind in kinds}
-    return {kind: cache.features(task, kind, split, scratch=file) for kind, file in files.items()}, files
+    files = {kind: scratch / f"{task}.{split}.{kind}.npy" for kind in kinds} if scratch else {}
+    return {kind: cache.features(task, kind, split, scratch=files.get(kind)) for kind in kinds}, files
 
 
 def _accuracy_and_bias(

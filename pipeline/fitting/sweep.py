@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
+from typing import Any
 
 from probsurgery.pipeline.config import SweepConfig
 from probsurgery.pipeline.device import available_memory, choose_device
 from probsurgery.pipeline.fitting.fit import FitResult, fit_all
 from probsurgery.pipeline.progress import Progress, no_progress
 from probsurgery.pipeline.store.cache import Cache
-from probsurgery.pipeline.store.results import ResultRow, Spread, spread
+from probsurgery.pipeline.store.results import ResultRow, Spread, spread, spreads
 from probsurgery.pipeline.training.plan import HEAD_BYTES, too_large
 
 
@@ -41,7 +42,7 @@ class SweepResult:
     protocol: str
     """How fitted and evaluated rows relate; where the fraction varies, it is with the settings."""
     tasks: tuple[str, ...]
-    varied: dict[str, tuple]
+    varied: dict[str, tuple[Any, ...]]
     """The settings that vary, except the seed, with their values."""
     baselines: dict[str, dict[str, float]]
     """Accuracy in percent of the merged and the individual encoders, for each task."""
@@ -71,7 +72,7 @@ def sweep(config: SweepConfig, progress: Progress = no_progress) -> SweepResult:
         progress(done, total, best.text)
 
     results = fit_all(config.expand(), keep_heads=config.keep_heads, progress=show, finished=best.note)
-    tasks = results[0].config.tasks
+    tasks = results[0].config.known_tasks
     grid = {"head": config.head, **config.values, "fraction": config.fraction}
     varied = {name: values for name, values in grid.items() if len(values) > 1}
     by_setting = defaultdict(list)
@@ -86,7 +87,7 @@ def sweep(config: SweepConfig, progress: Progress = no_progress) -> SweepResult:
             encoder: {t: fmean(v) for t, v in _by_task(results, tasks, partial(_percent, encoder=encoder)).items()}
             for encoder in ("merged", "individual")
         },
-        lines=tuple(_line(over_seeds, tasks, varied) for over_seeds in by_setting.values()),
+        lines=tuple(_line(over_seeds, tasks, list(varied)) for over_seeds in by_setting.values()),
         seeds=len(config.seed),
         heads=len(results) * (1 if config.shared else len(tasks)),
         fitted=sum(result.fitted for result in results),
@@ -103,7 +104,7 @@ class _BestSoFar:
         self._least = float("inf")
 
     def note(self, result: FitResult) -> None:
-        if len(result.rows) < len(result.config.tasks):  # a head failed
+        if len(result.rows) < len(result.config.known_tasks):  # a head failed
             return
         bias = fmean(map(_bias, result.rows))
         if bias < self._least:
@@ -118,8 +119,8 @@ def _line(results: Sequence[FitResult], tasks: Sequence[str], varied: Sequence[s
     return SettingLine(
         setting={name: settings[name] for name in varied if name in settings},
         seeds=len(whole),
-        accuracy={task: spread(figures) for task, figures in _by_task(results, tasks, _percent).items()},
-        bias={task: spread(figures) for task, figures in _by_task(results, tasks, _bias).items()},
+        accuracy=spreads(_by_task(results, tasks, _percent)),
+        bias=spreads(_by_task(results, tasks, _bias)),
         average_accuracy=spread(fmean(map(_percent, rows)) for rows in whole),
         average_bias=spread(fmean(map(_bias, rows)) for rows in whole),
     )

@@ -25,7 +25,7 @@ _MAX_JSON_BYTES = 2**28
 _MAX_HEADER_BYTES = 2**20  # of head.safetensors
 
 
-class HeadDescription(Record):
+class HeadDescription(Record, frozen=True):
     """What head.json holds of the head itself; the keys of a `FitRecord` may stand beside these."""
 
     schema: int
@@ -37,7 +37,7 @@ class HeadDescription(Record):
     dim: Dim
 
 
-class TrainingRecord(Record, kw_only=True):
+class TrainingRecord(Record, frozen=True, kw_only=True):
     """How one head of the stack was trained, or solved."""
 
     tasks: tuple[str, ...]
@@ -51,7 +51,7 @@ class TrainingRecord(Record, kw_only=True):
     """Steps of the longer run from which this head was copied."""
 
 
-class FitRecord(Record, kw_only=True):
+class FitRecord(Record, frozen=True, kw_only=True):
     """What a fit writes beside the weights."""
 
     request: Mapping[str, Any]

@@ -9,6 +9,7 @@ Shapes: K heads, B rows, d dimensions, r rank, h hidden width.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -49,7 +50,7 @@ class HeadKind:
     """One row of the table of heads."""
 
     correction: Callable[[Params, Tensor], Tensor]
-    shapes: Callable[[HeadSettings, int], dict[str, tuple[int, ...]]]
+    shapes: Callable[[Any, int], dict[str, tuple[int, ...]]]
     """Shapes of one head's parameters, from its settings and d; the layer that takes the features comes first."""
     per_head: tuple[str, ...] = ()
     """Numeric settings in which the heads of one stack may differ."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import reduce
 
 import torch
 from jaxtyping import Float, Int
@@ -36,12 +37,12 @@ def solve_ridge(
         for block in rows.split(BLOCK_ROWS):
             yield merged[block].to(device, torch.float64), expert[block].to(device, torch.float64)
 
-    x_mean, y_mean = sum(torch.stack([x.sum(0), y.sum(0)]) for x, y in blocks()) / len(rows)
-    gram = sum((x - x_mean).T @ (x - x_mean) for x, _ in blocks())
+    x_mean, y_mean = reduce(torch.add, (torch.stack([x.sum(0), y.sum(0)]) for x, y in blocks())) / len(rows)
+    gram = reduce(torch.add, ((x - x_mean).T @ (x - x_mean) for x, _ in blocks()))
     eigenvalues, vectors = torch.linalg.eigh(gram)
     eigenvalues = eigenvalues.clamp(min=0)
     unit = max(eigenvalues.mean().item(), torch.finfo(torch.float64).tiny)
-    target = vectors.T @ sum((x - x_mean).T @ (y - y_mean) for x, y in blocks())
+    target = vectors.T @ reduce(torch.add, ((x - x_mean).T @ (y - y_mean) for x, y in blocks()))
     if penalty is None:
         errors = dict.fromkeys(PENALTIES, 0.0)
         for x, y in blocks():

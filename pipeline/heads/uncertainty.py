@@ -55,7 +55,7 @@ def measure(
         sigma = (log_var / 2).exp()
         spread[rows], residual[rows] = (x.square().mean(-1).sqrt() for x in (sigma, error))
         for k in inside:
-            inside[k] += (error.abs() <= k * sigma).sum().item()
+            inside[k] += int((error.abs() <= k * sigma).sum())
         probabilities = (F.normalize(z - mu, dim=-1) @ classifier.float().T).softmax(-1)
         doubt[rows] = 1 - probabilities.amax(-1)
         correct[rows] = (probabilities.argmax(-1) == labels[rows]).float()
@@ -64,7 +64,7 @@ def measure(
         spearman(spread, residual),
         spearman(doubt, residual),
         {k: count / merged.numel() for k, count in inside.items()},
-        tuple(tuple(x[rows].square().mean().sqrt().item() for x in (spread, residual)) for rows in groups),
+        tuple((_root_mean_square(spread[rows]), _root_mean_square(residual[rows])) for rows in groups),
         *(_accuracy_by(uncertainty, correct) for uncertainty in (spread, doubt)),
     )
 
@@ -72,6 +72,10 @@ def measure(
 def spearman(a: Float[Tensor, " N"], b: Float[Tensor, " N"]) -> float:
     """Rank correlation: Pearson's of the ranks. Equal values get their mean rank; NaN if `a` or `b` is constant."""
     return torch.corrcoef(torch.stack([_ranks(a), _ranks(b)]))[0, 1].item()
+
+
+def _root_mean_square(values: Tensor) -> float:
+    return values.square().mean().sqrt().item()
 
 
 def _ranks(values: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ def adamerging(
         vectors = partial(ties_vectors, pretrained, experts, keep)
     entropies: tuple[float, ...] = ()
     if coefficients is None:
+        assert stream is not None, "`merge` asks for a stream unless there are coefficients"
         theta = stream.on_device(pretrained)
         stacked = stack(pretrained, vectors(), len(experts), stream.device)
         values, entropies = learn_coefficients(theta, stacked, stream, layerwise=layerwise, **learning)

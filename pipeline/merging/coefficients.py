@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,9 +62,10 @@ class Coefficients:
         values, tensors = (table[:, 0], None) if self.values.ndim == 1 else (table, names)
         return Coefficients(tasks, tensors, values, method, settings)
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """JSON's own types, from which `read_coefficients` restores the same bits."""
         tensors = {} if self.tensors is None else {"tensors": list(self.tensors)}
+        assert self.tasks is not None, "coefficients are written after `named` has labelled them"
         coefficients = dict(zip(self.tasks, self.values.tolist(), strict=True))
         return {"method": self.method, "settings": dict(self.settings), **tensors, "coefficients": coefficients}
 
@@ -98,7 +100,7 @@ def _read_literal(path: Path, problem: MalformedError) -> object:
     raise InputError(f"{path} is neither JSON nor a list of numbers ({problem}); see docs/merging.md")
 
 
-def _from_record(record: dict) -> Coefficients:
+def _from_record(record: dict[str, Any]) -> Coefficients:
     by_task = record["coefficients"]
     if not all(isinstance(task, str) for task in by_task):
         raise ValueError("tasks are given by their names")
@@ -112,7 +114,7 @@ def _from_record(record: dict) -> Coefficients:
     return Coefficients(tuple(by_task), tensors if values.ndim == 2 else None, values, method, settings)
 
 
-def _from_table(table: list) -> Coefficients:
+def _from_table(table: list[Any]) -> Coefficients:
     rows = _to_tensor(table if isinstance(table[0], list) else [table])
     if (rows[:, 0] == 1).all():
         rows = rows[:, 1:]
@@ -120,7 +122,7 @@ def _from_table(table: list) -> Coefficients:
     return Coefficients(None, None, values[:, 0] if values.shape[1] == 1 else values)
 
 
-def _to_tensor(numbers: list) -> Tensor:
+def _to_tensor(numbers: list[Any]) -> Tensor:
     rows = [row if isinstance(row, list) else [row] for row in numbers]
     if not all(type(value) in (int, float) and abs(value) <= _MAX_VALUE for row in rows for value in row):
         raise ValueError(f"it takes numbers from {-_MAX_VALUE} to {_MAX_VALUE}, as many for each task")

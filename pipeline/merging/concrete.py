@@ -68,7 +68,12 @@ def concrete_am(
 
 
 def _mask_vectors(
-    theta: StateDict, stacked: StateDict, stream: ImageStream, initial: float, temperature: float, learning: dict
+    theta: StateDict,
+    stacked: StateDict,
+    stream: ImageStream,
+    initial: float,
+    temperature: float,
+    learning: dict[str, Any],
 ) -> tuple[float, ...]:
     """Learn the mask, and multiply the task vectors by it in place. Returns the mean entropy before each step."""
     mask = Mask(theta, temperature, learning["seed"], stream.device)

@@ -4,6 +4,8 @@ Holds 8 P: theta_0, the weighted sum, the sum of weights, an expert, and its Fis
 normalisation. The expert and its information are on the device.
 """
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,8 @@ def fisher(
     a task with larger gradients does not outweigh the others. `floor` is the minimum of F_t relative to its mean:
     a parameter that affects no expert's predictions is averaged.
     """
-    weighted, weights = {}, {}
+    weighted: StateDict = {}
+    weights: StateDict = {}
     for index, (task, expert) in enumerate(experts.items()):
         state = stream.on_device(expert)
         generator = torch.Generator().manual_seed(seed)
@@ -68,6 +71,6 @@ def _normalised(information: StateDict, normalise: bool, floor: float) -> StateD
     if normalise:
         norm = torch.stack([f.norm() for f in information.values()]).norm().clamp(min=1e-30)
         information = {name: f / norm for name, f in information.items()}
-    mean = sum(f.sum() for f in information.values()) / sum(f.numel() for f in information.values())
+    mean = reduce(torch.add, (f.sum() for f in information.values())) / sum(f.numel() for f in information.values())
     minimum = (floor * mean).clamp(min=1e-30)
     return {name: f.clamp(min=minimum) for name, f in information.items()}

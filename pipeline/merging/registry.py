@@ -39,7 +39,7 @@ class Setting:
 
     def check(self, name: str, value: object) -> Value:
         """The value in the default's type, parsed if it is text. Raises `InputError` if it is not allowed."""
-        kind = type(self.default)
+        kind: type[Value] = type(self.default)
         with suppress(ValueError, KeyError):
             if isinstance(value, str) and kind is bool:
                 value = {"true": True, "false": False}[value.lower()]
@@ -51,7 +51,7 @@ class Setting:
         if (
             type(value) is not kind
             or (self.choices and value not in self.choices)
-            or (kind in (int, float) and not (self.low <= value <= self.high and math.isfinite(value)))
+            or (isinstance(value, int | float) and not (self.low <= value <= self.high and math.isfinite(value)))
         ):
             expected = " or ".join(self.choices) if self.choices else allowed.get(kind, "text")
             raise InputError(f"the setting {name} is {str(value)[:80]!r}; it must be {expected}")
@@ -74,6 +74,11 @@ class Method:
     def takes_coefficients(self) -> bool:
         """Whether coefficients can be given instead of learned."""
         return getattr(self.function, "func", None) is adamerging
+
+    @property
+    def is_layerwise(self) -> bool:
+        """Whether it has a coefficient for each tensor of a task, and not one for each task."""
+        return bool(getattr(self.function, "keywords", {}).get("layerwise"))
 
     def checked(self, method: str, given: Mapping[str, object]) -> dict[str, Value]:
         """All settings, given or default. Raises `InputError` for an unknown one, or a value that is not allowed."""

@@ -4,6 +4,8 @@ Holds the sums of experts, of Gram matrices and of their products with the weigh
 Gram matrices on the device. Matrices are float64; a ViT-L/14's have 1.6 times the model's entries. In total 13 P.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,7 +31,10 @@ def regmean(
     entries multiplied by `off_diagonal`. A linear layer is every weight that the expert's forward pass multiplies
     inputs with, the visual projection included. The patch embedding is averaged.
     """
-    grams, products, means, transposed = {}, {}, {}, set()
+    grams: StateDict = {}
+    products: StateDict = {}
+    means: StateDict = {}
+    transposed: set[str] = set()
     for index, (task, expert) in enumerate(experts.items()):
         state = stream.on_device(expert)
         watch = InputGrams(state)
@@ -64,7 +69,7 @@ class InputGrams(TorchDispatchMode):
     """
 
     def __init__(self, state: StateDict) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._weights = {(t.data_ptr(), t.numel()): (name, t) for name, t in state.items() if t.ndim == 2}
         self.grams: StateDict = {}
         self.transposed: set[str] = set()
@@ -73,13 +78,14 @@ class InputGrams(TorchDispatchMode):
     def __enter__(self) -> "InputGrams":
         self._fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # one fused kernel hides its products
-        return super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __exit__(self, *error: object) -> None:
         torch.backends.mha.set_fastpath_enabled(self._fast)
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _PRODUCTS:
             self._add(*args[-2:])
         return func(*args, **(kwargs or {}))
@@ -88,7 +94,7 @@ class InputGrams(TorchDispatchMode):
         """Add the inputs (..., in) of a product with `factor` (in, out), if that is a weight or a transposed one."""
         if factor.ndim == 3 and factor.stride(0) == 0:  # one matrix, expanded over the batch
             factor = factor[0]
-        name, weight = self._weights.get((factor.data_ptr(), factor.numel()), (None, None))
+        name, weight = self._weights.get((factor.data_ptr(), factor.numel()), (None, factor))
         if name is None:
             return
         rows = inputs.reshape(-1, inputs.shape[-1]).double()

@@ -5,6 +5,7 @@ DARE and Breadcrumbs hold theta_0 and the sum, 2 P; TIES holds theta_0 and two s
 
 import hashlib
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def ties_vectors(pretrained: StateDict, experts: Experts, keep: float) -> Iterat
 def _trimmed(pretrained: StateDict, experts: Experts, keep: float) -> Iterator[Vector]:
     """Each tau_t, trimmed. Ties with the smallest kept magnitude are kept too."""
     for expert in experts.values():
-        threshold = magnitude_threshold(lambda expert=expert: task_vector(pretrained, expert), keep)
+        threshold = magnitude_threshold(partial(task_vector, pretrained, expert), keep)
         yield ((n, torch.where(tau.abs() >= threshold, tau, 0)) for n, tau in task_vector(pretrained, expert))
 
 

@@ -62,7 +62,7 @@ class ImageStream:
 class Merged:
     """A merged model, with diagnostics of methods that learn: entropy per step, learned coefficients."""
 
-    state: StateDict
+    state: Mapping[str, Tensor]
     """Float32, on the CPU."""
     entropy: tuple[float, ...] = ()
     """Mean entropy of the predictions before each step, in nats."""
@@ -115,6 +115,7 @@ def on_gradient(weights: StateDict, use: Callable[[str, Tensor], object]) -> Non
     """In a backward pass, call `use` with each weight's name and gradient, and free the gradient at once."""
 
     def hook(name: str, weight: Tensor) -> None:
+        assert weight.grad is not None, "the hook runs after accumulation"
         use(name, weight.grad)
         weight.grad = None
 

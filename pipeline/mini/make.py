@@ -11,10 +11,11 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -115,7 +116,7 @@ def logits(tower: nn.Module, images: Tensor, classifier: Tensor) -> Tensor:
 
 
 def descend(
-    parameters: list[Tensor], loss_of: Callable[[], Tensor], steps: int, lr: float, weight_decay: float
+    parameters: Iterable[Tensor], loss_of: Callable[[], Tensor], steps: int, lr: float, weight_decay: float
 ) -> None:
     """AdamW with a warm-up over a tenth of the steps, then cosine decay to zero."""
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
@@ -142,7 +143,7 @@ def train_base(data: Data, recipe: Recipe) -> tuple[State, State]:
     generator = torch.Generator().manual_seed(recipe.seed)
     torch.manual_seed(recipe.seed)
     tower = build_tower().train()
-    width = tower.output_dim
+    width: Any = tower.output_dim
     weights = {task: nn.Parameter(torch.randn(len(MINI_TASKS[task].class_names), width)) for task in data}
     share = recipe.base_batch // len(data)
 
@@ -224,13 +225,14 @@ def evaluate(
     """Test accuracy in percent by encoder and task, and the mean over tasks."""
     summed, averaged = (merge(method, base, experts).state for method in ("ta", "wa"))
     table = {}
-    for name, state_of in {
+    states: dict[str, Callable[[str], Mapping[str, Tensor]]] = {
         "pretrained": lambda task: base,
         "expert": lambda task: experts[task],
         "task_arithmetic": lambda task: summed,
         "weight_average": lambda task: averaged,
         "traditional_mtl": lambda task: mtl,
-    }.items():
+    }
+    for name, state_of in states.items():
         row = {task: round(accuracy(state_of(task), rows, classifiers[task]), 2) for task, rows in test.items()}
         table[name] = {**row, "mean": round(sum(row.values()) / len(row), 2)}
     return table
@@ -245,7 +247,7 @@ def write(base: State, experts: Mapping[str, State], classifiers: State, mtl: St
     return [folder / f"{name}.safetensors" for name in files]
 
 
-def make(folder: Path, recipe: Recipe) -> dict:
+def make(folder: Path, recipe: Recipe) -> dict[str, Any]:
     """Train, write and evaluate. Returns the record, which is written next to the weights."""
     start = time.perf_counter()
     train = read_split("train")

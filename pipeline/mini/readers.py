@@ -55,7 +55,7 @@ def _chance(key: bytes) -> float:
 
 def _distinct(pairs: Iterable[tuple[Image.Image, int]]) -> Labelled:
     """Images and their labels. Of equal images, the first is used."""
-    first = {}
+    first: dict[bytes, tuple[Image.Image, int]] = {}
     for image, label in pairs:
         first.setdefault(image.tobytes(), (image, label))
     return [image for image, _ in first.values()], [label for _, label in first.values()]
@@ -162,7 +162,9 @@ def xray_files(split: str) -> list[Path]:
 
 def patient(path: Path) -> str:
     """The patient in a radiograph's file name."""
-    return _PATIENT.match(path.name).group()
+    match = _PATIENT.match(path.name)
+    assert match, f"{path.name} names no patient"
+    return match.group()
 
 
 TILE = 32

@@ -3,8 +3,10 @@
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from probsurgery.pipeline.errors import InputError
@@ -12,6 +14,8 @@ from probsurgery.pipeline.files import read_json
 
 MINI = Path(__file__).parents[1] / "mini"
 MAX_CONFIG_BYTES = 2**20
+Transform = Callable[[Image.Image], Tensor]
+"""PIL image -> tensor (3, size, size)."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def get_arch(name: str) -> Arch:
     return Arch("clip8", name, known)
 
 
-def model_config(arch: str) -> dict:
+def model_config(arch: str) -> dict[str, Any]:
     """open_clip's configuration of an architecture: embed_dim d, both towers, QuickGELU."""
     row = get_arch(arch)
     if row.config is not None:
@@ -71,7 +75,7 @@ def model_config(arch: str) -> dict:
     return open_clip.get_model_config(row.open_clip)
 
 
-def preprocessing(arch: str) -> dict:
+def preprocessing(arch: str) -> dict[str, Any]:
     """open_clip's preprocessing of images for the model, as recorded in a cache's identity.
 
     If open_clip lists several pre-trained weights of the model, it is that of OpenAI's, or of the first.
@@ -87,12 +91,12 @@ def preprocessing(arch: str) -> dict:
     return resize | {"mean": list(p["mean"]), "std": list(p["std"])}
 
 
-def image_transform(arch: str) -> Callable:
+def image_transform(arch: str) -> Transform:
     """PIL image -> tensor (3, size, size): open_clip's resize, centre crop, RGB and normalisation."""
     return transform_of(preprocessing(arch))
 
 
-def transform_of(p: dict) -> Callable:
+def transform_of(p: Mapping[str, Any]) -> Transform:
     """The transform that a dictionary from `preprocessing` describes."""
     import open_clip
 

@@ -81,7 +81,7 @@ def read_tensors(path: Path) -> Mapping[str, Tensor]:
     return state
 
 
-class LazyMapping(Mapping):
+class LazyMapping(Mapping[str, Any]):
     """Values that are read or built on each access. None is cached."""
 
     def __init__(self, builders: dict[str, Callable[[], Any]]) -> None:

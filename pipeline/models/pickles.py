@@ -9,6 +9,7 @@ import zipfile
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,7 +98,7 @@ def named_tensors(value: object, max_bytes: int) -> dict[str, Tensor]:
 
 def _views(value: object) -> Iterator[tuple[str, TensorView]]:
     """The tensors within a value. The search is bounded, because objects can refer to each other."""
-    queue = deque([((), value)])
+    queue: deque[tuple[tuple[str, ...], object]] = deque([((), value)])
     for _ in range(_MAX_ENTRIES):
         if not queue:
             return
@@ -109,7 +110,7 @@ def _views(value: object) -> Iterator[tuple[str, TensorView]]:
     raise UnreadableError("it has more entries than a model can have")
 
 
-def _entries(value: object) -> dict:
+def _entries(value: object) -> dict[Any, Any]:
     """Named entries of a value: a module's parameters, buffers and modules, or a dictionary's entries."""
     if isinstance(value, dict):
         return value

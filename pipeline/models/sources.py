@@ -41,7 +41,7 @@ class Weights:
         self._shapes = architectures.expected_shapes(arch)
 
         model = self.row.open_clip.removesuffix("-quickgelu")
-        self.places = (self.folder, self.folder / model) if self.folder else ()
+        self.places: tuple[Path, ...] = (self.folder, self.folder / model) if self.folder else ()
         """Where to look for files: the folder, and the folder in it that has the model's name."""
         self.names = list(self._shapes)
         """Names of a tower's tensors, in order."""
@@ -115,15 +115,16 @@ class Weights:
     def _file(self, content: str, stems: Sequence[str], repo: str | None) -> Path:
         if content not in self._paths:
             if self.folder is None:
+                assert repo is not None, "without a folder, every checkpoint is a published one"
                 path, source = hub.download(repo, "--checkpoints"), repo
             else:
-                path = self._find(content, stems, repo)
+                path = self._find(self.folder, content, stems, repo)
                 source = str(path.relative_to(self.folder))
             self.record(content, path, source)
             self._paths[content] = path
         return self._paths[content]
 
-    def _find(self, content: str, stems: Sequence[str], repo: str | None) -> Path:
+    def _find(self, folder: Path, content: str, stems: Sequence[str], repo: str | None) -> Path:
         """The first file that exists, of all names that the layouts allow."""
         candidates = [*stems, *((repo.split("/")[-1], repo) if repo else ())]
         for stem in (place / stem for place in self.places for stem in candidates):
@@ -131,11 +132,11 @@ class Weights:
             files += [stem / name for name in hub.WEIGHT_FILES]
             if path := next(filter(Path.is_file, files), None):
                 return path
-        if path := repo and hub.cached(repo, self.folder):
+        if repo and (path := hub.cached(repo, folder)):
             return path
         tried = [f"{stem}{SUFFIXES[0]}" if "/" not in stem else f"{stem}.pt" for stem in candidates]
-        content_of_folder = ", ".join(sorted(p.name for p in self.folder.iterdir())[:8]) or "nothing"
+        content_of_folder = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise InputError(
-            f"no checkpoint of {content!r} in {self.folder}; looked for {', '.join(tried)} and the like, "
-            f"also in {self.places[1].name}/; the folder holds: {content_of_folder}"
+            f"no checkpoint of {content!r} in {folder}; looked for {', '.join(tried)} and the like, "
+            f"also in {self.places[-1].name}/; the folder holds: {content_of_folder}"
         )

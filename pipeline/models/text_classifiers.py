@@ -48,7 +48,7 @@ def _from_folder(weights: Weights, task: Task) -> Tensor | None:
         for path in filter(Path.is_file, (place / "classifiers.safetensors", *heads)):
             tensors = read_tensors(path)
             if path in heads or task.name in tensors:
-                weights.record(f"classifier {task.name}", path, str(path.relative_to(weights.folder)))
+                weights.record(f"classifier {task.name}", path, str(path.relative_to(weights.places[0])))
                 return to_classifier(tensors, path) if path in heads else tensors[task.name]
     return None
 
@@ -73,20 +73,22 @@ def _from_text_tower(weights: Weights, tasks: Sequence[Task], device: torch.devi
     check_state(text, text_shapes(weights.arch), f"the text tower of {path}", weights.arch)
     text = {name: tensor.float() for name, tensor in text.items()}
     tower, dim = digest(text), text["text_projection"].shape[1]
-    files, cached = {}, {}
+    files: dict[str, Path] = {}
+    kept: dict[str, Tensor] = {}
     for task in tasks:
         weights.files[f"classifier {task.name}"] = SourceFile(source="text tower", sha256=tower)
         key = fingerprint([weights.row.open_clip, tower, task.class_names, task.templates])
         files[task.name] = user_cache() / "classifiers" / f"{key}.safetensors"
-        cached[task.name] = _read_cached(files[task.name], (len(task.class_names), dim))
-    missing = [task for task in tasks if cached[task.name] is None]
+        if (classifier := _read_cached(files[task.name], (len(task.class_names), dim))) is not None:
+            kept[task.name] = classifier
+    missing = [task for task in tasks if task.name not in kept]
     built = build_classifiers(weights.arch, text, missing, device) if missing else {}
     for name, classifier in built.items():
         with suppress(OSError):  # on a full disk or in a read-only home, it is built again next time
             files[name].parent.mkdir(parents=True, exist_ok=True)
             with replaced(files[name], shared=True) as partial:
                 save_file({"classifier": classifier}, partial)
-    return cached | built
+    return kept | built
 
 
 def user_cache() -> Path:
@@ -124,7 +126,7 @@ def build_classifiers(arch: str, text: StateDict, tasks: Sequence[Task], device:
     model.to(device).eval()
     length = model_config(arch)["text_cfg"].get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
     tokenizer = open_clip.SimpleTokenizer(context_length=length)  # OpenAI's, which every `CLIP` was trained with
-    scale = model.logit_scale.exp()
+    scale = text["logit_scale"].to(device).exp()
     classifiers = {}
     for task in tasks:
         prompts = (task.class_names, task.templates)

@@ -67,7 +67,7 @@ class PickledObject:
     """The pickled state of an object, instead of the object."""
 
     state: Any = None
-    items: dict = field(default_factory=dict)
+    items: dict[Any, Any] = field(default_factory=dict)
     """Entries, if it is a kind of dictionary."""
 
 
@@ -97,20 +97,22 @@ class TensorView:
         return flat.as_strided(self.size, self.stride, self.offset)
 
 
-def _rebuild_tensor(storage: Storage, offset: int, size: tuple, stride: tuple, *rest: object) -> TensorView:
+def _rebuild_tensor(
+    storage: Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *rest: object
+) -> TensorView:
     numbers = [offset, *size, *stride]
     if not isinstance(storage, Storage) or not all(type(n) is int and n >= 0 for n in numbers):
         raise UnreadableError("it describes a tensor in a way that PyTorch does not")
     return TensorView(storage, offset, tuple(size), tuple(stride))
 
 
-def _ordered_dict(entries: list | None = None) -> dict:
+def _ordered_dict(entries: list[Any] | None = None) -> dict[Any, Any]:
     if entries is not None and type(entries) is not list:
         raise UnreadableError("it builds a dictionary from something other than a list")
     return dict(entries or ())
 
 
-_REBUILT: dict[str, Callable] = {
+_REBUILT: dict[str, Callable[..., object]] = {
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_parameter": lambda tensor, *rest: tensor,
@@ -122,7 +124,7 @@ _REBUILT: dict[str, Callable] = {
 }
 
 
-def _call(function: object, args: tuple) -> object:
+def _call(function: object, args: object) -> object:
     if not isinstance(function, Global) or not isinstance(args, tuple):
         raise UnreadableError("it calls something that has no name")
     if function.path in _REBUILT:
@@ -163,7 +165,11 @@ class _Unpickler(pickle._Unpickler):
     The C unpickler allocates what a damaged file claims to need, and its opcodes cannot be replaced.
     """
 
-    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(pickle._Unpickler.dispatch)
+    # Set by the base class, and unknown to type checkers.
+    stack: list[Any]
+    append: Callable[[object], None]
+    pop_mark: Callable[[], list[Any]]
 
     def __init__(self, file: _BoundedFile, storage: StorageLoader | None = None) -> None:
         super().__init__(file)
@@ -217,13 +223,13 @@ class _Unpickler(pickle._Unpickler):
         self.pop_mark()
         self.append(PickledObject())
 
-    def extend(self, values: list) -> None:
+    def extend(self, values: list[Any]) -> None:
         if isinstance(self.stack[-1], list):
             self.stack[-1].extend(values)
         elif not isinstance(self.stack[-1], PickledObject):
             raise UnreadableError("it appends to something that is not a list")
 
-    def update(self, values: list) -> None:
+    def update(self, values: list[Any]) -> None:
         target = self.stack[-1].items if isinstance(self.stack[-1], PickledObject) else self.stack[-1]
         if not isinstance(target, dict):
             raise UnreadableError("it sets an entry of something that is not a dictionary")
@@ -261,7 +267,8 @@ def load_stream(stream: BinaryIO, size: int) -> object:
 
     The latter is five pickles (magic number, version, system, value, keys of storages) followed by the storages.
     """
-    file, storages = _BoundedFile(stream, size), {}
+    file = _BoundedFile(stream, size)
+    storages: dict[str, Storage] = {}
 
     def storage(dtype: torch.dtype, key: str, numel: int) -> Storage:
         return storages.setdefault(key, Storage(dtype, numel))

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 from msgspec import Meta
@@ -42,7 +42,7 @@ def is_features(name: str) -> bool:
     return name.count("/") == 2 and name.endswith(KINDS)
 
 
-class ShardSeal(Seal):
+class ShardSeal(Seal, frozen=True):
     """The seal of a shard's file, with a digest of its values.
 
     That digest is the same in every store. It also covers what lies outside the shard's file, such as the byte order.
@@ -51,11 +51,11 @@ class ShardSeal(Seal):
     values: Digest
 
 
-class ArraySpec(Record, omit_defaults=False):
+class ArraySpec(Record, frozen=True, omit_defaults=False):
     """One array: its shape, type, and a seal for each shard; None for a shard that is not written."""
 
     shape: tuple[Rows, ...]
-    dtype: Literal["float32", "float16", "int64"]
+    dtype: Annotated[str, Meta(pattern=r"\A(?:float32|float16|int64)\Z")]
     shards: tuple[ShardSeal | None, ...] = ()
 
     @property

@@ -192,10 +192,11 @@ class Cache:
     def shard(self, name: str, number: int) -> np.ndarray:
         """One shard's values. Raises `DamagedCacheError` if they are not as they were written."""
         spec, problem = self.manifest.arrays[name], self.broken(name, number)
-        if problem is None:
+        sealed = spec.shards[number]
+        if sealed and problem is None:
             try:
                 values = self.format.read(name, number, spec)
-                if values_digest(values) == spec.shards[number].values:
+                if values_digest(values) == sealed.values:
                     return values
                 problem = "is not read as it was written (the array's metadata was changed)"
             except Exception as error:  # the formats' libraries raise anything for a damaged file

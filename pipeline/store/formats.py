@@ -12,7 +12,7 @@ import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import h5py
 import numpy as np
@@ -90,7 +90,7 @@ class ZarrFormat(Format):
             )
 
     def metadata(self, name: str) -> tuple[str, ...]:
-        return tuple(Path(self.root.name, node, "zarr.json").as_posix() for node in (name, *Path(name).parents))
+        return tuple(Path(self.root.name, node, "zarr.json").as_posix() for node in (Path(name), *Path(name).parents))
 
     def _is_described(self, name: str, spec: ArraySpec) -> bool:
         groups = (self.root / parent / "zarr.json" for parent in Path(name).parents)
@@ -108,28 +108,29 @@ class ZarrFormat(Format):
         if not self._is_ours(array, spec):
             raise ValueError("the array's metadata was changed")
         rows = shard_rows(number, spec.shape[0])
-        return array[rows.start : rows.stop]
+        return np.asarray(array[rows.start : rows.stop])
 
     def file(self, name: str, number: int) -> Path:
         columns = ("0",) if not name.endswith("labels") else ()
         return self.root.joinpath(name, "c", str(number), *columns)
 
-    def _open(self, name: str, mode: str) -> zarr.Array:
+    def _open(self, name: str, mode: Literal["r", "r+"]) -> "zarr.Array[Any]":
         if (self.root / name / "zarr.json").stat().st_size > self.MOST_METADATA:
             raise ValueError(f"the array's metadata has more than {self.MOST_METADATA:,} bytes")
         return zarr.open_array(self.root, path=name, mode=mode, zarr_format=3)
 
     @staticmethod
-    def _is_ours(array: zarr.Array, spec: ArraySpec) -> bool:
+    def _is_ours(array: "zarr.Array[Any]", spec: ArraySpec) -> bool:
         rest = spec.shape[1:]
-        checked = [BytesCodec(endian="little"), Crc32cCodec()]
+        checked = (BytesCodec(endian="little"), Crc32cCodec())
         sharding = ShardingCodec(chunk_shape=(arrays.CHUNK_ROWS, *rest), codecs=checked, index_codecs=checked)
+        metadata: Any = array.metadata  # of version 3, as it was opened
         return (
             array.shape == spec.shape
             and array.dtype == spec.dtype
             and array.shards == (arrays.SHARD_ROWS, *rest)
-            and array.metadata.codecs == (sharding,)
-            and array.metadata.encode_chunk_key((0,)) == "c/0"
+            and metadata.codecs == (sharding,)
+            and metadata.encode_chunk_key((0,)) == "c/0"
         )
 
 
@@ -182,7 +183,7 @@ class Hdf5Format(Format):
             filters = [stored.get_filter(i)[0] for i in range(stored.get_nfilters())]
             if filters != [h5py.h5z.FILTER_FLETCHER32] or data.chunks != _chunks(shape):
                 raise ValueError("its values are not stored with the expected chunks and filters")
-            return data[:]
+            return np.asarray(data[:])
 
     def file(self, name: str, number: int) -> Path:
         return self.cache / "shards" / f"{name}-{number:05d}.h5"

@@ -54,11 +54,11 @@ def check(cache: Cache) -> Iterator[ArrayCheck]:
                 bad_shards[number] = problem
         form = spec.shape, spec.dtype, len(spec.shards), len(spec.missing), spec.digest
         yield ArrayCheck(name, *form, (*problems, *bad_shards.values()), tuple(bad_shards), tuple(bad_files))
-    for name, sealed in cache.manifest.merge.files.items():
+    for name, learned in cache.manifest.merge.files.items():
         file = cache.path / name
-        problem = broken_seal(file, sealed)
-        problems, bad_files = ((f"{file} {problem}",), (file,)) if problem else ((), ())
-        yield ArrayCheck(name, (), "", 0, 0, sealed.sha256, problems, (), bad_files)
+        problem = broken_seal(file, learned)
+        found: tuple[tuple[str, ...], tuple[Path, ...]] = ((f"{file} {problem}",), (file,)) if problem else ((), ())
+        yield ArrayCheck(name, (), "", 0, 0, learned.sha256, problems=found[0], bad_files=found[1])
 
 
 def _metadata_problems(cache: Cache, name: str, seen: set[Path]) -> tuple[list[str], list[Path]]:

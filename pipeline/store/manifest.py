@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from msgspec import Meta
 
 from probsurgery.pipeline import files
-from probsurgery.pipeline.config import SPLITS
+from probsurgery.pipeline.config import DTYPES, SPLITS, STORES
 from probsurgery.pipeline.errors import DamagedCacheError, InputError
 from probsurgery.pipeline.files import Count, MalformedError, Record, Seal, SourceFile, refuse_links
 from probsurgery.pipeline.fingerprints import fingerprint
@@ -29,13 +29,14 @@ SCHEMA = 1
 FILE = "manifest.json"
 MERGED, COEFFICIENTS = "merged.safetensors", "coefficients.json"
 """Files that keep what a merge has learned."""
+LearnedFile = Annotated[str, Meta(pattern=rf"\A(?:{re.escape(MERGED)}|{re.escape(COEFFICIENTS)})\Z")]
 MOST_BYTES = 2**28
 """Of a manifest; a cache of the papers' eight tasks has some 100 KB."""
 _TASK = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}"
 _ARRAY = re.compile(rf"(?:({'|'.join(SPLITS)})/({_TASK})/({'|'.join(KINDS)}|labels)|classifiers/({_TASK}))")
 
 TaskName = Annotated[str, Meta(pattern=rf"\A{_TASK}\Z")]
-Split = Literal["test", "train"]
+Split = Annotated[str, Meta(pattern=rf"\A(?:{'|'.join(SPLITS)})\Z")]
 Dim = Annotated[int, Meta(ge=1, le=2**16)]
 Request = Annotated[str, Meta(pattern=rf"\A(?:{'|'.join(SPLITS)})/{_TASK}\Z")]
 """`<split>/<task>`."""
@@ -43,7 +44,7 @@ RowNumber = Annotated[str, Meta(pattern=r"\A[0-9]{1,13}\Z")]
 MetadataFile = Annotated[str, Meta(pattern=rf"\A(?:features\.h5|features\.zarr/(?:{_TASK}/){{0,3}}zarr\.json)\Z")]
 
 
-class SplitRecord(Record):
+class SplitRecord(Record, frozen=True):
     """The images of one split of a task."""
 
     rows: Rows
@@ -52,7 +53,7 @@ class SplitRecord(Record):
     """Images that could not be decoded: row -> why. Their features are NaN, their labels -1."""
 
 
-class Origin(Record):
+class Origin(Record, frozen=True):
     """Where the images of a split are from."""
 
     source: str = ""
@@ -60,7 +61,7 @@ class Origin(Record):
     """Whether the source's list of class names agrees with the task's."""
 
 
-class TaskRecord(Record, kw_only=True, omit_defaults=False):
+class TaskRecord(Record, frozen=True, kw_only=True, omit_defaults=False):
     """One task of a cache."""
 
     classes: Count
@@ -71,7 +72,7 @@ class TaskRecord(Record, kw_only=True, omit_defaults=False):
     origins: Mapping[Split, Origin] = {}
 
 
-class MergeIdentity(Record):
+class MergeIdentity(Record, frozen=True):
     """What determines a merged model."""
 
     method: str
@@ -82,7 +83,7 @@ class MergeIdentity(Record):
     """Of the merged weights; None as long as they are not known."""
 
 
-class Identity(Record, kw_only=True):
+class Identity(Record, frozen=True, kw_only=True):
     """What determines the numbers in a cache; never the device, the batch size or the worker count."""
 
     corruption: str | None = None
@@ -90,7 +91,7 @@ class Identity(Record, kw_only=True):
     suite: str
     dim: Dim
     """d, the features' width."""
-    dtype: Literal["float32", "float16"]
+    dtype: Annotated[str, Meta(pattern=rf"\A(?:{'|'.join(DTYPES)})\Z")]
     precision: str
     limit: int | None
     tasks: tuple[TaskName, ...]
@@ -101,7 +102,7 @@ class Identity(Record, kw_only=True):
     merge: MergeIdentity
 
 
-class Run(Record, kw_only=True, omit_defaults=False):
+class Run(Record, frozen=True, kw_only=True, omit_defaults=False):
     """One run of `extract` that added to the cache."""
 
     images: Count
@@ -114,7 +115,7 @@ class Run(Record, kw_only=True, omit_defaults=False):
     device: str = ""
 
 
-class MergeRecord(Record):
+class MergeRecord(Record, frozen=True):
     """What a merge has learned, and how."""
 
     seconds: float | None = None
@@ -122,11 +123,11 @@ class MergeRecord(Record):
     """Mean entropy of the predictions, over the first and the last steps."""
     images: Mapping[str, str] = {}
     """Fingerprints of the images that it learned from, by task."""
-    files: Mapping[Literal["merged.safetensors", "coefficients.json"], Seal] = {}
+    files: Mapping[LearnedFile, Seal] = {}
     coefficients: Mapping[str, float | tuple[float, ...]] | None = None
 
 
-class Conversion(Record):
+class Conversion(Record, frozen=True):
     """The cache that this one was converted from."""
 
     store: str
@@ -136,13 +137,13 @@ class Conversion(Record):
     """Digest of its description of the tasks."""
 
 
-class Manifest(Record, kw_only=True):
+class Manifest(Record, frozen=True, kw_only=True):
     """Everything that is known of a cache. Changed with `msgspec.structs.replace`, and by `CacheWriter` alone."""
 
     schema: int
     created: str = ""
     software: Mapping[str, str] = {}
-    store: Literal["zarr", "hdf5"]
+    store: Annotated[str, Meta(pattern=rf"\A(?:{'|'.join(STORES)})\Z")]
     identity: Identity
     requested: tuple[Request, ...]
     tasks: Mapping[TaskName, TaskRecord]
@@ -163,9 +164,16 @@ class Manifest(Record, kw_only=True):
 
 def new_manifest(identity: Identity, store: str) -> Manifest:
     """The manifest of a cache that holds nothing yet."""
-    created, empty = datetime.datetime.now(datetime.UTC), {"requested": (), "tasks": {}, "arrays": {}}
-    origin = {"created": created.isoformat(timespec="seconds"), "software": software()}
-    return Manifest(schema=SCHEMA, store=store, identity=identity, **origin, **empty)
+    return Manifest(
+        schema=SCHEMA,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        software=software(),
+        store=store,
+        identity=identity,
+        requested=(),
+        tasks={},
+        arrays={},
+    )
 
 
 def software() -> dict[str, str]:

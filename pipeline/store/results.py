@@ -17,7 +17,7 @@ _PROTOCOL = re.compile(r"(.*?)(?:, fraction (\d+(?:\.\d+)?(?:e-\d+)?))?", re.DOT
 """The protocol itself, and the share of the rows that the fit saw."""
 
 
-class Accuracy(Record, kw_only=True):
+class Accuracy(Record, frozen=True, kw_only=True):
     """Share in [0, 1] of the evaluated rows that the frozen classifier gets right, by the features it is given."""
 
     pretrained: float | None = None
@@ -26,14 +26,14 @@ class Accuracy(Record, kw_only=True):
     head: float
 
 
-class Bias(Record):
+class Bias(Record, frozen=True):
     """Mean absolute difference of merged features to the expert's, before and after the head."""
 
     before: float
     after: float
 
 
-class TrainingPlan(Record, omit_defaults=False):
+class TrainingPlan(Record, frozen=True, omit_defaults=False):
     """How a head was trained. Only TF32 changes the result beyond float noise."""
 
     stack: int = 1
@@ -45,7 +45,7 @@ class TrainingPlan(Record, omit_defaults=False):
     """`fp32`, `tf32`, or `fp64` for ridge."""
 
 
-class ResultRow(Record, kw_only=True):
+class ResultRow(Record, frozen=True, kw_only=True):
     """One fitted head on one task."""
 
     fit_rows: int | None = None
@@ -79,12 +79,18 @@ class ResultRow(Record, kw_only=True):
     @property
     def base_protocol(self) -> str:
         """The protocol without the share of the rows that the fit saw."""
-        return _PROTOCOL.fullmatch(self.protocol)[1]
+        return self._protocol_parts[0]
 
     @property
     def fraction(self) -> float:
         """Share of the rows that the fit saw."""
-        return float(_PROTOCOL.fullmatch(self.protocol)[2] or 1)
+        return float(self._protocol_parts[1] or 1)
+
+    @property
+    def _protocol_parts(self) -> tuple[str, str | None]:
+        match = _PROTOCOL.fullmatch(self.protocol)
+        assert match, "the pattern matches any text"
+        return match[1], match[2]
 
     @property
     def is_online(self) -> bool:
@@ -113,6 +119,11 @@ def spread(values: Iterable[float]) -> Spread | None:
     return Spread(fmean(values), stdev(values) if len(values) > 1 else None, len(values)) if values else None
 
 
+def spreads(figures: Mapping[str, Sequence[float]]) -> dict[str, Spread]:
+    """The spread of each list of values that is not empty."""
+    return {name: found for name, values in figures.items() if (found := spread(values))}
+
+
 def append_results(folder: Path, rows: Sequence[ResultRow]) -> None:
     """Add rows to results.jsonl in one write; a torn last line, left by a kill, is closed first."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -134,7 +145,7 @@ def read_results(folder: Path) -> list[ResultRow]:
         lines = (folder / FILE).read_text(encoding="utf-8", errors="replace").splitlines()
     except (FileNotFoundError, NotADirectoryError):
         return []
-    rows: dict[tuple, ResultRow] = {}
+    rows: dict[tuple[str | int, str, str], ResultRow] = {}
     for number, line in enumerate(lines):
         with suppress(ValueError, RecursionError, MalformedError):
             row = decode(ResultRow, json.loads(line))

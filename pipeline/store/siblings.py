@@ -16,7 +16,7 @@ TakenRows = dict[tuple[str, int], tuple[str, int]]
 """By array and shard number of features: the name of the cache that had the shard, and its rows."""
 
 
-def origin(manifest: Manifest, name: str) -> list | None:
+def origin(manifest: Manifest, name: str) -> list[object] | None:
     """What determines an array's values, whatever cache it is in; None if that is not known.
 
     Two arrays that are equal here hold the same values.

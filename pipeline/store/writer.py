@@ -28,7 +28,7 @@ Skipped = Mapping[str, Mapping[str, str]]
 """By `<split>/<task>`: rows that were left out, and why."""
 
 
-class JournalEntry(Record, omit_defaults=False):
+class JournalEntry(Record, frozen=True, omit_defaults=False):
     """What was done to a cache: a line of a rank's journal."""
 
     number: int = field(default=0, name="part")

@@ -8,12 +8,13 @@ Shapes: K heads, S samples, B rows, d dimensions, w inner width (rank or hidden)
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probsurgery.pipeline.config import HeadSettings
+from probsurgery.pipeline.config import HeadSettings, TrainedSettings
 from probsurgery.pipeline.heads.kinds import Params, stack_params
 from probsurgery.pipeline.heads.objectives import distance, distance_gradient, kl_divergence
 
@@ -32,7 +33,9 @@ class Stack:
     def __init__(
         self, settings: Sequence[HeadSettings], starts: Sequence[Params], device: torch.device | str = "cpu"
     ) -> None:
-        self.settings = settings[0]
+        first = settings[0]
+        assert isinstance(first, TrainedSettings), "ridge is solved, not trained"
+        self.settings: TrainedSettings = first
         self.names = list(starts[0])
         stacked = stack_params([{name: t.unsqueeze(0) for name, t in start.items()} for start in starts])
         inner, *outer = stacked.values()
@@ -40,7 +43,7 @@ class Stack:
         """W_in (K, w, d) and W_out (K, o, w)."""
         self.gradients = [torch.zeros_like(w) for w in self.weights]
         heads, width, self.dim = inner.shape
-        like = {"device": device, "dtype": inner.dtype}
+        like: dict[str, Any] = {"device": device, "dtype": inner.dtype}
         batch, outputs = self.settings.batch_size, self.weights[1].shape[1]
         self.loss_sums = torch.zeros(heads, **like)
         """Each head's losses, summed over the steps with `note_loss`."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -38,10 +39,10 @@ class Rows:
     def __len__(self) -> int:
         return len(self.merged if self.seen is None else self.seen)
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | ({"merged": None, "expert": None} if self.files else {})
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         if state["files"]:
             state |= {name: mapped(file) for name, file in zip(("merged", "expert"), state["files"], strict=True)}
         self.__dict__.update(state)
@@ -50,7 +51,7 @@ class Rows:
         """The same rows, with their features written to `folder` and mapped from there."""
         files = (folder / f"{self.task}.merged.npy", folder / f"{self.task}.expert.npy")
         pairs = zip(files, (self.merged, self.expert), strict=True)
-        merged, expert = (spill(file, tuple(values.shape), [values.numpy()]) for file, values in pairs)
+        merged, expert = (spill(file, (len(values), values.shape[1]), [values.numpy()]) for file, values in pairs)
         return replace(self, merged=merged, expert=expert, files=files)
 
     def check(self) -> None:
@@ -169,9 +170,9 @@ class Feed:
             for t in range(tasks)
         ]
         self._threads = ThreadPoolExecutor() if ahead else None
-        if ahead:
+        if self._threads:
             self._host = [torch.empty(self._noise.shape, pin_memory=device.type == "cuda") for _ in range(2)]
-            self._drawn = self._draw_on_threads()
+            self._drawn = self._draw_on(self._threads)
 
     def fill(self, *, last: bool = False) -> None:
         """Fill the buffers with the next block; after the `last` one none is drawn ahead."""
@@ -192,15 +193,17 @@ class Feed:
         if last:
             self._threads.shutdown(wait=False)
         else:
-            self._drawn = self._draw_on_threads()
+            self._drawn = self._draw_on(self._threads)
 
-    def _draw_on_threads(self) -> list[Future]:
+    def _draw_on(self, threads: ThreadPoolExecutor) -> list[Future[Tensor]]:
         noise = self._host[0]
-        return [self._threads.submit(stream.noise, noise[place]) for place, (stream, *_) in self._sources.items()]
+        return [threads.submit(stream.noise, noise[place]) for place, (stream, *_) in self._sources.items()]
 
     def batch(self, update: int) -> Batch:
         """The batch of every head in one update of the block: views of the buffers if every head has its own stream."""
         z, expert, noise = self._batches[update]
-        if self._stream_of_head is None:
+        streams = self._stream_of_head
+        if streams is None:
             return z, expert, noise
-        return tuple(v if v is None else v.index_select(-3, self._stream_of_head) for v in (z, expert, noise))
+        of_heads = None if noise is None else noise.index_select(-3, streams)
+        return z.index_select(-3, streams), expert.index_select(-3, streams), of_heads

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from probsurgery.pipeline.config import RidgeSettings
 from probsurgery.pipeline.errors import ProbsurgeryError, first_line
 from probsurgery.pipeline.heads.kinds import Params, initial_params
 from probsurgery.pipeline.heads.ridge import solve_ridge
@@ -53,9 +54,9 @@ class _GraphedStep:
 
     def __call__(self, z: Tensor, expert: Tensor, noise: Tensor | None, note_loss: bool) -> None:
         if self._batch is None:
-            self._batch = tuple(values if values is None else values.clone() for values in (z, expert, noise))
+            self._batch = z.clone(), expert.clone(), None if noise is None else noise.clone()
         for buffer, values in zip(self._batch, (z, expert, noise), strict=True):
-            if buffer is not None:
+            if buffer is not None and values is not None:
                 buffer.copy_(values)
         self._done += 1
         if self._done <= self.WARM_UP:
@@ -141,6 +142,7 @@ def _run_steps(
 def _solve(job: Job, device: torch.device) -> Outcome:
     begun = time.perf_counter()
     (rows,) = job.rows
+    assert isinstance(job.settings, RidgeSettings)
     try:
         params, penalty = solve_ridge(rows.merged, rows.expert, job.settings.penalty, device, rows.seen)
     except ProbsurgeryError as error:

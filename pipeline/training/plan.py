@@ -18,7 +18,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from probsurgery.pipeline.config import HeadSettings
+from probsurgery.pipeline.config import HeadSettings, changed_settings
 from probsurgery.pipeline.device import available_memory
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
 from probsurgery.pipeline.heads.kinds import HEADS, parameter_count
@@ -104,10 +104,10 @@ class Workload:
         return self.state_bytes + batch_bytes * (BLOCK * self.tasks * (2 + draws) + 8 + 4 * draws)
 
     @property
-    def stack_key(self) -> tuple:
+    def stack_key(self) -> tuple[HeadSettings, int, int]:
         """Heads with the same key can be trained in one stack."""
         per_head = HEADS[self.settings.kind].per_head
-        return replace(self.settings, **dict.fromkeys(per_head, 0)), self.tasks, self.dim
+        return changed_settings(self.settings, **dict.fromkeys(per_head, 0)), self.tasks, self.dim
 
 
 def make_plan(
@@ -250,7 +250,10 @@ def fit_heads(
             outcomes = dict(execute(jobs, plan, pool, counter))
     else:
         outcomes = dict(execute(jobs, plan, advance=counter))
+    heads = []
     for number, job in enumerate(jobs):
-        if isinstance(outcomes[number], ProbsurgeryError):
-            raise ProbsurgeryError(f"the head for {job.label}: {outcomes[number]}")
-    return [outcomes[number] for number in range(len(jobs))]
+        outcome = outcomes[number]
+        if isinstance(outcome, ProbsurgeryError):
+            raise ProbsurgeryError(f"the head for {job.label}: {outcome}")
+        heads.append(outcome)
+    return heads

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe, wait
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -58,16 +58,17 @@ class Pool:
                 worker.train(*waiting.popleft())
         while unfinished:
             busy = {worker.connection: worker for worker in self._workers if not worker.is_idle}
-            for connection in wait(busy):
-                worker, finished = busy[connection], None
+            for worker in [busy[connection] for connection in wait(busy) if isinstance(connection, Connection)]:
+                finished = None
                 try:
-                    message = _receive(connection)
+                    message = _receive(worker.connection)
                 except _CUT_OFF:
                     message = self._replace(worker)
                 if message == READY:
                     worker.ready = True
                 elif not isinstance(message, int):
                     outcomes = [message] * worker.heads if isinstance(message, ProbsurgeryError) else message
+                    assert worker.stack is not None, "only a worker that trains sends outcomes"
                     finished, worker.stack = (worker.stack, outcomes), None
                 elif advance is not None:
                     advance(message)
@@ -126,7 +127,7 @@ def _send(connection: Connection, message: object) -> None:
     connection.send_bytes(pickle.dumps(message))
 
 
-def _receive(connection: Connection) -> object:
+def _receive(connection: Connection) -> Any:
     return pickle.loads(connection.recv_bytes())
 
 
@@ -136,6 +137,7 @@ def _serve(connection: Connection) -> None:
     with suppress(*_CLOSED):
         _send(connection, READY)
         while True:
+            outcomes: list[Outcome] | ProbsurgeryError
             try:
                 outcomes = train_stack(_receive(connection), advance=lambda head_steps: _send(connection, head_steps))
             except _CLOSED:
