@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from probsurgery.commands.options import AsJson, Device, comma_list, configured, key_values
+from probsurgery.commands.options import AsJson, Device, Several, comma_list, configured, key_values
 from probsurgery.commands.progress import shown_progress
 from probsurgery.commands.render import note, print_json
 from probsurgery.pipeline.config import CACHES, DTYPES, PRECISIONS, STORES, ExtractConfig, number_text
@@ -43,12 +43,8 @@ def extract_command(
         Path | None, Option(help="Read AdaMerging's coefficients from this file instead of learning them.")
     ] = None,
     name: Name = default.name,
-    tasks: Annotated[
-        tuple[Any, ...] | None, comma_list(str, "Tasks to merge and extract. [all of the suite]")
-    ] = default.tasks,
-    only: Annotated[
-        tuple[Any, ...] | None, comma_list(str, "Extract only these of the merged tasks. [all]")
-    ] = default.only,
+    tasks: Annotated[Several | None, comma_list(str, "Tasks to merge and extract. [all of the suite]")] = default.tasks,
+    only: Annotated[Several | None, comma_list(str, "Extract only these of the merged tasks. [all]")] = default.only,
     checkpoints: Annotated[
         str | None, Option(help="Folder of checkpoints; layouts: docs/sources.md. [the published ones]")
     ] = default.checkpoints,

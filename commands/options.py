@@ -13,9 +13,11 @@ from probsurgery.pipeline.errors import InputError, unknown
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+    Several = tuple[Any, ...]
+else:
+    Several = tuple  # Typer would read the full type as two arguments on the command line
+
 Config = TypeVar("Config", bound="DataclassInstance")
-Several = tuple[Any, ...]
-"""Values of a comma list."""
 _KINDS = {str: ("A,B,...", "a name"), int: ("N,N,...", "a whole number"), float: ("N,N,...", "a number")}
 """Types of the values in a comma list, with the metavar in the help and the noun in an error."""
 

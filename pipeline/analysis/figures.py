@@ -214,7 +214,7 @@ def _draw_encoders(axes: Axes, report: Report) -> None:
         value = line.number(AVERAGE) if is_merged or line.kind == BASELINE else None
         if value is not None and low - margin <= value <= high + margin:
             axes.axhline(value, color="0.35", linewidth=0.8, linestyle=":" if is_merged else "--")
-            axes.annotate(line.label, (1, value), color="0.35", **note)
+            axes.annotate(line.label, (1, value), **note)
 
 
 def _heat_map(grid: Grid) -> Figure:

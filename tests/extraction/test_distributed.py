@@ -164,4 +164,4 @@ def test_a_process_of_its_own_is_no_rank(monkeypatch):
     assert distributed.launched_rank() == (0, 1)
     with distributed.joined() as one:
         assert one.leads
-        assert one.lead(lambda: 7) == 7
+        assert one.lead(lambda: 7, then=lambda: 8) == 7
