@@ -73,11 +73,15 @@ def fit_command(
 ) -> None:
     """Stage two: fit a head for each task on the cached features."""
     config = configured(FitConfig, locals(), head=head_settings(head, **_given_settings(locals())))
+    from probsurgery.pipeline.analysis.plausibility import implausible_experts
     from probsurgery.pipeline.analysis.runs import fit_table
     from probsurgery.pipeline.fitting.fit import fit
+    from probsurgery.pipeline.store.cache import Cache
 
     with shown_progress("head-steps") as progress:
         result = fit(config, progress)
+    for text in implausible_experts(result.rows, Cache(cache)):
+        note(text)
     if as_json:
         rows = [row.to_json() for row in result.rows]
         print_json({"path": str(result.path), "repeated": result.repeated, "results": rows})

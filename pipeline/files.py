@@ -1,9 +1,10 @@
 """Files that are replaced whole or not at all, sealed with a digest, read as JSON once, and never behind a link."""
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -90,7 +91,20 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Replace a JSON file."""
-    write_atomically(path, json.dumps(value, indent=1) + "\n")
+    write_atomically(path, json_text(value, indent=1) + "\n")
+
+
+def json_text(value: object, indent: int | None = None) -> str:
+    """A value as JSON, which has no NaN and no infinity: they become null. Paths and the like become text."""
+    return json.dumps(_finite(value), indent=indent, default=str, allow_nan=False)
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def read_json(path: Path, most_bytes: int) -> Any:

@@ -246,12 +246,13 @@ def _calibration(head: HeadUncertainty) -> Figure:
     figure = _new_figure(5.6, 3.4)
     axes = figure.subplots()
     for (task, measured), style in zip(head.tasks.items(), cycle(_LINE_STYLES), strict=False):
-        label = f"{task} ({measured.rank_correlation:+.2f})"
+        label = f"{task} (-)" if measured.rank_correlation is None else f"{task} ({measured.rank_correlation:+.2f})"
         axes.plot(*zip(*measured.bins, strict=True), markersize=3, linewidth=1, label=label, **style)
-    right, top = 1.1 * np.concatenate([measured.bins for measured in head.tasks.values()]).max(0)
+    bins = np.concatenate([measured.bins for measured in head.tasks.values()])
+    right, top = 1.1 * np.max(bins, axis=0, initial=0, where=np.isfinite(bins))
     axes.plot((0, right), (0, right), color="0.35", linestyle="--", linewidth=0.8, label="calibrated")
-    axes.set_xlim(0, right)
-    axes.set_ylim(0, max(right, top))
+    axes.set_xlim(0, right or 1)
+    axes.set_ylim(0, max(right, top) or 1)
     axes.set_xlabel("predicted sigma (root mean square)")
     axes.set_ylabel("true residual (root mean square)")
     figure.suptitle(f"Is sigma calibrated? {head.label} ({head.protocol})")
@@ -279,7 +280,9 @@ def _projection(projected: Projection) -> Figure:
     figure, panels = _panel_for_each(projected.points, 1.9, sharex=True, sharey=True)
     for axes, points in zip(panels.flat, projected.points.values(), strict=False):
         for kind, (colour, marker, size) in _FEATURE_STYLES.items():
-            axes.scatter(*points[kind].T, size, colour, marker, alpha=0.6, linewidths=0, label=kind, rasterized=True)
+            axes.scatter(
+                *points[kind].T, s=size, c=colour, marker=marker, alpha=0.6, linewidths=0, label=kind, rasterized=True
+            )
         axes.set_xticks([])
         axes.set_yticks([])
     figure.suptitle(f"{projected.method} of features: {projected.label} ({projected.cache})")

@@ -86,9 +86,9 @@ def uncertainty_table(head: HeadUncertainty) -> Table:
     return Table(title, columns, (*lines, Line(AVERAGE, means, BASELINE)), first="task", notes=(_NOTE,))
 
 
-def _uncertainty_figures(measured: Uncertainty) -> dict[str, float]:
+def _uncertainty_figures(measured: Uncertainty) -> dict[str, float | None]:
     sigmas, residuals = zip(*measured.bins, strict=True)
-    figures = {
+    figures: dict[str, float | None] = {
         "rank corr.": measured.rank_correlation,
         "of doubt": measured.confidence_correlation,
         "in 1 sigma, %": 100 * measured.within[1],

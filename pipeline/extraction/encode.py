@@ -16,7 +16,7 @@ from probsurgery.pipeline.datasets.tasks import Images
 from probsurgery.pipeline.errors import ProbsurgeryError
 from probsurgery.pipeline.extraction.loading import read_batches, refuse_undecoded
 from probsurgery.pipeline.extraction.run_plan import RunPlan
-from probsurgery.pipeline.store.arrays import shard_rows
+from probsurgery.pipeline.store.arrays import bad_rows, shard_rows
 from probsurgery.pipeline.store.writer import CacheWriter, JournalEntry
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -140,13 +140,13 @@ def _write(
 
 
 def _as_stored(features: np.ndarray, target: Target, dtype: str, first_row: int) -> np.ndarray:
-    """Features in the cache's type. Raises `ProbsurgeryError` if the encoder, or the type, made one NaN or infinite."""
+    """Features in the cache's type. Raises `ProbsurgeryError` if `bad_rows` finds that no head could use one."""
     with np.errstate(over="ignore"):
         stored = features.astype(dtype)
-    bad = np.flatnonzero(~np.isfinite(stored).all(-1))
+    bad, wrong = bad_rows(target.array, stored, 0)
     if len(bad):
         raise ProbsurgeryError(
-            f"features {target.array} are NaN or infinite in row {first_row + bad[0]}; "
+            f"features {target.array} are {wrong} in row {first_row + bad[0]}; "
             "try --precision fp32 and --dtype float32, and check that checkpoint"
         )
     return stored

@@ -23,9 +23,10 @@ class Uncertainty:
     root mean square of ``z - mu - z_expert``, the bias that remains after the correction.
     """
 
-    rank_correlation: float
-    """Spearman's, of predicted spread and residual, over rows. It does not depend on labels."""
-    confidence_correlation: float
+    rank_correlation: float | None
+    """Spearman's, of predicted spread and residual, over rows; None if either is constant. It does not depend on
+    labels."""
+    confidence_correlation: float | None
     """The same with 1 - the classifier's largest probability instead of the spread: a baseline."""
     within: dict[int, float]
     """Share of the residuals, per dimension, within 1 and 2 sigma; for a normal distribution 0.683 and 0.954."""
@@ -69,9 +70,11 @@ def measure(
     )
 
 
-def spearman(a: Float[Tensor, " N"], b: Float[Tensor, " N"]) -> float:
-    """Rank correlation: Pearson's of the ranks. Equal values get their mean rank; NaN if `a` or `b` is constant."""
-    return torch.corrcoef(torch.stack([_ranks(a), _ranks(b)]))[0, 1].item()
+def spearman(a: Float[Tensor, " N"], b: Float[Tensor, " N"]) -> float | None:
+    """Rank correlation: Pearson's of the ranks. Equal values get their mean rank; None if `a` or `b` is constant."""
+    ranks = torch.stack([_ranks(a), _ranks(b)])
+    is_constant = (ranks == ranks[:, :1]).all(-1).any()
+    return None if is_constant else torch.corrcoef(ranks)[0, 1].item()
 
 
 def _root_mean_square(values: Tensor) -> float:

@@ -17,6 +17,7 @@ from probsurgery.pipeline.fingerprints import fingerprint
 from probsurgery.pipeline.models.architectures import model_config
 from probsurgery.pipeline.models.checkpoints import StateDict, check_state, digest, read_tensors, to_classifier, to_text
 from probsurgery.pipeline.models.sources import Weights
+from probsurgery.pipeline.store.arrays import bad_rows
 
 
 def load_classifiers(weights: Weights, tasks: Sequence[Task], device: torch.device) -> dict[str, Tensor]:
@@ -36,9 +37,11 @@ def load_classifiers(weights: Weights, tasks: Sequence[Task], device: torch.devi
                 f"{weights.files[f'classifier {task.name}'].source}: the classifier of {task.name!r} has shape "
                 f"{tuple(classifier.shape)}, not (C, d) = {shape}"
             )
-        if not classifier.isfinite().all():
-            raise InputError(f"the classifier of {task.name!r} in {weights.folder} holds NaN or infinite weights")
         classifiers[task.name] = classifier.float().contiguous()
+        bad, wrong = bad_rows(f"classifiers/{task.name}", classifiers[task.name].numpy(), 0)
+        if len(bad):
+            where = f"the classifier of {task.name!r} in {weights.folder}"
+            raise InputError(f"{where} has rows that are {wrong}, the first is {task.class_names[bad[0]]!r}'s")
     return classifiers | (_from_text_tower(weights, missing, device) if missing else {})
 
 

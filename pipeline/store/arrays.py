@@ -17,6 +17,8 @@ CHUNK_ROWS = 256
 KINDS = ("merged", "expert", "pretrained")
 """Encoders of which a cache has features."""
 Rows = Annotated[int, Meta(ge=0, le=2**40)]
+LARGEST_VALUE = 1e10
+"""Of a feature or classifier. Squares of larger ones soon exceed float32; encoders give values of 10 at most."""
 
 
 def shard_count(rows: int) -> int:
@@ -40,6 +42,19 @@ def values_digest(values: np.ndarray) -> str:
 def is_features(name: str) -> bool:
     """Whether an array holds features, in the cache's type, and not labels or a classifier."""
     return name.count("/") == 2 and name.endswith(KINDS)
+
+
+def bad_rows(name: str, values: np.ndarray, classes: int) -> tuple[np.ndarray, str]:
+    """Rows of an array that no computation may use, and what is wrong with them: labels that are no class, features
+    that are not finite or out of range, and rows of a classifier that are zero as well.
+    """
+    if name.endswith("/labels"):
+        return np.flatnonzero((values < 0) | (values >= classes)), f"not classes (0 to {classes - 1})"
+    is_bad = ~(np.abs(values.astype(np.float32, copy=False)) <= LARGEST_VALUE).all(-1)
+    wrong = f"NaN, infinite or beyond {LARGEST_VALUE:.0e}"
+    if name.startswith("classifiers/"):
+        return np.flatnonzero(is_bad | ~values.any(-1)), f"{wrong}, or zero"
+    return np.flatnonzero(is_bad), wrong
 
 
 class ShardSeal(Seal, frozen=True):

@@ -10,7 +10,7 @@ from torch import Tensor
 from probsurgery.pipeline.errors import DamagedCacheError, InputError, first_line
 from probsurgery.pipeline.files import broken_seal
 from probsurgery.pipeline.fingerprints import fingerprint
-from probsurgery.pipeline.store.arrays import KINDS, shard_rows, values_digest
+from probsurgery.pipeline.store.arrays import KINDS, bad_rows, shard_rows, values_digest
 from probsurgery.pipeline.store.formats import FORMATS
 from probsurgery.pipeline.store.manifest import Identity, read_manifest
 from probsurgery.pipeline.store.memmap import spill
@@ -138,37 +138,37 @@ class Cache:
             raise InputError(f"{self.path} holds no {kind!r} features of {task} ({split}); it may hold: {kinds}")
         name, shape = f"{split}/{task}/{kind}", (self.rows(task, split), self.dim)
         self._require_sizes(name)
-        bad: list[int] = []
-
-        def blocks() -> Iterator[np.ndarray]:
-            row = 0
-            for block in self._blocks(name):
-                bad.extend(row + np.flatnonzero(~np.isfinite(block).all(-1)))
-                row += len(block)
-                yield block
-
-        if scratch is None:
-            values, row = torch.empty(shape), 0
-            for block in blocks():
-                values[row : row + len(block)] = torch.from_numpy(block)
-                row += len(block)
-        else:
-            values = spill(scratch, shape, blocks())
-        if bad:
-            raise InputError(
-                f"{self.path}: {kind} features of task {task} ({split}) are NaN or infinite in {len(bad)} rows, "
-                f"first in row {bad[0]}; check the checkpoints and extract again with --fresh"
-            )
+        if scratch is not None:
+            return spill(scratch, shape, self._checked_blocks(name))
+        values, row = torch.empty(shape), 0
+        for block in self._checked_blocks(name):
+            values[row : row + len(block)] = torch.from_numpy(block)
+            row += len(block)
         return values
 
     def labels(self, task: str, split: str = "test") -> Tensor:
         """Labels (N,), for evaluation only."""
         self.require(task, split)
-        return torch.from_numpy(np.concatenate([*self._blocks(f"{split}/{task}/labels")]))
+        return torch.from_numpy(np.concatenate([*self._checked_blocks(f"{split}/{task}/labels")]))
 
     def classifier(self, task: str) -> Tensor:
         """Zero-shot classifier (C, d), rows unit-norm times the logit scale."""
-        return torch.from_numpy(np.concatenate([*self._blocks(f"classifiers/{task}")])).float()
+        return torch.from_numpy(np.concatenate([*self._checked_blocks(f"classifiers/{task}")])).float()
+
+    def _checked_blocks(self, name: str) -> Iterator[np.ndarray]:
+        """The decoded rows of each shard. Raises `InputError` at the end if `bad_rows` has found some."""
+        task, row, bad = name.split("/")[1], 0, []
+        classes, wrong = self.manifest.tasks[task].classes, ""
+        for block in self._blocks(name):
+            rows, wrong = bad_rows(name, block, classes)
+            bad += [row + int(found) for found in rows]
+            row += len(block)
+            yield block
+        if bad:
+            raise InputError(
+                f"{self.path}: {len(bad)} rows of {name} are {wrong}, the first is row {bad[0]}; "
+                "check the checkpoints, classifiers and labels that it was made from, and extract again with --fresh"
+            )
 
     def _require_sizes(self, name: str) -> None:
         """Raise unless every file of an array has its size, before memory is allocated for the array."""

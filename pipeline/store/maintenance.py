@@ -17,7 +17,7 @@ from probsurgery.pipeline.files import broken_seal, replaced
 from probsurgery.pipeline.fingerprints import fingerprint
 from probsurgery.pipeline.progress import Progress, no_progress
 from probsurgery.pipeline.store import manifest as manifests
-from probsurgery.pipeline.store.arrays import ArraySpec, is_features
+from probsurgery.pipeline.store.arrays import ArraySpec, bad_rows, is_features
 from probsurgery.pipeline.store.cache import Cache
 from probsurgery.pipeline.store.lock import LOCK, OWNER, locked
 from probsurgery.pipeline.store.manifest import Conversion, read_manifest
@@ -88,13 +88,10 @@ def _shard_problem(cache: Cache, name: str, number: int, *, decode: bool) -> str
         values = cache.decoded_rows(name, number)
     except DamagedCacheError as error:
         return str(error).partition(";")[0]
-    if values.dtype.kind == "f":
-        bad = int((~np.isfinite(values)).any(-1).sum())
-        return f"{file} holds NaN or infinite features in {bad} rows" if bad else None
     task = name.split("/")[1]
     classes = cache.manifest.tasks[task].classes if task in cache.manifest.tasks else 0
-    wrong = int(((values < 0) | (values >= classes)).sum())
-    return f"{file} holds {wrong} labels that are not classes of {task}" if wrong else None
+    rows, wrong = bad_rows(name, values, classes)
+    return f"{file} has {len(rows)} rows that are {wrong}" if len(rows) else None
 
 
 def repair(path: Path) -> list[ArrayCheck]:

@@ -5,12 +5,12 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from probsurgery.pipeline.files import Count, MalformedError, Record, decode
+from probsurgery.pipeline.files import Count, MalformedError, Record, decode, json_text
 
 FILE = "results.jsonl"
 _PROTOCOL = re.compile(r"(.*?)(?:, fraction (\d+(?:\.\d+)?(?:e-\d+)?))?", re.DOTALL)
@@ -111,23 +111,28 @@ class Spread:
     sd: float | None
     """Standard deviation with n - 1; None for a single seed."""
     seeds: int = 1
+    by_seed: Mapping[int, float] = field(default_factory=dict, compare=False)
+    """The value of each seed, if the figure depends on it and they are known."""
 
 
-def spread(values: Iterable[float]) -> Spread | None:
-    """Mean and standard deviation of one value for each seed; None without values."""
-    values = list(values)
-    return Spread(fmean(values), stdev(values) if len(values) > 1 else None, len(values)) if values else None
+def spread(values: Iterable[float] | Mapping[int, float]) -> Spread | None:
+    """Mean and standard deviation of one value for each seed, or of values by seed; None without values."""
+    by_seed = values if isinstance(values, Mapping) else {}
+    values = list(by_seed.values() or values)
+    if not values:
+        return None
+    return Spread(fmean(values), stdev(values) if len(values) > 1 else None, len(values), by_seed)
 
 
-def spreads(figures: Mapping[str, Sequence[float]]) -> dict[str, Spread]:
-    """The spread of each list of values that is not empty."""
+def spreads(figures: Mapping[str, Sequence[float] | Mapping[int, float]]) -> dict[str, Spread]:
+    """The spread of each collection of values that is not empty."""
     return {name: found for name, values in figures.items() if (found := spread(values))}
 
 
 def append_results(folder: Path, rows: Sequence[ResultRow]) -> None:
     """Add rows to results.jsonl in one write; a torn last line, left by a kill, is closed first."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row.to_json()) + "\n" for row in rows)
+    text = "".join(json_text(row.to_json()) + "\n" for row in rows)
     with (folder / FILE).open("a+b") as out:
         if out.tell():
             out.seek(-1, os.SEEK_END)

@@ -16,7 +16,7 @@ from msgspec import field
 from msgspec.structs import replace
 
 from probsurgery.pipeline.errors import DamagedCacheError, InputError, ProbsurgeryError
-from probsurgery.pipeline.files import MalformedError, Record, broken_seal, decode, replaced, seal
+from probsurgery.pipeline.files import MalformedError, Record, broken_seal, decode, json_text, replaced, seal
 from probsurgery.pipeline.fingerprints import differences
 from probsurgery.pipeline.store import manifest as manifests
 from probsurgery.pipeline.store.arrays import ArraySpec, Seals, ShardSeal, shard_count, values_digest, with_seals
@@ -182,7 +182,7 @@ class CacheWriter:
                 self.save()
             else:
                 with self.room(), self._journal.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(entry.to_json()) + "\n")
+                    file.write(json_text(entry.to_json()) + "\n")
 
     def _apply(self, entry: JournalEntry) -> None:
         arrays = with_seals(self.manifest.arrays, {name: {entry.number: s} for name, s in entry.shards.items()})

@@ -196,7 +196,7 @@ def test_nan_features_are_refused_by_task_and_row(run, tmp_path):
         return arrays
 
     path = write_cache(tmp_path / "nan", {"a": 20}, change=spoil)
-    refused(run("fit", "--cache", path, *FEW), "task a", "row 5")
+    refused(run("fit", "--cache", path, *FEW), "test/a/merged", "row 5")
     assert not (path / "heads").exists()
 
 

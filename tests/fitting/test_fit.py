@@ -274,12 +274,12 @@ def test_nan_in_a_cache_is_named_by_task_and_row(tmp_path):
         return arrays
 
     path = write_cache(tmp_path / "cache", {"a": 20, "b": 20}, change=spoil)
-    with pytest.raises(InputError, match="merged features of task b .*row 4"):
+    with pytest.raises(InputError, match="1 rows of test/b/merged are NaN.*row 4"):
         fit(FitConfig(path, PROB))
     assert not (path / "heads").exists()
     (problem,) = damage(Cache(path))
     assert "test/b/merged" in problem
-    assert "NaN or infinite features in 1 rows" in problem
+    assert "has 1 rows that are NaN" in problem
 
 
 def test_default_names_tell_settings_apart():

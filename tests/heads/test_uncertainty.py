@@ -74,3 +74,13 @@ def test_rank_correlation_is_scipys(ties):
     a, b = torch.randn(2, 200)
     a, b = ((a * 2).round(), (a + b).round()) if ties else (a, a + b)
     assert spearman(a, b) == pytest.approx(scipy.stats.spearmanr(a, b).statistic, abs=1e-9)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_constants_have_no_rank_correlation(rows):
+    assert spearman(torch.ones(rows), torch.rand(rows)) is None
+    same = torch.ones(rows, DIM)
+    measured = measure(head_of(0), same, same * 0, torch.zeros(3, DIM), torch.zeros(rows, dtype=torch.long))
+    assert measured.rank_correlation is None
+    assert measured.confidence_correlation is None

@@ -133,7 +133,7 @@ def test_nan_features_are_named_by_task_and_row(tmp_path, store):
         return arrays
 
     cache = Cache(write_cache(tmp_path / "nan", {"a": ROWS}, store, change=spoil))
-    with pytest.raises(InputError, match=f"expert features of task a .* in 1 rows, first in row {SHARD_ROWS + 3}"):
+    with pytest.raises(InputError, match=f"1 rows of test/a/expert are NaN.*, the first is row {SHARD_ROWS + 3}"):
         cache.features("a", "expert")
 
 

@@ -153,8 +153,8 @@ def test_wrong_labels_and_features_that_are_no_numbers_are_found(tmp_path, store
 
     found = damage(Cache(write_cache(tmp_path / "cache", {"a": 50}, store, change=spoil)))
     assert len(found) == 2
-    assert any("1 labels that are not classes of a" in problem for problem in found)
-    assert any("NaN or infinite features in 1 rows" in problem for problem in found)
+    assert any("has 1 rows that are not classes (0 to 2)" in problem for problem in found)
+    assert any("has 1 rows that are NaN" in problem for problem in found)
 
 
 def test_what_plain_readers_are_shown_is_compared(extracted, store):
