@@ -10,7 +10,7 @@ from typer import Option
 
 from probsurgery.commands.options import AsJson, Device, Several, comma_list, configured, key_values
 from probsurgery.commands.progress import shown_progress
-from probsurgery.commands.render import note, print_json
+from probsurgery.commands.render import note, print_json, rate_text
 from probsurgery.pipeline.config import CACHES, DTYPES, PRECISIONS, STORES, ExtractConfig, number_text
 from probsurgery.pipeline.extraction.distributed import launched_rank
 
@@ -90,7 +90,7 @@ def _print_result(result: Extraction) -> None:
     if result.images:
         phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in result.seconds.items())
         ranks = launched_rank()[1]
-        rate = f"{result.images / encoding:,.0f} images/s" if ranks == 1 else f"{ranks} ranks"
+        rate = f"{rate_text(result.images / encoding)} images/s" if ranks == 1 else f"{ranks} ranks"
         note(f"{result.images:,} images, {rate} ({phases})")
     for name, rows in result.taken.items():
         share = f"{100 * rows / (result.passes + sum(result.taken.values())):.0f} %"

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich import progress as bars
 from rich.console import Console
 
-from probsurgery.commands.render import note
+from probsurgery.commands.render import note, rate_text
 from probsurgery.pipeline.extraction.distributed import launched_rank
 from probsurgery.pipeline.progress import Progress, no_progress
 
@@ -41,7 +41,7 @@ class _Bar:
 
     def __init__(self, bar: bars.Progress, unit: str) -> None:
         self._bar, self._default_unit, self._unit = bar, unit, unit
-        self._task = bar.add_task("", total=None, rate="")
+        self._task = bar.add_task("", total=None, rate="", visible=False)
 
     def __call__(self, done: int, total: int, what: str = "", *, unit: str | None = None) -> None:
         unit = unit or self._default_unit
@@ -49,10 +49,10 @@ class _Bar:
             self._bar.remove_task(self._task)
             self._task, self._unit = self._bar.add_task("", total=None, rate=""), unit
         speed = self._bar.tasks[0].speed
-        rate = f"{speed:,.0f} {unit}/s" if speed else ""
+        rate = f"{rate_text(speed)} {unit}/s" if speed else ""
         # The description is cut here to the room that is left; rich would cut the numbers before it as well.
         room = max(0, self._bar.console.width - _BAR_WIDTH - 2 * len(f"{total:,}") - len(rate) - 14)
-        self._bar.update(self._task, completed=done, total=total, description=what[:room], rate=rate)
+        self._bar.update(self._task, completed=done, total=total, description=what[:room], rate=rate, visible=True)
 
 
 class PlainLines:
@@ -73,5 +73,5 @@ class PlainLines:
             return
         self._printed = now
         rate = (done - self._done_at_start) / (now - self._started)
-        speed = f", {rate:,.0f}/s, {(total - done) / rate:,.0f} s left" if rate else ""
+        speed = f", {rate_text(rate)}/s, {(total - done) / rate:,.0f} s left" if rate else ""
         note(f"{what + ': ' if what else ''}{done:,} of {total:,} {unit}{speed}")

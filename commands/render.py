@@ -1,9 +1,9 @@
 """Results on standard output, as tables or JSON; notes on standard error."""
 
-import json
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
@@ -11,6 +11,13 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from probsurgery.pipeline.analysis.tables import FORMATS, Line, Table
+from probsurgery.pipeline.files import json_text
+
+_LABEL_WIDTH = 24
+"""Least width of a column of labels that are longer."""
+_GAP, _EDGES = 2, 2
+"""Spaces before every column but the first, and on both sides of a table."""
+_UNLIMITED = 10_000
 
 
 def note(text: str) -> None:
@@ -20,7 +27,7 @@ def note(text: str) -> None:
 
 def print_json(value: object) -> None:
     """Print a machine-readable result."""
-    print(json.dumps(value, indent=1, default=str))
+    print(json_text(value, indent=1))
 
 
 def printable(text: str) -> str:
@@ -33,6 +40,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def rate_text(per_second: float) -> str:
+    """A rate with two digits or more, such as 0.25 or 1,234."""
+    return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.2g}"
+
+
 def print_tables(tables: Sequence[Table], form: str = "text") -> None:
     """Print tables as text, JSON, or another of `tables.FORMATS`."""
     if form == "json":
@@ -42,25 +54,76 @@ def print_tables(tables: Sequence[Table], form: str = "text") -> None:
         print(FORMATS[form](tables), end="")
         return
     for table in tables:
-        print(printable(table.title))
-        print_rows((table.first, *table.columns), (_cells(table, line) for line in table.lines))
+        _print_text(table.title)
+        header = [table.first, *table.columns]
+        rows = [[Text(table.label(line)), *_cells(table, line)] for line in table.lines]
+        turned = [[Text(column), *(row[index] for row in rows)] for index, column in enumerate(header) if index]
+        turned_header = ["", *(row[0].plain for row in rows)]
+        if len(_blocks(turned_header, turned)) < len(_blocks(header, rows)):
+            header, rows = turned_header, turned
+        print_rows(header, rows)
         for text in table.notes:
-            print(printable(text))
+            _print_text(text)
 
 
-def _cells(table: Table, line: Line) -> list[str | Text]:
-    texts = {column: printable(table.text(line, column)) for column in table.columns}
-    return [line.label, *(Text(text, "bold") if table.is_best(line, c) else text for c, text in texts.items())]
+def _cells(table: Table, line: Line) -> list[Text]:
+    return [Text(table.text(line, column), "bold" if table.is_best(line, column) else "") for column in table.columns]
 
 
 def print_rows(columns: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> None:
-    """Print rows of text in columns, the first aligned left and the others right."""
-    grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for index, column in enumerate(columns):
-        # A narrow terminal folds long names; nothing is cut off.
-        grid.add_column(column, justify="right" if index else "left", overflow="fold")
-    for row in rows:
-        grid.add_row(*(printable(cell) if isinstance(cell, str) else cell for cell in row))
-    # A pipe has no width: tables take what they need, where rich would wrap them at 80 columns.
-    shape: dict[str, Any] = {} if sys.stdout.isatty() else {"width": 200, "force_terminal": False}
-    Console(markup=False, emoji=False, **shape).print(grid)  # a name may look like markup
+    """Print rows of text in columns, the first aligned left and the others right.
+
+    Text is wrapped between words only. Columns beyond a terminal's width follow in further blocks, each with the first
+    column; a pipe has no width.
+    """
+    texts = [[cell if isinstance(cell, Text) else Text(cell) for cell in row] for row in rows]
+    console = _console()
+    for block in _blocks(columns, texts):
+        grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        widths = {index: _least_width(columns, texts, index) for index in block}
+        room = console.width - _EDGES - sum(widths.values()) - _GAP * (len(block) - 1)
+        for index in block:  # what is left goes to the first columns that would be wrapped
+            widest = max([len(columns[index]), *(len(row[index]) for row in texts)])
+            more = max(0, min(room, widest - widths[index]))
+            room -= more
+            justify: Literal["left", "right"] = "right" if index else "left"
+            grid.add_column(printable(columns[index]), justify=justify, width=widths[index] + more, overflow="fold")
+        for row in texts:
+            grid.add_row(*(Text(printable(row[index].plain), row[index].style) for index in block))
+        console.print(grid)
+
+
+def _blocks(columns: Sequence[str], rows: Sequence[Sequence[Text]]) -> list[list[int]]:
+    """Numbers of the columns that fit side by side, the first column in every block."""
+    blocks: list[list[int]] = []
+    room = 0
+    for index in range(1, len(columns)):
+        width = _GAP + _least_width(columns, rows, index)
+        if not blocks or room < width:
+            blocks.append([0])
+            room = _console().width - _EDGES - _least_width(columns, rows, 0)
+        blocks[-1].append(index)
+        room -= width
+    return blocks or [[0]]
+
+
+def _least_width(columns: Sequence[str], rows: Sequence[Sequence[Text]], index: int) -> int:
+    """The width of a column in which no word is broken; labels, in the first one, get room for several words.
+
+    Only a word of more than half of the terminal is folded.
+    """
+    texts, half = [columns[index], *(row[index].plain for row in rows)], (_console().width - _EDGES - _GAP) // 2
+    longest_word = min(half, max((len(word) for text in texts for word in text.split()), default=1))
+    return longest_word if index else max(longest_word, min(_LABEL_WIDTH, half, max(map(len, texts))))
+
+
+def _print_text(text: str) -> None:
+    """Print a paragraph, wrapped between words on a terminal."""
+    width = _console().width if sys.stdout.isatty() else sys.maxsize
+    print(textwrap.fill(printable(text), width, break_long_words=False, break_on_hyphens=False))
+
+
+def _console() -> Console:
+    # A name may look like markup. Without a terminal, tables take the width that they need.
+    shape: dict[str, Any] = {} if sys.stdout.isatty() else {"width": _UNLIMITED, "force_terminal": False}
+    return Console(markup=False, emoji=False, highlight=False, **shape)

@@ -122,9 +122,9 @@ def _over_seeds(
     by_seed: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         by_seed[row.seed][row.task].append(figure(row))
-    seeds = [{task: fmean(values) for task, values in by_task.items()} for by_task in by_seed.values()]
-    columns = {task: [means[task] for means in seeds if task in means] for task in tasks}
-    columns[AVERAGE] = [fmean(means[task] for task in tasks) for means in seeds if means.keys() >= set(tasks)]
+    means = {seed: {task: fmean(values) for task, values in by_task.items()} for seed, by_task in by_seed.items()}
+    columns = {task: {seed: of[task] for seed, of in means.items() if task in of} for task in tasks}
+    columns[AVERAGE] = {s: fmean(of[task] for task in tasks) for s, of in means.items() if of.keys() >= set(tasks)}
     return spreads(columns)
 
 

@@ -10,6 +10,7 @@ from statistics import fmean
 from probsurgery.pipeline.analysis import labels
 from probsurgery.pipeline.analysis.curves import Curve, Grid, curve_table, find_curves, find_grids
 from probsurgery.pipeline.analysis.kept_heads import current_rows
+from probsurgery.pipeline.analysis.plausibility import implausible_experts
 from probsurgery.pipeline.analysis.published import published_lines, published_name
 from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, Line, Table
 from probsurgery.pipeline.config import HEAD_SETTINGS
@@ -133,6 +134,7 @@ def _report(protocol: str, sources: Sequence[_Source], with_published: bool, eve
     where = ", ".join([identity.arch, *corrupted, protocol])
     over_seeds = any(isinstance(v, Spread) and v.sd is not None for line in accuracy for v in line.values.values())
     notes = ("Mean and standard deviation over seeds where there are several.",) if over_seeds else ()
+    doubts = dict.fromkeys(text for source in sources for text in implausible_experts(source.rows, source.cache))
     percents, biases = (dict.fromkeys([*tasks, AVERAGE], spec) for spec in (".1f", ".3f"))
     bias_title = f"Bias, mean absolute difference to the expert's features ({where})"
     cost_title = f"Heads: share of the average loss to the experts won back, and what they cost ({where})"
@@ -142,7 +144,7 @@ def _report(protocol: str, sources: Sequence[_Source], with_published: bool, eve
         merges=tuple(names),
         protocol=protocol,
         tasks=tasks,
-        accuracy=Table(f"Accuracy in % ({where})", percents, tuple(accuracy), max, notes=notes),
+        accuracy=Table(f"Accuracy in % ({where})", percents, tuple(accuracy), max, notes=(*notes, *doubts)),
         bias=Table(bias_title, biases, tuple(bias), min, notes=notes),
         costs=Table(cost_title, _COSTS, tuple(costs)),
         curves=tuple(curves),

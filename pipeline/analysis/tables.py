@@ -2,11 +2,13 @@
 
 import csv
 import io
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from statistics import fmean
 
-from probsurgery.pipeline.store.results import Spread
+from probsurgery.pipeline.store.results import Spread, spread
 
 AVERAGE = "Avg"
 """The column of averages over tasks."""
@@ -30,11 +32,27 @@ class Line:
     method: str = ""
     """Its name in the published tables."""
 
+    def __post_init__(self) -> None:
+        # What is no number is no figure: it has no place in JSON, and no order.
+        known = {column: _known(value) for column, value in self.values.items()}
+        object.__setattr__(self, "values", known)
+
+    @property
+    def seeds(self) -> int:
+        """Number of seeds that the line's figures are over; 0 if none depends on seeds."""
+        return max((len(v.by_seed) for v in self.values.values() if isinstance(v, Spread)), default=0)
+
     def number(self, column: str) -> float | None:
         """A value as a number, the mean if it is over seeds; None for text or no value."""
         value = self.values.get(column)
         value = value.mean if isinstance(value, Spread) else value
         return value if isinstance(value, int | float) else None
+
+
+def _known(value: Value | None) -> Value | None:
+    """A value, or None for one that is NaN or infinite."""
+    number = value.mean if isinstance(value, Spread) else value
+    return None if isinstance(number, float) and not math.isfinite(number) else value
 
 
 def mean_of(lines: Iterable[Line], column: str) -> float | None:
@@ -54,37 +72,65 @@ class Table:
     """The format of each column."""
     lines: tuple[Line, ...]
     best: Callable[[Sequence[float]], float] | None = None
-    """`max` or `min` over the measured lines of a column; None: no column has a best."""
+    """`max` or `min`, by which the best measured lines of a column are found; None: no column has a best."""
     first: str = "method"
     """Header of the column of labels."""
     notes: tuple[str, ...] = ()
 
     def is_best(self, line: Line, column: str) -> bool:
-        """Whether a cell, as shown, is the best of its column. Several cells may be."""
-        if self.best is None or line.kind != MEASURED:
-            return False
-        rounded = [self._rounded(other, column) for other in self.lines if other.kind == MEASURED]
-        shown = [value for value in rounded if value is not None]
-        return len(shown) > 1 and self._rounded(line, column) == self.best(shown)
+        """Whether a cell is within one standard deviation of the best of its column, or shown as the same number.
 
-    def _rounded(self, line: Line, column: str) -> float | None:
-        """A cell's number as it is shown; None for text or no value."""
-        number = line.number(column)
-        return None if number is None else float(format(number, self.columns[column].replace(",", "")))
+        Figures over seeds are compared on the seeds that all lines of the column have, if there are any.
+        """
+        return id(line) in self._best_lines.get(column, ())
+
+    @cached_property
+    def _best_lines(self) -> dict[str, set[int]]:
+        """By column, the lines that are best, by their identity."""
+        return {column: self._best_of(column) for column in self.columns} if self.best else {}
+
+    def _best_of(self, column: str) -> set[int]:
+        measured = [(line, line.values.get(column)) for line in self.lines if line.kind == MEASURED]
+        over_seeds = [value for _, value in measured if isinstance(value, Spread) and value.by_seed]
+        common = set.intersection(*(set(value.by_seed) for value in over_seeds)) if over_seeds else set()
+        compared: dict[int, tuple[float, float]] = {}
+        for line, value in measured:
+            if isinstance(value, Spread) and value.by_seed and common:
+                value = spread({seed: value.by_seed[seed] for seed in common})
+            number = value.mean if isinstance(value, Spread) else value
+            if isinstance(number, int | float):
+                rounded = float(format(number, self.columns[column].replace(",", "")))
+                compared[id(line)] = rounded, (value.sd or 0.0) if isinstance(value, Spread) else 0.0
+        if self.best is None or len(compared) < 2:
+            return set()
+        best = self.best([number for number, _ in compared.values()])
+        margin = max(deviation for number, deviation in compared.values() if number == best)
+        return {line for line, (number, _) in compared.items() if abs(number - best) <= margin}
+
+    def label(self, line: Line) -> str:
+        """A line's label, with the number of seeds where lines differ in it."""
+        return f"{line.label} (n={line.seeds})" if line.seeds and self._seeds_differ else line.label
+
+    @cached_property
+    def _seeds_differ(self) -> bool:
+        return len({line.seeds for line in self.lines if line.seeds}) > 1
 
     def text(self, line: Line, column: str) -> str:
-        """A cell as text."""
+        """A cell as text, with the number of its seeds if it lacks some of the line's."""
         value, spec = line.values.get(column), self.columns[column]
         spec = f"+{spec}" if line.kind == DIFFERENCE else spec
         if value is None or isinstance(value, str):
             return value or "-"
-        return spread_text(value, spec) if isinstance(value, Spread) else format(value, spec)
+        if not isinstance(value, Spread):
+            return format(value, spec)
+        lacks_seeds = 0 < len(value.by_seed) < line.seeds
+        return spread_text(value, spec) + (f" (n={len(value.by_seed)})" if lacks_seeds else "")
 
     def to_json(self) -> dict[str, object]:
-        """Figures in full; a figure over seeds is `{"mean", "sd", "seeds"}`."""
+        """Figures in full; a figure over seeds is `{"mean", "sd", "seeds", "by_seed"}`."""
         lines = []
         for line in self.lines:
-            values = {column: vars(v) if isinstance(v, Spread) else v for column, v in line.values.items()}
+            values = {column: asdict(v) if isinstance(v, Spread) else v for column, v in line.values.items()}
             best = [column for column in self.columns if self.is_best(line, column)]
             described = {"label": line.label, "kind": line.kind, "method": line.method}
             lines.append(described | {"values": values, "best": best})
@@ -101,7 +147,7 @@ def to_markdown(tables: Sequence[Table]) -> str:
     blocks = []
     for table in tables:
         rows = [[table.first, *table.columns], ["---", *["---:"] * len(table.columns)]]
-        rows += [[line.label, *_cells(table, line, "**{}**")] for line in table.lines]
+        rows += [[table.label(line), *_cells(table, line, "**{}**")] for line in table.lines]
         text = "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows)
         blocks.append("\n\n".join([f"**{table.title}**", text, *table.notes]))
     return "\n\n".join(blocks) + "\n"
@@ -119,7 +165,7 @@ def to_latex(tables: Sequence[Table]) -> str:
                 rows.append(r"\midrule")
             previous = line.kind
             cells = _cells(table, line, r"\textbf{{{}}}", _escaped)
-            rows.append(" & ".join([_escaped(line.label), *cells]) + r" \\")
+            rows.append(" & ".join([_escaped(table.label(line)), *cells]) + r" \\")
         caption = _escaped(" ".join([f"{table.title}.", *table.notes]))
         begin = [r"\begin{table}", r"\centering", rf"\caption{{{caption}}}"]
         begin += [rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}", r"\toprule"]
@@ -136,7 +182,7 @@ def to_csv(tables: Sequence[Table]) -> str:
         for line in table.lines:
             for column in table.columns:
                 if (value := line.values.get(column)) is not None:
-                    figures = astuple(value) if isinstance(value, Spread) else (value, None, None)
+                    figures = (value.mean, value.sd, value.seeds) if isinstance(value, Spread) else (value, None, None)
                     writer.writerow([table.title, line.label, line.kind, column, *figures])
     return out.getvalue()
 

@@ -75,7 +75,7 @@ def extract(config: ExtractConfig, progress: Progress = no_progress) -> Extracti
         result = Extraction()
         with result.timed("prepare"):
             # Rank 0 goes first: the others find what it downloads, and the classifiers that it makes.
-            make_plan = partial(plan_run, config, ranks)
+            make_plan = partial(plan_run, config, ranks, progress)
             plan = ranks.lead(make_plan, then=make_plan)
         result.caches = [request.path for request in plan.requests]
         with ExitStack() as locks:
@@ -133,7 +133,8 @@ def _merged_models(plan: RunPlan, progress: Progress) -> list[MergedModel]:
         )
 
     models = []
-    for request in plan.requests:
+    for done, request in enumerate(plan.requests):
+        progress(done, len(plan.requests), f"merging by {request.name}", unit="merges")
         known = None if plan.config.fresh else load_learned(request, plan.identity(request.identity), plan.weights)
         model = known or make_merge(request, plan.weights, plan.pretrained, plan.tasks, open_stream)
         if model.is_new:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count, product
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from probsurgery.pipeline.models import architectures
 from probsurgery.pipeline.models.checkpoints import StateDict, digest
 from probsurgery.pipeline.models.sources import Weights
 from probsurgery.pipeline.models.text_classifiers import load_classifiers
+from probsurgery.pipeline.progress import Progress, no_progress
 from probsurgery.pipeline.store.arrays import KINDS, ArraySpec
 from probsurgery.pipeline.store.manifest import Identity, MergeIdentity, TaskRecord
 from probsurgery.pipeline.store.target import check_target
@@ -84,10 +86,10 @@ class RunPlan:
         return _open(self.config, next(task for task in self.tasks if task.name == name), split)
 
 
-def plan_run(config: ExtractConfig, ranks: Ranks) -> RunPlan:
+def plan_run(config: ExtractConfig, ranks: Ranks, progress: Progress = no_progress) -> RunPlan:
     """Check a request and open everything that it names. Raises `InputError` for what is wrong with it.
 
-    Of several ranks, the first alone compares it with the caches that are there.
+    Of several ranks, the first alone compares it with the caches that are there. `progress` is told what is read.
     """
     suite = architectures.get_arch(config.arch).suite
     tasks = select_tasks(suite, config.tasks)
@@ -98,14 +100,27 @@ def plan_run(config: ExtractConfig, ranks: Ranks) -> RunPlan:
     device = choose_device(config.device, ranks.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # otherwise every rank's pinned memory would take room on the first GPU
+    splits = list(product(config.splits, extracted))
+    done, total = count(), 2 + len(tasks) + len(splits)
+
+    def begin(what: str) -> None:
+        progress(next(done), total, what, unit="files")
+
+    begin("reading the pre-trained encoder")
     weights = Weights(config.arch, config.checkpoints)
     pretrained = weights.pretrained()
+    checkpoints = {"pretrained": digest(pretrained)}
+    begin("making classifiers")
     # A merge that learns needs the classifiers of all tasks.
     needed = tasks if any(request.learns for request in requests) else extracted
     classifiers = load_classifiers(weights, needed, device)
-    checkpoints = {"pretrained": digest(pretrained)}
-    checkpoints |= {name: digest(expert) for name, expert in weights.experts(tasks).items()}
-    images = {(split, task.name): _open(config, task, split) for split in config.splits for task in extracted}
+    for task in tasks:
+        begin(f"reading the expert of {task.name}")
+        checkpoints[task.name] = digest(weights.expert(task))
+    images = {}
+    for split, task in splits:
+        begin(f"opening {task.name} ({split})")
+        images[split, task.name] = _open(config, task, split)
     workers = decoding_workers(config, ranks.local_size)
     models = (weights, pretrained, classifiers, checkpoints)
     plan = RunPlan(config, tasks, extracted, requests, images, device, workers, *models)

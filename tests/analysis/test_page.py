@@ -73,7 +73,7 @@ def test_every_figure_of_every_table_is_there(page, cache):
     for table in result.tables:
         expected += [table.first, *table.columns]
         for line in table.lines:
-            expected += [line.label, *(table.text(line, column) for column in table.columns)]
+            expected += [table.label(line), *(table.text(line, column) for column in table.columns)]
     assert cells[: len(expected)] == expected
     captions = re.findall(r"<h3[^>]*>(.*?)</h3>", page.read_text())
     assert len(captions) == len(result.tables) + 1  # and the table of uncertainty

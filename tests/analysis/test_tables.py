@@ -2,9 +2,12 @@
 
 import csv
 import io
+import math
 
-from probsurgery.pipeline.analysis.tables import Line, Table, to_csv, to_latex, to_markdown
-from probsurgery.pipeline.store.results import Spread
+import pytest
+
+from probsurgery.pipeline.analysis.tables import Line, Table, mean_of, to_csv, to_latex, to_markdown
+from probsurgery.pipeline.store.results import Spread, spread
 
 TABLE = Table(
     "Of 5 % & more",
@@ -21,7 +24,7 @@ TABLE = Table(
 def test_markdown():
     assert to_markdown([TABLE]) == (
         "**Of 5 % & more**\n\n| method | a_b | n |\n| --- | ---: | ---: |\n| base | 99.0 | - |\n"
-        "| x\\|y | **1.2±0.5** | 1,234 |\n| z | 1.0 | **5,678** |\n"
+        "| x\\|y | **1.2±0.5** | 1,234 |\n| z | **1.0** | **5,678** |\n"
     )
 
 
@@ -46,3 +49,52 @@ def test_csv_has_every_figure_in_full():
         "sd": "0.5",
         "seeds": "2",
     }
+
+
+def line(label, **by_seed):
+    return Line(label, {"a": spread({int(seed[1:]): value for seed, value in by_seed.items()})})
+
+
+def best(*lines, columns=(("a", ".1f"),), choose=max):
+    table = Table("", dict(columns), lines, choose)
+    return [line.label for line in lines if table.is_best(line, "a")]
+
+
+def test_a_lucky_seed_is_compared_on_the_seeds_that_all_have():
+    lucky, three = line("lucky", s0=84.0), line("three", s0=84.6, s1=82.3, s2=82.4)
+    assert three.number("a") < lucky.number("a")
+    assert best(lucky, three) == ["three"]
+
+
+def test_what_is_within_a_standard_deviation_of_the_best_is_bold_too():
+    best_line = line("best", s0=82.0, s1=84.0)  # 83 ± 1.4
+    assert best(best_line, line("near", s0=81.0, s1=82.5), line("far", s0=80.0, s1=82.0)) == ["best", "near"]
+    assert best(best_line, line("best of all", s0=85.0, s1=85.0), line("near", s0=84.8, s1=84.9)) == ["best of all"]
+    assert best(line("low", s0=0.1, s1=0.2), line("far", s0=0.5, s1=0.6), choose=min) == ["low"]
+
+
+def test_lines_without_common_seeds_are_compared_as_they_are():
+    assert best(line("a", s0=80.0), line("b", s1=81.0)) == ["b"]
+    assert best(Line("merged", {"a": 90.0}), line("b", s0=80.0, s1=81.0)) == ["merged"]
+
+
+def test_the_number_of_seeds_is_shown_where_it_differs_in_every_format():
+    one, three = line("one", s0=84.0), line("three", s0=84.0, s1=82.0, s2=83.0)
+    same = Table("", {"a": ".1f"}, (three, line("also three", s0=1.0, s1=2.0, s2=3.0)))
+    assert [same.label(each) for each in same.lines] == ["three", "also three"]
+    table = Table("", {"a": ".1f"}, (one, three, Line("merged", {"a": 70.0})))
+    for text in (to_markdown([table]), to_latex([table])):
+        assert all(word in text for word in ("one (n=1)", "three (n=3)", "merged "))
+        assert "merged (n" not in text
+    holes = Line("holes", {"a": three.values["a"], "b": spread({0: 1.0, 1: 2.0})})
+    assert Table("", {"a": ".1f", "b": ".1f"}, (holes,)).text(holes, "b") == "1.5±0.7 (n=2)"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, Spread(math.nan, None)])
+def test_what_is_no_number_is_no_figure(value):
+    holes = Line("x", {"a": value, "b": 1.0})
+    table = Table("", {"a": ".1f", "b": ".1f"}, (holes, Line("y", {"a": 2.0, "b": 0.5})), max)
+    assert table.text(holes, "a") == "-"
+    assert not table.is_best(holes, "a")
+    assert table.to_json()["lines"][0]["values"] == {"a": None, "b": 1.0}
+    assert mean_of(table.lines, "a") is None
