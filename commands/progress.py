@@ -56,7 +56,7 @@ class _Bar:
 
 
 class PlainLines:
-    """Progress as lines of text, the first after a second."""
+    """Progress as lines of text, the first after a second of the main work."""
 
     def __init__(self, unit: str) -> None:
         self._default_unit = unit
@@ -68,7 +68,7 @@ class PlainLines:
         unit, now = unit or self._default_unit, time.monotonic()
         if unit != self._unit:  # other work, with its own rate
             self._unit, self._started, self._done_at_start = unit, now, done
-            self._printed = now - _SECONDS_BETWEEN_LINES + 1
+            self._printed = now - (_SECONDS_BETWEEN_LINES - 1 if unit == self._default_unit else 0)
         if now - self._printed < _SECONDS_BETWEEN_LINES:
             return
         self._printed = now

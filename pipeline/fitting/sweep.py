@@ -84,7 +84,10 @@ def sweep(config: SweepConfig, progress: Progress = no_progress) -> SweepResult:
         tasks=tasks,
         varied=varied,
         baselines={
-            encoder: {t: fmean(v) for t, v in _by_task(results, tasks, partial(_percent, encoder=encoder)).items()}
+            encoder: {
+                task: fmean(by_seed.values())
+                for task, by_seed in _by_task(results, tasks, partial(_percent, encoder=encoder)).items()
+            }
             for encoder in ("merged", "individual")
         },
         lines=tuple(_line(over_seeds, tasks, list(varied)) for over_seeds in by_setting.values()),
@@ -121,8 +124,8 @@ def _line(results: Sequence[FitResult], tasks: Sequence[str], varied: Sequence[s
         seeds=len(whole),
         accuracy=spreads(_by_task(results, tasks, _percent)),
         bias=spreads(_by_task(results, tasks, _bias)),
-        average_accuracy=spread(fmean(map(_percent, rows)) for rows in whole),
-        average_bias=spread(fmean(map(_bias, rows)) for rows in whole),
+        average_accuracy=spread({rows[0].seed: fmean(map(_percent, rows)) for rows in whole}),
+        average_bias=spread({rows[0].seed: fmean(map(_bias, rows)) for rows in whole}),
     )
 
 
@@ -136,7 +139,8 @@ def _bias(row: ResultRow) -> float:
 
 def _by_task(
     results: Sequence[FitResult], tasks: Sequence[str], figure: Callable[[ResultRow], float]
-) -> dict[str, list[float]]:
-    """A figure of every result, for each task that has results."""
-    figures = {task: [figure(row) for result in results for row in result.rows if row.task == task] for task in tasks}
-    return {task: values for task, values in figures.items() if values}
+) -> dict[str, dict[int, float]]:
+    """A figure by seed, for each task that has results; of several results of a seed, the last."""
+    rows = [row for result in results for row in result.rows]
+    figures = {task: {row.seed: figure(row) for row in rows if row.task == task} for task in tasks}
+    return {task: by_seed for task, by_seed in figures.items() if by_seed}

@@ -31,7 +31,7 @@ def test_plain_lines_show_no_rate_before_there_is_one(capsys, clock):
 
 
 def test_another_unit_starts_with_its_own_rate(capsys, clock):
-    clock += [0.0, 10.0, 11.0, 13.0, 14.0]
+    clock += [0.0, 10.0, 11.0, 22.0, 23.0]
     show = PlainLines("images")
     show(0, 100)
     show(50, 100)
@@ -40,7 +40,7 @@ def test_another_unit_starts_with_its_own_rate(capsys, clock):
     show(5, 8, "mask", unit="steps")  # within ten seconds of the last line
     assert capsys.readouterr().err.splitlines() == [
         "50 of 100 images, 5/s, 10 s left",
-        "mask: 4 of 8 steps, 2/s, 2 s left",
+        "mask: 4 of 8 steps, 0.36/s, 11 s left",
     ]
 
 

@@ -268,7 +268,7 @@ def test_the_command_prints_a_table_and_a_grid(small_cache, run):
     printed = json.loads(out)
     assert printed["fitted"] == 0
     assert len(printed["lines"]) == 4
-    assert printed["lines"][0]["accuracy"]["a"].keys() == {"mean", "sd", "seeds"}
+    assert printed["lines"][0]["accuracy"]["a"].keys() == {"mean", "sd", "seeds", "by_seed"}
 
 
 def test_several_kinds_of_head_in_one_table(small_cache, run):
@@ -392,7 +392,7 @@ def test_a_narrow_character_set_gets_its_table(small_cache):
 
 def test_a_head_that_fails_is_named_and_the_others_are_kept(tmp_path, run):
     def overflow(task, arrays):
-        return arrays | {"merged": arrays["merged"] * 1e25} if task == "b" else arrays
+        return arrays | {"merged": arrays["merged"] * np.float32(1e8)} if task == "b" else arrays
 
     path = write_cache(tmp_path / "cache", {"a": 60, "b": 40}, change=overflow)
     command = ("sweep", "--cache", path, "--hidden", "4,8", "--loss", "mse", "--steps", "100")
