@@ -174,6 +174,19 @@ def hub_data_set(folder, labels, classes=10, columns=("image", "label"), split="
     table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
 
 
+def idx(values):
+    """An array of bytes as MNIST's files have it."""
+    return bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes() + values.tobytes()
+
+
+def parquet(folder, images, labels, split="test"):
+    """A parquet file as pandas writes it, without the hub's metadata."""
+    import pandas as pd
+
+    folder.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame({"image": images, "label": labels}).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+
+
 def tiny_clip():
     """A whole CLIP of `TINY`'s sizes by transformers, text tower included, far enough from zero for GELUs to differ."""
     torch.manual_seed(0)

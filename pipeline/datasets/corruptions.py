@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 from PIL import Image, ImageFilter
 
+from probsurgery.pipeline.datasets.pictures import to_rgb
 from probsurgery.pipeline.datasets.tasks import Images
 from probsurgery.pipeline.errors import InputError, unknown
 
@@ -84,7 +85,7 @@ def corrupted(image: Image.Image, corruption: str, row: int) -> Image.Image:
     kind, _, severity = corruption.partition(":")
     key = hashlib.sha256(f"{corruption}/{row}".encode()).digest()
     random = np.random.default_rng(int.from_bytes(key[:8], "big"))
-    return CORRUPTIONS[kind].function(image.convert("RGB"), CORRUPTIONS[kind].levels[int(severity) - 1], random)
+    return CORRUPTIONS[kind].function(to_rgb(image), CORRUPTIONS[kind].levels[int(severity) - 1], random)
 
 
 def corrupt_images(images: Images, corruption: str) -> Images:

@@ -15,9 +15,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from probsurgery.pipeline.errors import InputError
+from probsurgery.pipeline.datasets.pictures import read_rgb
+from probsurgery.pipeline.errors import InputError, first_line
 
-_IMAGES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".tif", ".tiff", ".webp"}
+_IMAGES = {".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp"}  # as torchvision's
+_DROPPINGS = re.compile(
+    r"\..*|.*~|~\$.*|#.*#|@eadir|@recycle|@recently-snapshot|@tmp|#recycle|#snapshot|\$recycle\.bin|recycler|recycled"
+    r"|system volume information|found\.\d{3}|lost\+found|(eh)?thumbs(_vista)?\.db.*|desktop\.ini|icon\r|__macosx"
+    r"|__pycache__|cvs|network trash folder|temporary items|thevolumesettingsfolder",
+    re.IGNORECASE,
+)
+"""Names of files and folders that file managers, file servers, archivers and tools leave among others."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +37,13 @@ class Listing:
     pixels: np.ndarray | None = None
 
     def decode(self, row: int) -> Image.Image:
-        """The image of a row."""
-        return Image.open(self.files[row]) if self.pixels is None else Image.fromarray(self.pixels[row])
+        """The image of a row. Raises ValueError that names its file if it cannot be decoded."""
+        if self.pixels is not None:
+            return Image.fromarray(self.pixels[row])
+        try:
+            return read_rgb(self.files[row])
+        except Exception as error:  # damaged image files raise anything in their decoders
+            raise ValueError(f"{self.files[row]}: {first_line(error)}") from None
 
     def encoded(self, row: int) -> bytes:
         """The bytes of a row's image, without decoding it."""
@@ -53,7 +66,7 @@ class ClassIndex:
                 return self._labels[spelling]
         return int(name) if name.isascii() and name.isdigit() and int(name) < len(self.names) else None
 
-    def label(self, name: str, where: Path) -> int:
+    def label(self, name: str, where: Path | str) -> int:
         """The label of a class name. Raises `InputError` if the name is unknown."""
         label = self.find(name)
         if label is None:
@@ -80,12 +93,43 @@ def _key(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
+def listed(folder: Path, pattern: str = "*") -> list[Path]:
+    """What a folder of data holds, sorted: the paths that match, without what other programs left there."""
+    paths = folder.glob(pattern)
+    return sorted(p for p in paths if not any(map(_DROPPINGS.fullmatch, p.relative_to(folder).parts)))
+
+
 def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in _IMAGES and p.is_file())
+    return [p for p in listed(folder, "**/*") if p.suffix.lower() in _IMAGES and not p.is_dir()]
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    return [p for p in listed(folder) if p.is_dir()]
+
+
+def _class_files(folders: Iterable[Path], classes: ClassIndex) -> Listing:
+    """The images in folders that are named after classes, and in folders within them."""
+    labels = {folder: classes.label(folder.name, folder.parent) for folder in folders}
+    files = {folder: _files(folder) for folder in labels}
+    empty = next((folder for folder, paths in files.items() if not paths), None)
+    if empty is not None:
+        found = ", ".join(path.name for path in listed(empty)[:4]) or "nothing"
+        raise InputError(f"{empty} holds no image ({', '.join(sorted(_IMAGES))}); found there: {found}")
+    return _listing((path, labels[folder]) for folder, paths in files.items() for path in paths)
+
+
+def read_text(path: Path) -> str:
+    """A list that people edit: UTF-8, with the mark that Windows begins it with or not, or UTF-16 with its mark."""
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({first_line(error)}); save it as UTF-8") from None
+
+
+def _names(path: Path) -> list[str]:
+    """The names of files in a list, one a line, with `/` between folders."""
+    return [line.strip().replace("\\", "/").lstrip("/") for line in read_text(path).splitlines() if line.strip()]
 
 
 def _listing(pairs: Iterable[tuple[Path, int]]) -> Listing:
@@ -99,11 +143,11 @@ def class_folders(folder: Path, split: str, classes: ClassIndex) -> Listing | No
     base = next((folder / name for name in names if _folders(folder / name)), None)
     if base is None:
         return None
-    labels = {sub: classes.label(sub.name, base) for sub in _folders(base)}
-    missing = sorted(set(range(len(classes.names))) - set(labels.values()))
+    labels = [classes.label(sub.name, base) for sub in _folders(base)]
+    missing = sorted(set(range(len(classes.names))) - set(labels))
     if missing:
         raise InputError(f"{base} has no folder for {len(missing)} classes, such as {classes.names[missing[0]]!r}")
-    return _listing((path, label) for sub, label in labels.items() for path in _files(sub))
+    return _class_files(_folders(base), classes)
 
 
 def sun397(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
@@ -111,7 +155,7 @@ def sun397(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
     partition = folder / ("Testing_01.txt" if split == "test" else "Training_01.txt")
     if not partition.is_file():
         return None
-    lines = [line.strip().lstrip("/") for line in partition.read_text().splitlines() if line.strip()]
+    lines = _names(partition)
     return _listing((folder / line, classes.label(line.rpartition("/")[0], partition)) for line in lines)
 
 
@@ -120,9 +164,13 @@ def resisc45(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
     partition = folder / f"resisc45-{split}.txt"
     if not partition.is_file():
         return None
-    names = set(partition.read_text().split())
-    subs = _folders(folder / "NWPU-RESISC45")
-    return _listing((p, classes.label(sub.name, sub)) for sub in subs for p in _files(sub) if p.name in names)
+    names = {name.rpartition("/")[2] for name in _names(partition)}
+    base = folder / "NWPU-RESISC45"
+    pairs = [(p, sub) for sub in _folders(base) for p in _files(sub) if p.name in names]
+    absent = sorted(names - {path.name for path, _ in pairs})
+    if absent:
+        raise InputError(f"{partition} lists {absent[0]}, which does not exist in a class folder of {base}")
+    return _listing((path, classes.label(sub.name, sub)) for path, sub in pairs)
 
 
 def dtd(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
@@ -130,7 +178,7 @@ def dtd(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
     for base in (folder / "dtd", folder):
         lists = [base / "labels" / f"{name}1.txt" for name in (("test",) if split == "test" else ("train", "val"))]
         if all(path.is_file() for path in lists):
-            lines = [line for path in lists for line in path.read_text().split()]
+            lines = [line for path in lists for line in _names(path)]
             return _listing((base / "images" / line, classes.label(line.partition("/")[0], lists[0])) for line in lines)
     return None
 
@@ -140,12 +188,18 @@ def gtsrb(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
     base = folder / "GTSRB" if (folder / "GTSRB").is_dir() else folder
     if split == "train":
         subs = _folders(base / "Training")
-        return _listing((p, classes.label(sub.name, sub)) for sub in subs for p in _files(sub)) if subs else None
+        return _class_files(subs, classes) if subs else None
     table = next((p for p in (folder / "GT-final_test.csv", base / "GT-final_test.csv") if p.is_file()), None)
     if table is None:
         return None
-    with table.open(newline="") as file:
-        rows = list(csv.DictReader(file, delimiter=";", skipinitialspace=True))
+    lines = read_text(table).splitlines()
+    delimiter = max(";,\t", key=lines[0].count) if lines else ";"  # spreadsheets write their own
+    rows = list(csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True))
+    for number, row in enumerate(rows, start=2):
+        if not row.get("Filename") or not row.get("ClassId"):
+            raise InputError(
+                f"{table} lacks Filename or ClassId in line {number}; its first line is {lines[0][:100]!r}"
+            )
     return _listing((base / "Final_Test" / "Images" / r["Filename"], classes.label(r["ClassId"], table)) for r in rows)
 
 
@@ -234,16 +288,24 @@ def find_layout(task: str, split: str, folder: Path, classes: ClassIndex) -> Lis
         except InputError:
             raise
         except Exception as error:  # damaged lists and tables can raise anything in their readers
-            raise InputError(f"{folder} cannot be read as {layout.__name__.replace('_', ' ')}: {error}") from None
+            problem = f"it lacks {error}" if isinstance(error, KeyError) else first_line(error)
+            raise InputError(f"{folder} cannot be read as {layout.__name__.replace('_', ' ')}: {problem}") from None
         if listing is not None:
             for path in listing.files:
                 if not path.is_file():
-                    raise InputError(f"{folder} lists {path.relative_to(folder)}, which does not exist")
+                    state = "is not a file" if path.exists() else "does not exist"
+                    raise InputError(f"{folder} lists {path.relative_to(folder)}, which {state}")
+            if listing.pixels is not None and len(listing.pixels) != len(listing.labels):
+                raise InputError(
+                    f"{folder} has {len(listing.pixels)} images and {len(listing.labels)} labels ({split})"
+                )
+            if not len(listing.labels):
+                raise InputError(f"{folder} has no images of {task} ({split}); expected: {known_layouts(task)}")
             return listing
     return None
 
 
 def known_layouts(task: str) -> str:
     """The known layouts of a task, for errors."""
-    usual = ["Parquet files as on the Hub", "test/<class>/ and train/<class>/"]
-    return "; ".join([*usual, FOLDERS[task].files] if FOLDERS[task].files else usual)
+    tables = ["Parquet files as on the Hub", "folders of datasets' save_to_disk", "webdataset tars"]
+    return "; ".join(filter(None, ["test/<class>/ and train/<class>/", FOLDERS[task].files, *tables]))

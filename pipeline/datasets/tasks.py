@@ -4,27 +4,18 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from probsurgery.pipeline.datasets.layouts import FOLDERS, ClassIndex, find_layout, known_layouts
-from probsurgery.pipeline.errors import InputError, first_line, unknown
+from probsurgery.pipeline.datasets.layouts import FOLDERS, ClassIndex, find_layout, known_layouts, listed
+from probsurgery.pipeline.datasets.pictures import DECODING
+from probsurgery.pipeline.datasets.tables import HubDataset, has_table, open_table
+from probsurgery.pipeline.errors import InputError, unknown
 from probsurgery.pipeline.files import Record, decode, read_json
-from probsurgery.pipeline.hub import explain
-
-
-class HubDataset(Record, frozen=True):
-    """A data set of the Hugging Face Hub: its names of our splits, its columns of images and labels."""
-
-    id: str
-    config: str | None
-    split: dict[str, str]
-    image: str
-    label: str
 
 
 class Task(Record, frozen=True, rename={"class_names": "classes", "hub": "dataset"}):
@@ -65,6 +56,10 @@ class Images:
     """A data set of the Hub, a folder, or the packages of the mini suite."""
     class_order: str = "by name"
     """Whether the source's order of class names was checked against ours."""
+    decoding: int = 0
+    """Version of `pictures` that decodes them; 0 for the mini suite's, which are compared pixel by pixel."""
+    from_files: bool = True
+    """Whether the images are files, whose pixels depend on how they are decoded."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -127,7 +122,7 @@ def open_images(
         digest = hashlib.sha256(f"{images.fingerprint} first {limit}".encode()).hexdigest()
         images = replace(images, labels=images.labels[:limit], fingerprint=digest)
     if not len(images):
-        raise InputError(f"task {task.name} ({split}) has no rows")
+        raise InputError(f"task {task.name} ({split}) has no rows in {images.source}")
     low, high, classes = images.labels.min(), images.labels.max(), len(task.class_names)
     if low < 0 or high >= classes:
         raise InputError(f"task {task.name} ({split}) has labels from {low} to {high}, but {classes} classes")
@@ -149,13 +144,20 @@ def _open_clip8(task: Task, split: str, source: str | None) -> Images:
         return _open_table(task, split, None, classes)
     folders = _data_folders(task, Path(source))
     for folder in folders:
-        if any(folder.rglob("*.parquet")):
-            return _open_table(task, split, folder, classes)
         listing = find_layout(task.name, split, folder, classes)
         if listing is not None:
             files = [path.relative_to(folder).as_posix() for path in listing.files]
             fingerprint = _data_fingerprint([task.name, split, files], listing.labels, listing.encoded)
-            return Images(listing.labels, fingerprint, listing.decode, f"folder {folder.name}")
+            return Images(
+                listing.labels,
+                fingerprint,
+                listing.decode,
+                f"folder {folder.name}",
+                decoding=DECODING,
+                from_files=listing.pixels is None,
+            )
+        if has_table(folder):
+            return _open_table(task, split, folder, classes)
     raise InputError(
         f"{folders[0]} has no known layout of {task.name} ({split}); known are: {known_layouts(task.name)}; "
         f"found: {_first_names(folders[0])}"
@@ -163,7 +165,7 @@ def _open_clip8(task: Task, split: str, source: str | None) -> Images:
 
 
 def _first_names(folder: Path) -> str:
-    return ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    return ", ".join(path.name for path in listed(folder)[:8]) or "nothing"
 
 
 def _data_folders(task: Task, source: Path) -> list[Path]:
@@ -173,7 +175,7 @@ def _data_folders(task: Task, source: Path) -> list[Path]:
     repo = task.published.id
     names = dict.fromkeys((task.name, task.title, repo.split("/")[-1], repo, *FOLDERS[task.name].names))
     folders = [source / name for name in names if (source / name).is_dir()]
-    if not folders or (folders == [source / "."] and not any(source.glob("*_32x32.mat"))):
+    if not folders or (folders == [source / "."] and not listed(source, "*_32x32.mat")):
         raise InputError(
             f"{source} has no folder of {task.name}; it may be called: {', '.join(n for n in names if n != '.')}; "
             f"the folder holds: {_first_names(source)}"
@@ -190,37 +192,7 @@ def _data_fingerprint(origin: list[Any], labels: np.ndarray, encoded: Callable[[
 
 
 def _open_table(task: Task, split: str, folder: Path | None, classes: ClassIndex) -> Images:
-    """A data set of the Hub, or a folder in the same layout, opened by the `datasets` library."""
-    try:
-        import datasets
-    except ImportError:
-        raise InputError(f"task {task.name} needs the package datasets; pip install 'probsurgery[hub]'") from None
-    hub = task.published
-    path, config = hub.id if folder is None else str(folder), hub.config
-    if folder is not None:
-        datasets.disable_progress_bars()
-    try:
-        if folder is not None and config not in datasets.get_dataset_config_names(path):
-            config = None
-        table = datasets.load_dataset(path, config, split=hub.split[split])
-    except Exception as error:  # the library raises its own, the hub client's and the OS's errors
-        if folder is None:
-            raise InputError(explain(error, path, "--data", "dataset")) from None
-        problem = f"cannot load the data set {path}, split {hub.split[split]} ({first_line(error)})"
-        raise InputError(f"{problem}; check its files") from None
-    for column in (hub.image, hub.label):
-        if column not in table.column_names:
-            raise InputError(f"data set {path} has no column {column!r}; it has: {', '.join(table.column_names)}")
-    names = getattr(table.features[hub.label], "names", None)
-    if names is not None and len(names) != len(task.class_names):
-        raise InputError(f"data set {path} has {len(names)} classes, but {task.name} has {len(task.class_names)}")
-    order = "names unknown" if names is None else classes.check_order(names, f"data set {path}")
-    labels = np.asarray(table[hub.label], dtype=np.int64)
-    undecoded = table.cast_column(hub.image, datasets.Image(decode=False))
-    origin = [hub.id, hub.config, split, names]
-    fingerprint = _data_fingerprint(origin, labels, lambda row: undecoded[row][hub.image]["bytes"] or b"")
-    return Images(labels, fingerprint, partial(_decode_row, table, hub.image), path, order)
-
-
-def _decode_row(table: Any, column: str, row: int) -> Image.Image:
-    return table[int(row)][column]
+    table = open_table(task.name, task.published, split, folder, classes)
+    origin = [task.published.id, task.published.config, split, table.names]
+    fingerprint = _data_fingerprint(origin, table.labels, table.encoded)
+    return Images(table.labels, fingerprint, table.decode, table.source, table.class_order, DECODING)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from probsurgery.pipeline.datasets.pictures import read_rgb
 from probsurgery.pipeline.deploy.model import SurgeryModel
 from probsurgery.pipeline.errors import InputError, first_line, unknown
 
@@ -46,7 +46,6 @@ def predict(
 
 def _read(model: SurgeryModel, path: Path) -> Tensor:
     try:
-        with Image.open(path) as image:
-            return model.transform(image)
+        return model.transform(read_rgb(path))
     except Exception as error:  # damaged image files raise anything in their decoders
         raise InputError(f"{path} is not an image that can be read: {first_line(error)}") from None

@@ -111,7 +111,7 @@ def _open_caches(plan: RunPlan, locks: ExitStack, result: Extraction, progress: 
         rows, problems = take_from_siblings(writer, list(plan.arrays), skip_bad=plan.config.skip_bad)
         # The merges of one run would have shared the passes of the other encoders.
         taken |= {(*k, model.request.name if k[0].endswith("merged") else ""): row for k, row in rows.items()}
-        result.notes += [f"{problem}: it was encoded again" for problem in problems]
+        result.notes += [f"{problem}: they were encoded again" for problem in problems]
     for name, count in taken.values():
         result.taken[name] = result.taken.get(name, 0) + count
     return opened
@@ -165,7 +165,7 @@ def _register(writer: CacheWriter, plan: RunPlan) -> None:
         new = TaskRecord(classes=len(names), class_names=names, classifier=classifier, splits={})
         record = tasks.get(task.name, new)
         images = {split: plan.images[split, task.name] for split in plan.config.splits}
-        splits = {split: SplitRecord(len(opened), opened.fingerprint) for split, opened in images.items()}
+        splits = {s: SplitRecord(len(i), i.fingerprint, decoding=i.decoding) for s, i in images.items()}
         origins = {split: Origin(opened.source, opened.class_order) for split, opened in images.items()}
         merged = {"splits": {**splits, **record.splits}, "origins": {**record.origins, **origins}}
         tasks[task.name] = msgspec.structs.replace(record, **merged)

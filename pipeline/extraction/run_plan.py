@@ -11,6 +11,7 @@ from torch import Tensor
 
 from probsurgery.pipeline.config import ExtractConfig
 from probsurgery.pipeline.datasets.corruptions import corrupt_images
+from probsurgery.pipeline.datasets.pictures import DECODING
 from probsurgery.pipeline.datasets.tasks import Images, Task, check_names, open_images, select_tasks
 from probsurgery.pipeline.device import choose_device
 from probsurgery.pipeline.errors import InputError
@@ -22,7 +23,7 @@ from probsurgery.pipeline.models.sources import Weights
 from probsurgery.pipeline.models.text_classifiers import load_classifiers
 from probsurgery.pipeline.progress import Progress, no_progress
 from probsurgery.pipeline.store.arrays import KINDS, ArraySpec
-from probsurgery.pipeline.store.manifest import Identity, MergeIdentity, TaskRecord
+from probsurgery.pipeline.store.manifest import Identity, Manifest, MergeIdentity, TaskRecord
 from probsurgery.pipeline.store.target import check_target
 
 
@@ -128,6 +129,7 @@ def plan_run(config: ExtractConfig, ranks: Ranks, progress: Progress = no_progre
         manifest = check_target(request.path, plan.identity(request.identity), config.store, fresh=config.fresh)
         if manifest is not None:
             _check_data(request.path, manifest.tasks, plan)
+            _check_decoding(request.path, manifest, plan)
     return plan
 
 
@@ -158,3 +160,23 @@ def _check_data(path: Path, known: Mapping[str, TaskRecord], plan: RunPlan) -> N
             raise InputError(f"{path} was written from other images of {name} ({split}); use --fresh or --out")
         if known[name].classifier != digest({"": plan.classifiers[name]}):
             raise InputError(f"{path} was written with another classifier of {name}; use --fresh or --out")
+
+
+def _check_decoding(path: Path, manifest: Manifest, plan: RunPlan) -> None:
+    """Raise `InputError` if image files that are decoded now would join others that were decoded to other pixels."""
+    now = {(split, name): images for (split, name), images in plan.images.items() if images.decoding}
+    files = [key for key, images in now.items() if images.from_files]
+    lacking = {tuple(name.split("/")[:2]) for name in plan.arrays if not _is_complete(manifest, name)}
+    added = next((f"{name} ({split})" for split, name in files if (split, name) in lacking), None)
+    recorded = [(s, name, record) for name, task in manifest.tasks.items() for s, record in task.splits.items()]
+    for split, name, record in recorded if added else ():
+        cannot_differ = (split, name) in now and (split, name) not in files
+        if record.decoding != DECODING and not cannot_differ:
+            raise InputError(
+                f"{path} holds features of {name} ({split}) whose image files another version of probsurgery decoded, "
+                f"perhaps to other pixels, and lacks {added}; use --fresh or another --out"
+            )
+
+
+def _is_complete(manifest: Manifest, array: str) -> bool:
+    return array in manifest.arrays and None not in manifest.arrays[array].shards

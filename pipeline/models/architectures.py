@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from probsurgery.pipeline.datasets.pictures import to_rgb
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.files import read_json
 
@@ -92,7 +93,7 @@ def preprocessing(arch: str) -> dict[str, Any]:
 
 
 def image_transform(arch: str) -> Transform:
-    """PIL image -> tensor (3, size, size): open_clip's resize, centre crop, RGB and normalisation."""
+    """PIL image -> tensor (3, size, size): RGB as `to_rgb` gives it, then open_clip's resize, crop, normalisation."""
     return transform_of(preprocessing(arch))
 
 
@@ -102,7 +103,9 @@ def transform_of(p: Mapping[str, Any]) -> Transform:
 
     size, resize, interpolation = p["image_size"], p["resize"], p["interpolation"]
     values = {"mean": tuple(p["mean"]), "std": tuple(p["std"])}
-    return open_clip.image_transform(size, False, resize_mode=resize, interpolation=interpolation, **values)
+    transform = open_clip.image_transform(size, False, resize_mode=resize, interpolation=interpolation, **values)
+    transform.transforms.insert(0, to_rgb)  # open_clip's own comes after resizing, which palettes do not survive
+    return transform
 
 
 def _empty_tower(arch: str) -> nn.Module:

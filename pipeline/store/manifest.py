@@ -51,6 +51,8 @@ class SplitRecord(Record, frozen=True):
     fingerprint: str
     skipped: Mapping[RowNumber, str] = {}
     """Images that could not be decoded: row -> why. Their features are NaN, their labels -1."""
+    decoding: Count = 0
+    """Version of the decoding of image files; 0 for the mini suite's images, and in caches from before it had one."""
 
 
 class Origin(Record, frozen=True):

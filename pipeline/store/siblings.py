@@ -1,7 +1,8 @@
 """Features that a cache beside this one holds already are linked into it, and not encoded again.
 
-An encoder's features depend on its weights, the preprocessing, the images and the precision, and not on the merge that
-the cache is of. So a second merge of the same experts needs their features, and the pre-trained encoder's, only once.
+An encoder's features depend on its weights, the preprocessing, the images as they were decoded and the precision, and
+not on the merge that the cache is of. So a second merge of the same experts needs their features, and the pre-trained
+encoder's, only once.
 """
 
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ def origin(manifest: Manifest, name: str) -> list[object] | None:
     if is_features(name) and weights[kind] is None:
         return None
     settings = [identity.arch, identity.dim, identity.dtype, identity.precision, identity.preprocessing]
-    return [*settings, weights.get(kind), data.rows, data.fingerprint]
+    return [*settings, weights.get(kind), data.rows, data.fingerprint, data.decoding]
 
 
 def take_from_siblings(writer: CacheWriter, names: Sequence[str], *, skip_bad: bool) -> tuple[TakenRows, list[str]]:
@@ -38,7 +39,7 @@ def take_from_siblings(writer: CacheWriter, names: Sequence[str], *, skip_bad: b
 
     It is a hard link where both have one store and lie on one file system, or else a copy: neither cache needs the
     other afterwards. Shards with images that could not be decoded are taken only with `skip_bad`. Returns what was
-    taken, and why other shards could not be: they are damaged, or cannot be read.
+    taken, and why other shards could not be: they are damaged, cannot be read, or are of images decoded otherwise.
     """
     taken: TakenRows = {}
     problems = []
@@ -53,6 +54,8 @@ def take_from_siblings(writer: CacheWriter, names: Sequence[str], *, skip_bad: b
         except (ProbsurgeryError, OSError):  # not a cache, or one that cannot be read
             continue
         same = {name for name in names if _same_values(writer.manifest, sibling.manifest, name)}
+        if any(name not in same and _same_values(writer.manifest, sibling.manifest, name, -1) for name in names):
+            problems.append(f"{folder} has features of images that another version decoded, perhaps to other pixels")
         for name, number in missing:
             if name not in same:
                 continue
@@ -68,8 +71,10 @@ def take_from_siblings(writer: CacheWriter, names: Sequence[str], *, skip_bad: b
     return taken, problems
 
 
-def _same_values(a: Manifest, b: Manifest, name: str) -> bool:
-    return name in b.arrays and origin(a, name) is not None and origin(a, name) == origin(b, name)
+def _same_values(a: Manifest, b: Manifest, name: str, end: int | None = None) -> bool:
+    """Whether two caches' arrays have one origin; with -1, whatever version decoded the images."""
+    here, there = origin(a, name), origin(b, name)
+    return name in b.arrays and here is not None and there is not None and here[:end] == there[:end]
 
 
 def _take(writer: CacheWriter, sibling: Cache, name: str, number: int, skip_bad: bool) -> int:

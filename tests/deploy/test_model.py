@@ -5,8 +5,10 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import probsurgery
@@ -153,6 +155,25 @@ def test_predict(cache, run, pictures, name):
     text = run(*command)[1]
     assert text.count("\n") == len(pictures)
     assert ("sigma" in text) == (name == "prob")
+
+
+def test_predict_takes_what_a_file_says_of_its_pixels(cache, run, images, tmp_path):
+    """The same picture plain, turned with a note of it, and with 16 bits."""
+    plain = images["fruit"].decode(0).convert("L")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain.save(tmp_path / "plain.png")
+    plain.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(np.asarray(plain).astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    files = [tmp_path / f"{name}.png" for name in ("plain", "turned", "deep")]
+    status, out, _ = run("predict", "--cache", cache, "--head", "prob", "--task", "fruit", *files, "--json")
+    assert status == 0
+    first, *others = ([p for _, p in one["classes"]] for one in json.loads(out))
+    for other in others:
+        assert other == pytest.approx(first, abs=1e-6)
+    Image.fromarray(np.asarray(plain).astype(np.float32)).save(tmp_path / "float.tif")
+    command = ("predict", "--cache", cache, "--head", "prob", "--task", "fruit", tmp_path / "float.tif")
+    refused(run(*command), "float.tif", "floats (mode F)", "save it with 8 or 16 bits")
 
 
 def test_a_learned_merge_comes_from_the_cache(tmp_path, images):
