@@ -296,9 +296,8 @@ def find_layout(task: str, split: str, folder: Path, classes: ClassIndex) -> Lis
                     state = "is not a file" if path.exists() else "does not exist"
                     raise InputError(f"{folder} lists {path.relative_to(folder)}, which {state}")
             if listing.pixels is not None and len(listing.pixels) != len(listing.labels):
-                raise InputError(
-                    f"{folder} has {len(listing.pixels)} images and {len(listing.labels)} labels ({split})"
-                )
+                counts = f"{len(listing.pixels)} images and {len(listing.labels)} labels"
+                raise InputError(f"{folder} has {counts} of {task} ({split}); fetch it again")
             if not len(listing.labels):
                 raise InputError(f"{folder} has no images of {task} ({split}); expected: {known_layouts(task)}")
             return listing

@@ -35,12 +35,12 @@ _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
 
 def read_rgb(source: Path | bytes) -> Image.Image:
     """A picture file, or its bytes, in RGB as `to_rgb` gives it. Raises what Pillow raises, and ValueError."""
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    file, size = (io.BytesIO(source), len(source)) if isinstance(source, bytes) else (source, source.stat().st_size)
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(file) as image:  # of damaged metadata
             return to_rgb(image)
     except UnidentifiedImageError:  # its text has an address of memory
-        raise ValueError("it is not a picture in a known format" if source else "it is empty") from None
+        raise ValueError("it is not a picture in a known format" if size else "it is empty") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

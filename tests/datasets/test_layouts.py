@@ -9,7 +9,8 @@ from PIL import Image
 
 from probsurgery.pipeline.datasets.layouts import ClassIndex
 from probsurgery.pipeline.datasets.tasks import open_images, select_tasks
-from probsurgery.pipeline.errors import InputError
+from probsurgery.pipeline.errors import InputError, ProbsurgeryError
+from probsurgery.pipeline.extraction.loading import _Decoded, refuse_undecoded
 from support import hub_data_set, idx
 
 TASKS = {task.name: task for task in select_tasks("clip8", None)}
@@ -240,3 +241,124 @@ def test_class_names_are_distinct_in_every_task():
         assert [classes.find(name) for name in task.class_names] == list(range(len(task.class_names)))
         assert classes.find("no such class") is None
         assert classes.find(str(len(task.class_names))) is None
+
+
+def class_folders(folder, split="test"):
+    """A picture for each class of EuroSAT, its shade the class's place in the folder."""
+    for shade, name in enumerate(sorted(folder_names("eurosat"))):
+        picture(folder / "eurosat" / split / name / "x.png", shade)
+    return folder / "eurosat"
+
+
+FOLDERS_OF_OTHERS = "__MACOSX .git .ipynb_checkpoints .thumbnails .Trash-1000 @eaDir #recycle $RECYCLE.BIN lost+found"
+FILES_OF_OTHERS = "._x.png .DS_Store Thumbs.db ehthumbs.db desktop.ini .directory .nfs0000 x.png~ ~$list.txt Icon\r"
+
+
+def test_what_other_programs_leave_is_passed_over(tmp_path):
+    base = class_folders(tmp_path)
+    expected = opened("eurosat", tmp_path)
+    for place in (tmp_path, base, base / "test", base / "test" / "Forest", base / "test" / "Forest" / "deeper"):
+        for name in (*FOLDERS_OF_OTHERS.split(), "System Volume Information"):
+            picture(place / name / "y.png", 200)
+            (place / name / "z.parquet").write_bytes(b"x")
+        for name in FILES_OF_OTHERS.split(" "):
+            (place / name).write_bytes(b"\0\5\26\7")
+    assert opened("eurosat", tmp_path) == expected
+    (base / "test").rename(base / "elsewhere")
+    with pytest.raises(InputError, match=r"; found: elsewhere$"):
+        opened("eurosat", tmp_path)
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "._test_32x32.mat").write_bytes(b"\0\5\26\7")
+    with pytest.raises(InputError, match=r"has no folder of svhn; .*the folder holds: nothing"):
+        opened("svhn", tmp_path / "flat")
+
+
+@pytest.mark.parametrize("name", ["metadata_0.parquet", "metadata.parquet", "data/extra.parquet", "more.tar"])
+def test_a_stray_table_does_not_hide_class_folders(tmp_path, name):
+    base = class_folders(tmp_path)
+    for folder, own in zip(TASKS["eurosat"].aliases, TASKS["eurosat"].class_names, strict=True):
+        (base / "test" / folder).rename(base / "test" / own)  # by these names, another order than ours
+    expected = opened("eurosat", tmp_path)
+    (base / name).parent.mkdir(exist_ok=True)
+    (base / name).write_bytes(b"stray")
+    assert opened("eurosat", tmp_path) == expected
+
+
+def test_a_class_without_images_is_named_with_what_is_there(tmp_path):
+    forest = class_folders(tmp_path) / "test" / "Forest"
+    (forest / "x.png").rename(forest / "x.mp4")
+    with pytest.raises(InputError, match=rf"{forest} holds no image \(.*\.png, .*\); found there: x.mp4"):
+        opened("eurosat", tmp_path)
+    training = tmp_path / "gtsrb" / "GTSRB" / "Training" / "00000"
+    training.mkdir(parents=True)
+    with pytest.raises(InputError, match=rf"{training} holds no image .*; found there: nothing"):
+        opened("gtsrb", tmp_path, "train")
+
+
+def test_a_list_without_images_is_refused_with_its_folder(tmp_path):
+    (tmp_path / "resisc45").mkdir()
+    (tmp_path / "resisc45" / "resisc45-test.txt").write_text("\n")
+    with pytest.raises(InputError, match=rf"{tmp_path}/resisc45 has no images of resisc45 \(test\); expected: .*NWPU-"):
+        opened("resisc45", tmp_path)
+
+
+def test_a_listed_file_that_is_absent_is_named(tmp_path):
+    base = tmp_path / "resisc45"
+    picture(base / "NWPU-RESISC45" / "airplane" / "airplane_001.png", 1)
+    (base / "resisc45-test.txt").write_text("airplane_001.png\nairplane_002.png\n")
+    with pytest.raises(InputError, match=r"resisc45-test.txt lists airplane_002.png, which does not exist in .*NWPU-"):
+        opened("resisc45", tmp_path)
+    link = class_folders(tmp_path) / "test" / "Forest" / "y.png"
+    link.symlink_to("nothing.png")
+    with pytest.raises(InputError, match=r"eurosat lists test/Forest/y.png, which does not exist"):
+        opened("eurosat", tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("change", [str, lambda text: text.replace("/", "\\").replace("\n", "\r\n")])
+def test_lists_as_windows_writes_them(tmp_path, encoding, change):
+    def write(path, text):
+        path.write_bytes(change(text).encode(encoding))
+
+    picture(tmp_path / "SUN397" / "a" / "abbey" / "x.png", 7)
+    write(tmp_path / "SUN397" / "Testing_01.txt", "/a/abbey/x.png\n")
+    assert opened("sun397", tmp_path) == ([0], [7])
+    picture(tmp_path / "resisc45" / "NWPU-RESISC45" / "airplane" / "airplane_1.png", 8)
+    write(tmp_path / "resisc45" / "resisc45-test.txt", "airplane/airplane_1.png\n")
+    assert opened("resisc45", tmp_path) == ([0], [8])
+    picture(tmp_path / "dtd" / "images" / "banded" / "x.png", 9)
+    (tmp_path / "dtd" / "labels").mkdir()
+    write(tmp_path / "dtd" / "labels" / "test1.txt", "banded/x.png\n")
+    assert opened("dtd", tmp_path) == ([0], [9])
+    picture(tmp_path / "gtsrb" / "GTSRB" / "Final_Test" / "Images" / "0.ppm", 5)
+    for delimiter in ";,\t":
+        write(tmp_path / "gtsrb" / "GT-final_test.csv", "Filename;ClassId\n0.ppm;3\n".replace(";", delimiter))
+        assert opened("gtsrb", tmp_path) == ([3], [5])
+
+
+def test_a_list_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "SUN397").mkdir()
+    (tmp_path / "SUN397" / "Testing_01.txt").write_bytes(b"/a/abbey/\xe9.png\n")
+    with pytest.raises(InputError, match=r"Testing_01.txt is not UTF-8 text .*; save it as UTF-8"):
+        opened("sun397", tmp_path)
+
+
+def test_arrays_and_labels_of_other_numbers_are_refused(tmp_path):
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    (folder / "t10k-images-idx3-ubyte").write_bytes(idx(np.zeros((3, 28, 28), np.uint8)))
+    (folder / "t10k-labels-idx1-ubyte").write_bytes(idx(np.zeros(2, np.uint8)))
+    with pytest.raises(InputError, match=r"has 3 images and 2 labels of mnist \(test\)"):
+        opened("mnist", tmp_path)
+
+
+@pytest.mark.parametrize(("cut", "words"), [(-30, "truncated"), (0, "it is empty")])
+def test_an_image_that_cannot_be_decoded_is_named_by_its_file(tmp_path, cut, words):
+    path = class_folders(tmp_path) / "test" / "Forest" / "y.jpg"
+    Image.effect_noise((40, 40), 50).save(path)
+    path.write_bytes(path.read_bytes()[:cut])
+    images = open_images(TASKS["eurosat"], "test", str(tmp_path), any_rows=True)
+    decoded = _Decoded(images, lambda image: image, 8)
+    ((row, problem),) = [bad for _, bad in map(decoded.__getitem__, range(11)) if bad]
+    with pytest.raises(ProbsurgeryError, match=rf"image {row} of test/eurosat cannot be decoded: {path}: .*{words}"):
+        refuse_undecoded({row: problem}, "test/eurosat")
