@@ -5,6 +5,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ from probsurgery.pipeline.hub import explain
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_SPLIT_WORDS = {"test": {"test", "testing", "eval", "evaluation"}, "train": {"train", "training"}}
+"""By split: what the path of its files has as a word."""
 _BYTES_OR_PATHS = ("binary", "large_binary", "string", "large_string")
 
 
@@ -131,22 +134,31 @@ def _load_folder(folder: Path, config: str | None, split: str) -> "Dataset":
     import datasets
 
     datasets.disable_progress_bars()
-    saved, tars = _saved(folder), listed(folder, "**/*.tar")
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised too, and become one line
+    saved = _saved(folder)
     if saved:
         place = folder / split if folder / split in saved else folder
         if place not in saved:
             raise InputError(f"{folder} has no split {split}; it has: {', '.join(path.name for path in saved)}")
         table = datasets.load_from_disk(str(place))
         if place == folder and str(table.split or "test") != split:  # a table that was not loaded knows no split
-            raise InputError(f"{folder} holds the split {table.split}; save the split {split} to {folder / split}")
+            held = table.split or "without a name"
+            raise InputError(f"{folder} holds one split ({held}); save the split {split} to {folder / split}")
         return table
-    if tars and not listed(folder, "**/*.parquet"):
-        own = [tar for tar in tars if split in re.split(r"[^a-z]+", tar.relative_to(folder).as_posix().lower())]
-        if not own:
-            raise InputError(f"{folder} has no {split}/*.tar or *{split}*.tar; it has: {tars[0].relative_to(folder)}")
-        return datasets.load_dataset("webdataset", data_files={split: [str(tar) for tar in own]}, split=split)
-    known = datasets.get_dataset_config_names(str(folder))
-    return datasets.load_dataset(str(folder), config if config in known else None, split=split)
+    files = {kind: listed(folder, f"**/*.{suffix}") for kind, suffix in (("parquet", "parquet"), ("webdataset", "tar"))}
+    kind = "parquet" if files["parquet"] else "webdataset"
+    # The library's own search takes what other programs leave, and guesses a format from it.
+    words = {path: path.relative_to(folder).as_posix().lower() for path in files[kind]}
+    own = [
+        path
+        for path, text in words.items()
+        if not _SPLIT_WORDS.get(split, {split}).isdisjoint(re.split("[^a-z]+", text))
+    ]
+    own = [path for path in own if config in path.parts] or own
+    if not own:
+        found = ", ".join(path.relative_to(folder).as_posix() for path in files[kind][:4])
+        raise InputError(f"{folder} has no file of the split {split}, by its name or its folder's; it has: {found}")
+    return datasets.load_dataset(kind, data_files={split: [escape(str(path)) for path in own]}, split=split)
 
 
 def _saved(folder: Path) -> list[Path]:
@@ -169,7 +181,7 @@ def _labels(values: Sequence, where: str, classes: ClassIndex) -> tuple[np.ndarr
     if values and all(isinstance(value, str) for value in values):
         known = {name: classes.label(name, where) for name in dict.fromkeys(values)}
         return np.array([known[value] for value in values], dtype=np.int64), True
-    labels = np.asarray(values)
-    if labels.ndim != 1 or labels.dtype.kind not in "iuf" or (labels != labels.astype(np.int64)).any():
-        raise InputError(f"{where} has a label {values[0]!r}; labels are numbers from 0, or class names")
-    return labels.astype(np.int64), False
+    for value in values:
+        if type(value) not in (int, float) or not abs(value) < 2**31 or value != int(value):
+            raise InputError(f"{where} has a label {str(value)[:80]!r}; labels are numbers from 0, or class names")
+    return np.array(values, dtype=np.int64), False
