@@ -10,7 +10,8 @@ from probsurgery.pipeline.files import SourceFile
 from probsurgery.pipeline.fingerprints import file_digest
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-"""Names of the file with a model's weights in a repository; the first that exists is used."""
+WEIGHT_FILES += ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+"""Names of the file with a model's weights in a repository, or with the names of several; the first that exists."""
 
 
 def download(repo: str, option: str) -> Path:

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from probsurgery.pipeline.errors import InputError, first_line
+from probsurgery.pipeline.files import MalformedError, read_json
 from probsurgery.pipeline.models.pickles import named_tensors, read_zip
 from probsurgery.pipeline.models.unpickler import CutOffError, UnreadableError, load_stream
 
@@ -34,6 +35,14 @@ _HF_NAMES = {
     "mlp.fc2": "mlp.c_proj",
 }
 
+INDEX = ".index.json"
+"""How the name of a file ends that says which of several files holds which tensor."""
+_MAX_INDEX_BYTES = 2**26
+_INNER_WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_BESIDE = ("logit_scale", "logit_bias", "n_averaged")
+"""What is saved next to a tower and is no part of it."""
+_ADAPTER = re.compile(r"(?:^|[._])(?:lora|hada|lokr|ia3|b?oft|vera)_|\.base_layer\.")
+
 _OTHER_FORMATS = {
     b"<": "an HTML or XML page, which a download leaves that needed a confirmation or a login",
     b"version https://git-lfs": "a Git LFS pointer; fetch the file itself with `git lfs pull`",
@@ -47,11 +56,14 @@ _OTHER_FORMATS = {
 def read_tensors(path: Path) -> Mapping[str, Tensor]:
     """Named tensors of a checkpoint: safetensors, `torch.save` or a plain pickle, recognised by content.
 
-    Those of safetensors are read on access, one at a time; a pickle is read as a whole. Raises `InputError` if the file
-    is missing, cut off or of another format, has no tensors, or would call something when unpickled by other tools.
+    Or those of several files, by the index that names them. Those of safetensors are read on access, one at a time; a
+    pickle is read as a whole. Raises `InputError` if a file is missing, cut off or of another format, has no tensors,
+    or would call something when unpickled by other tools.
     """
     if not path.is_file():
         raise InputError(f"no checkpoint at {path}")
+    if path.name.endswith(INDEX):
+        return _read_shards(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(512)
@@ -97,6 +109,32 @@ class LazyMapping(Mapping[str, Any]):
         return len(self._builders)
 
 
+def shards(path: Path) -> list[Path]:
+    """The files that an index names, which lie beside it; none for any other checkpoint."""
+    return [path.parent / name for name in sorted(set(_weight_map(path).values()))] if path.name.endswith(INDEX) else []
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    try:
+        index = read_json(path, _MAX_INDEX_BYTES)["weight_map"]
+        if index and all(re.fullmatch(r"[^/\\\0]+\.(?:safetensors|bin|pt|pth)", file) for file in index.values()):
+            return index
+        problem = "it does not name files beside it"
+    except (OSError, MalformedError, LookupError, TypeError, AttributeError) as error:
+        problem = first_line(error) if isinstance(error, OSError | MalformedError) else "it has no weight_map"
+    raise InputError(f"{path} is not the index of a checkpoint in several files: {problem}")
+
+
+def _read_shards(path: Path) -> Mapping[str, Tensor]:
+    files = {file.name: read_tensors(file) for file in shards(path)}
+    tensors = {}
+    for name, file in _weight_map(path).items():
+        if name not in files[file]:
+            raise InputError(f"{path} says that {file} holds {name!r}, which it does not; fetch or write both again")
+        tensors[name] = partial(files[file].__getitem__, name)
+    return LazyMapping(tensors)
+
+
 def _read_safetensors(path: Path, start: int, size: int) -> Mapping[str, Tensor]:
     """The tensors of a file whose values begin at byte `start`, each read on access. The file is not left open."""
     try:
@@ -128,11 +166,12 @@ def _read_tensor(path: Path, name: str) -> Tensor:
 class VisualState(LazyMapping):
     """State dict of open_clip's visual tower in float32, built tensor by tensor from any published layout:
 
-    - open_clip's visual tower itself;
+    - open_clip's visual tower itself, with a logit scale beside it or not;
     - a whole CLIP model of open_clip or OpenAI, or a wrapper of it, of which only the tower, `visual.`, is used;
     - Hugging Face `CLIPVisionModel` (keys with `vision_model.`, or without as transformers >= 5 writes them), which
       lacks the visual projection: `projection` gives that of the pre-trained model, (width, d);
-    - Hugging Face `CLIPModel` and `CLIPVisionModelWithProjection`, which have it.
+    - Hugging Face `CLIPModel` and `CLIPVisionModelWithProjection`, which have it;
+    - any of these with what training wrappers (`DataParallel`, `torch.compile`, a module around it) add to all names.
     """
 
     def __init__(self, checkpoint: Mapping[str, Tensor], projection: Callable[[], Tensor] | None = None) -> None:
@@ -158,6 +197,7 @@ def _joined(checkpoint: Mapping[str, Tensor], name: str, sources: tuple[str, ...
 
 def to_text(state: Mapping[str, Tensor]) -> StateDict | None:
     """The text tower of a whole CLIP model, with open_clip's names; None if there is none."""
+    state = LazyMapping({name: partial(state.__getitem__, own) for name, own in _unwrapped(state).items()})
     if _is_hugging_face(state):
         tower = _from_hugging_face(_under(state, "text_model."))
         text = {name: torch.cat([state[source] for source in sources]) for name, sources in tower.items()}
@@ -185,12 +225,41 @@ def to_classifier(state: Mapping[str, Tensor], path: Path) -> Tensor:
 
 def _visual_sources(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """The checkpoint's names for each tensor of open_clip's visual tower: one name, or those of q, k and v."""
-    if not _is_hugging_face(names):
-        return {name: (source,) for name, source in (_under(names, "visual.") or {n: n for n in names}).items()}
-    tower = _from_hugging_face(_under(names, "vision_model.") or {name: name for name in names})
+    own = {name: source for name, source in _unwrapped(names).items() if name not in _BESIDE}
+    if not _is_hugging_face(own):
+        return {name: (own[source],) for name, source in (_under(own, "visual.") or {n: n for n in own}).items()}
+    tower = _from_hugging_face(_under(own, "vision_model.") or {name: name for name in own})
     tower.pop("visual_projection.weight", None)
-    projection = next((name for name in names if name.endswith("visual_projection.weight")), None)
-    return tower if projection is None else tower | {"proj": (projection,)}
+    projection = next((name for name in own if name.endswith("visual_projection.weight")), None)
+    tower |= {} if projection is None else {"proj": (projection,)}
+    return {name: tuple(own[source] for source in sources) for name, sources in tower.items()}
+
+
+def _unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """Names without what wrappers of a model add to them: those, and the names with it.
+
+    A wrapper adds its attribute's name before all names, `module.` or any other, and torch.compile, FSDP and activation
+    checkpointing do so before those of the modules that they wrap.
+    """
+    names = list(names)
+    bare = {_INNER_WRAPPERS.sub("", name): name for name in names}
+    if len(bare) < len(names):  # a model and a wrapped copy of it
+        return dict(zip(names, names, strict=True))
+    while True:
+        first = {name.partition(".")[:2] for name in bare if name not in _BESIDE}
+        if len(first) != 1 or first == {("trunk", ".")} or not next(iter(first))[1]:  # towers of timm have `trunk.`
+            return bare
+        prefix = "".join(first.pop())
+        bare = {name.removeprefix(prefix): own for name, own in bare.items()}
+
+
+def refuse_adapter(names: Iterable[str], where: Path) -> None:
+    """Raise `InputError` if a checkpoint holds a LoRA adapter, or a model with one that is not merged into it."""
+    if any(map(_ADAPTER.search, names)):
+        raise InputError(
+            f"{where} holds a LoRA adapter or the like, which is a change to a model and not a model; merge it into "
+            "its model, as with peft's merge_and_unload(), and give what that saves"
+        )
 
 
 def _under(names: Iterable[str], module: str) -> dict[str, str]:

@@ -12,9 +12,25 @@ from probsurgery.pipeline.datasets.tasks import Task
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.files import MalformedError, SourceFile, read_json
 from probsurgery.pipeline.models import architectures
-from probsurgery.pipeline.models.checkpoints import LazyMapping, StateDict, VisualState, check_state, read_tensors
+from probsurgery.pipeline.models.checkpoints import (
+    INDEX,
+    LazyMapping,
+    StateDict,
+    VisualState,
+    check_state,
+    read_tensors,
+    refuse_adapter,
+    shards,
+)
 
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", f".safetensors{INDEX}", f".bin{INDEX}")
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+"""What peft calls an adapter's weights; found only to be refused by name."""
+
+
+def weights_in(path: Path) -> Path:
+    """The file with a model's weights in its folder, or the file itself."""
+    return next(filter(Path.is_file, (path / name for name in (*hub.WEIGHT_FILES, *ADAPTERS))), path)
 
 
 class Weights:
@@ -74,14 +90,17 @@ class Weights:
         return self.load(self._file(name, [name], None))
 
     def merged(self, path: Path) -> Mapping[str, Tensor]:
-        """A merged checkpoint from elsewhere."""
-        state = self.load(path)
-        self.record(f"merged {path.stem}", path, path.name)
+        """A merged checkpoint from elsewhere: a file, or the folder of a model."""
+        state, file = self.load(path), weights_in(path)
+        self.record(f"merged {path.stem}", file, file.name)
         return state
 
     def load(self, path: Path) -> Mapping[str, Tensor]:
         """Any checkpoint of this architecture, in open_clip's names and float32, read tensor by tensor if possible."""
-        state = VisualState(read_tensors(path), lambda: self._projection)
+        path = weights_in(path)
+        tensors = read_tensors(path)
+        refuse_adapter(tensors, path)
+        state = VisualState(tensors, lambda: self._projection)
         if path not in self._checked:
             check_state(state, self._shapes, str(path), self.arch)
             self._check_activation(path)
@@ -91,6 +110,8 @@ class Weights:
     def record(self, content: str, path: Path, source: str) -> None:
         """Add a file to `files`. Raises `InputError` if it differs from the Hub's digest of it."""
         self.files[content] = replace(hub.checked_digest(path), source=source)
+        for shard in shards(path):
+            self.files[f"{content} {shard.name}"] = replace(hub.checked_digest(shard), source=source)
 
     @cached_property
     def _projection(self) -> Tensor:
@@ -129,7 +150,7 @@ class Weights:
         candidates = [*stems, *((repo.split("/")[-1], repo) if repo else ())]
         for stem in (place / stem for place in self.places for stem in candidates):
             files = [stem.with_name(stem.name + suffix) for suffix in SUFFIXES]
-            files += [stem / name for name in hub.WEIGHT_FILES]
+            files += [stem / name for name in (*hub.WEIGHT_FILES, *ADAPTERS)]
             if path := next(filter(Path.is_file, files), None):
                 return path
         if repo and (path := hub.cached(repo, folder)):

@@ -1,6 +1,8 @@
 """Checkpoints written by the libraries that write the published ones give the same features as those libraries."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 
@@ -12,9 +14,9 @@ from safetensors.torch import save_file
 from probsurgery.pipeline.datasets.tasks import select_tasks
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.models.architectures import build_visual, expected_shapes, model_config
-from probsurgery.pipeline.models.checkpoints import check_state, digest, read_tensors
+from probsurgery.pipeline.models.checkpoints import check_state, digest, read_tensors, to_text
 from probsurgery.pipeline.models.sources import Weights
-from support import hugging_face_config, to_visual
+from support import hugging_face_config, tiny_clip, to_visual
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +165,106 @@ def test_plain_state_dicts_are_read_with_any_prefix_and_text_leftovers(tmp_path,
     path = tmp_path / f"merged{suffix}"
     save_file(state_dict, path) if suffix == ".safetensors" else torch.save({"state_dict": state_dict}, path)
     assert digest(to_visual(read_tensors(path))) == digest(state)
+
+
+def wrapped(module):
+    """What training leaves around the names of a module that is otherwise saved as it is."""
+
+    def blocks(wrapper):
+        return {re.sub(r"((?:resblocks|layers)\.\d+\.)", rf"\1{wrapper}.", name): t for name, t in module.items()}
+
+    return {
+        "DataParallel": {f"module.{n}": t for n, t in module.items()},
+        "torch.compile": {f"_orig_mod.{n}": t for n, t in module.items()},
+        "a module around it": {f"model.{n}": t for n, t in module.items()},
+        "all of them": {f"_orig_mod.module.model.net.{n}": t for n, t in module.items()},
+        "compiled blocks": blocks("_orig_mod"),
+        "FSDP": {f"_fsdp_wrapped_module.{n}": t for n, t in blocks("_fsdp_wrapped_module").items()},
+        "averaged": {"n_averaged": torch.tensor(3)} | {f"module.{n}": t for n, t in module.items()},
+        "scale beside it": module | {"logit_scale": torch.tensor(4.6)},
+        "scale with it": {f"module.{n}": t for n, t in (module | {"logit_scale": torch.tensor(4.6)}).items()},
+        "scale before it": {"logit_scale": torch.tensor(4.6)} | {f"visual.{n}": t for n, t in module.items()},
+    }
+
+
+WRAPPERS = tuple(wrapped({}))
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("layout", ["open_clip", "open_clip whole", "Hugging Face", "Hugging Face without projection"])
+def test_what_wrappers_add_to_names_is_left_out(model, wrapper, layout):
+    tower = to_visual(model.state_dict())
+    own = {"open_clip": tower, "open_clip whole": {f"visual.{n}": t for n, t in tower.items()}}
+    own |= {"Hugging Face": model.state_dict(), "Hugging Face without projection": dict(model.state_dict())}
+    own["open_clip whole"]["token_embedding.weight"] = torch.zeros(2, 2)
+    del own["Hugging Face without projection"]["visual_projection.weight"]
+    assert digest(to_visual(wrapped(own[layout])[wrapper], tower["proj"])) == digest(tower)
+
+
+def test_a_wrapped_whole_model_has_its_text_tower():
+    for whole in (
+        tiny_clip().state_dict(),
+        {"token_embedding.weight": torch.ones(2, 2), "transformer.x": torch.ones(1)},
+    ):
+        expected = to_text(whole)
+        assert expected
+        for name in ("DataParallel", "torch.compile", "all of them"):
+            assert digest(to_text(wrapped(dict(whole))[name])) == digest(expected)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("index", ["pretrained/model.safetensors.index.json", "pretrained.safetensors.index.json"])
+def test_a_checkpoint_in_several_files_is_read_by_its_index(tmp_path, model, shards, index):
+    folder = (tmp_path / index).parent
+    folder.mkdir(exist_ok=True)
+    state, weight_map = to_visual(model.state_dict()), {}
+    for number in range(shards):
+        part = dict(list(state.items())[number::shards])
+        weight_map |= dict.fromkeys(part, f"model-{number + 1:05d}-of-{shards:05d}.safetensors")
+        save_file(part, folder / weight_map[next(iter(part))])
+    (tmp_path / index).write_text(json.dumps({"metadata": {"mergekit_version": "0.1"}, "weight_map": weight_map}))
+    weights = Weights("mini", tmp_path)
+    assert digest(weights.pretrained()) == digest(state)
+    assert {name for name in weights.files if name.startswith("pretrained ")} == {
+        f"pretrained {name}" for name in weight_map.values()
+    }
+    if folder != tmp_path:
+        assert digest(weights.merged(folder)) == digest(state)
+
+
+def test_a_damaged_index_is_refused_in_one_line(tmp_path, model):
+    path = tmp_path / "model.safetensors.index.json"
+    save_file({"proj": torch.ones(2)}, tmp_path / "one.safetensors")
+    for content, words in (
+        ("{", "not valid JSON"),
+        ("[]", "it has no weight_map"),
+        ('{"weight_map": []}', "it has no weight_map|does not name files beside it"),
+        ('{"weight_map": {"a": 3}}', "it has no weight_map"),
+        ('{"weight_map": {"a": "../one.safetensors"}}', "it does not name files beside it"),
+        ('{"weight_map": {"a": "model.safetensors.index.json"}}', "it does not name files beside it"),
+        ('{"weight_map": {"a": "two.safetensors"}}', r"no checkpoint at .*two.safetensors"),
+        ('{"weight_map": {"a": "one.safetensors"}}', "says that one.safetensors holds 'a', which it does not"),
+    ):
+        path.write_text(content)
+        with pytest.raises(InputError, match=words) as caught:
+            read_tensors(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "base_model.model.vision_model.encoder.layers.0.self_attn.q_proj.lora_A.weight",
+        "base_model.model.visual.transformer.resblocks.0.mlp.c_fc.base_layer.weight",
+        "visual.transformer.resblocks.0.attn.lora_magnitude_vector",
+        "lora_te_text_model_encoder_layers_0.lora_down.weight",
+    ],
+)
+def test_an_adapter_is_called_one(tmp_path, name):
+    (tmp_path / "pretrained").mkdir()
+    save_file({name: torch.ones(2, 2)}, tmp_path / "pretrained" / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"adapter_model.safetensors holds a LoRA adapter .*merge_and_unload\(\)"):
+        Weights("mini", tmp_path).pretrained()
 
 
 def test_the_first_differing_key_is_named(model):
