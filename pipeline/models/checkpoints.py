@@ -111,7 +111,11 @@ class LazyMapping(Mapping[str, Any]):
 
 def shards(path: Path) -> list[Path]:
     """The files that an index names, which lie beside it; none for any other checkpoint."""
-    return [path.parent / name for name in sorted(set(_weight_map(path).values()))] if path.name.endswith(INDEX) else []
+    files = sorted({path.parent / name for name in _weight_map(path).values()} if path.name.endswith(INDEX) else ())
+    absent = next((file.name for file in files if not file.is_file()), None)
+    if absent is not None:
+        raise InputError(f"{path} names {absent}, which is not beside it; fetch or copy all its files")
+    return files
 
 
 def _weight_map(path: Path) -> dict[str, str]:
