@@ -9,8 +9,14 @@ from probsurgery.pipeline.errors import InputError, first_line
 from probsurgery.pipeline.files import SourceFile
 from probsurgery.pipeline.fingerprints import file_digest
 
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-WEIGHT_FILES += ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+WEIGHT_FILES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+)
 """Names of the file with a model's weights in a repository, or with the names of several; the first that exists."""
 
 

@@ -19,7 +19,7 @@ from PIL.Image import Transpose
 DECODING = 1
 """Version of the pixels that this module makes. Caches record it, and features of two versions are never mixed."""
 
-_TURNS = {
+_TURNS: dict[object, Transpose] = {
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
     4: Transpose.FLIP_TOP_BOTTOM,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -53,7 +53,7 @@ class Table:
     def decode(self, row: int) -> Image.Image:
         """The image of a row. Raises ValueError if the row has none, or names the file that cannot be decoded."""
         value = self.images[int(row)][self.column] or {}
-        content, name = value.get("bytes"), value.get("path")
+        content, name = value.get("bytes"), value.get("path") or ""
         if content is None and not name:
             raise ValueError("the row has no image")
         try:
@@ -124,7 +124,7 @@ def _load(hub: HubDataset, split: str, folder: Path | None) -> "Dataset":
     except Exception as error:  # the library raises its own, the hub client's and the OS's errors
         if folder is None:
             raise InputError(explain(error, hub.id, "--data", "dataset")) from None
-        while error.__cause__ is not None:  # the library's own says only that something went wrong
+        while isinstance(error.__cause__, Exception):  # the library's own says only that something went wrong
             error = error.__cause__
         problem = f"cannot load the data set {folder}, split {split} ({first_line(error)})"
         raise InputError(f"{problem}; check its files") from None
@@ -173,7 +173,7 @@ def _listed_names(folder: Path | None) -> list[str] | None:
     return [line for line in read_text(path).splitlines() if line.strip()] if path and path.is_file() else None
 
 
-def _labels(values: Sequence, where: str, classes: ClassIndex) -> tuple[np.ndarray, bool]:
+def _labels(values: Sequence[Any], where: str, classes: ClassIndex) -> tuple[np.ndarray, bool]:
     """Labels (N,), from numbers or from class names, and whether they are from names."""
     missing = next((row for row, value in enumerate(values) if value is None or value != value), None)
     if missing is not None:

@@ -118,7 +118,7 @@ def shards(path: Path) -> list[Path]:
     return files
 
 
-def _weight_map(path: Path) -> dict[str, str]:
+def _weight_map(path: Path) -> Mapping[str, str]:
     try:
         index = read_json(path, _MAX_INDEX_BYTES)["weight_map"]
         if index and all(re.fullmatch(r"[^/\\\0]+\.(?:safetensors|bin|pt|pth)", file) for file in index.values()):
@@ -131,7 +131,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 def _read_shards(path: Path) -> Mapping[str, Tensor]:
     files = {file.name: read_tensors(file) for file in shards(path)}
-    tensors = {}
+    tensors: dict[str, Callable[[], Tensor]] = {}
     for name, file in _weight_map(path).items():
         if name not in files[file]:
             raise InputError(f"{path} says that {file} holds {name!r}, which it does not; fetch or write both again")

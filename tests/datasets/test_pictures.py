@@ -1,6 +1,7 @@
 """One picture, one tensor: every route decodes alike, and as the loaders do that the encoders were trained with."""
 
 import io
+import struct
 import warnings
 
 import numpy as np
@@ -101,6 +102,16 @@ def encoded(image, kind, **options):
     return file.getvalue()
 
 
+def of_12_bits(values):
+    """A TIFF with one strip of 12-bit levels, two in three bytes, which Pillow reads and does not write."""
+    height, width = values.shape
+    first, second = (values.reshape(-1, 2) >> 4).T
+    strip = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=1).astype(np.uint8).tobytes()
+    tags = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: len(strip)}
+    entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, v) for tag, v in tags.items())
+    return b"II*\0" + struct.pack("<I", 8 + len(strip)) + strip + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
 def white_is_zero(content):
     """A TIFF of 16 bits whose tag says that 0 is white."""
     tag = content.index(bytes([6, 1, 3, 0, 1, 0, 0, 0]))
@@ -115,10 +126,22 @@ def white_is_zero(content):
         (encoded(Image.fromarray(LEVELS.astype(">u2")), "TIFF"), GREY),
         (encoded(Image.fromarray(LEVELS), "TIFF", compression="tiff_lzw"), GREY),
         (encoded(Image.fromarray(LEVELS), "PPM"), GREY),
+        (encoded(Image.fromarray(LEVELS), "JPEG2000"), GREY),
+        (of_12_bits(LEVELS), GREY),
         (encoded(Image.fromarray(LEVELS.astype(np.int32)), "TIFF"), GREY),
         (white_is_zero(encoded(Image.fromarray(LEVELS), "TIFF")), Image.fromarray(255 - np.asarray(GREY))),
     ],
-    ids=["png", "tiff", "tiff big-endian", "tiff lzw", "pgm", "32 bits", "white is zero"],
+    ids=[
+        "png",
+        "tiff",
+        "tiff big-endian",
+        "tiff lzw",
+        "pgm",
+        "jpeg 2000",
+        "tiff of 12 bits",
+        "32 bits",
+        "white is zero",
+    ],
 )
 def test_16_bits_are_scaled_to_8(content, expected):
     assert np.array_equal(np.asarray(read_rgb(content)), np.asarray(expected.convert("RGB")))
