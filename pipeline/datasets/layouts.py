@@ -8,7 +8,7 @@ import csv
 import gzip
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -35,6 +35,8 @@ class Listing:
     labels: np.ndarray
     files: Sequence[Path] = ()
     pixels: np.ndarray | None = None
+    root: Path = Path()
+    """The folder around the task's; errors name files from there, because caches keep them."""
 
     def decode(self, row: int) -> Image.Image:
         """The image of a row. Raises ValueError that names its file if it cannot be decoded."""
@@ -43,7 +45,7 @@ class Listing:
         try:
             return read_rgb(self.files[row])
         except Exception as error:  # damaged image files raise anything in their decoders
-            raise ValueError(f"{self.files[row]}: {first_line(error)}") from None
+            raise ValueError(f"{self.files[row].relative_to(self.root)}: {first_line(error)}") from None
 
     def encoded(self, row: int) -> bytes:
         """The bytes of a row's image, without decoding it."""
@@ -300,7 +302,7 @@ def find_layout(task: str, split: str, folder: Path, classes: ClassIndex) -> Lis
                 raise InputError(f"{folder} has {counts} of {task} ({split}); fetch it again")
             if not len(listing.labels):
                 raise InputError(f"{folder} has no images of {task} ({split}); expected: {known_layouts(task)}")
-            return listing
+            return replace(listing, root=folder.parent)
     return None
 
 

@@ -65,7 +65,7 @@ class MergedModel:
 def merge_requests(config: ExtractConfig, tasks: Sequence[Task], *, whole_suite: bool) -> list[MergeRequest]:
     """The merges of a run. Raises `InputError` for an unknown one, or for settings that none of them takes."""
     for name in config.merges:
-        if name not in METHODS and not Path(name).exists():
+        if name not in METHODS and not (name and Path(name).exists()):
             raise unknown("merge", name, [*METHODS, "or the path of a merged checkpoint"])
     methods = [name for name in config.merges if name in METHODS]
     for setting in config.merge_args:

@@ -360,5 +360,7 @@ def test_an_image_that_cannot_be_decoded_is_named_by_its_file(tmp_path, cut, wor
     images = open_images(TASKS["eurosat"], "test", str(tmp_path), any_rows=True)
     decoded = _Decoded(images, lambda image: image, 8)
     ((row, problem),) = [bad for _, bad in map(decoded.__getitem__, range(11)) if bad]
-    with pytest.raises(ProbsurgeryError, match=rf"image {row} of test/eurosat cannot be decoded: {path}: .*{words}"):
+    with pytest.raises(
+        ProbsurgeryError, match=rf"image {row} of test/eurosat cannot be decoded: eurosat/test/Forest/y.jpg: .*{words}"
+    ):
         refuse_undecoded({row: problem}, "test/eurosat")

@@ -18,6 +18,7 @@ from probsurgery.pipeline.datasets.tasks import Images, open_images, select_task
 from probsurgery.pipeline.errors import DamagedCacheError, InputError, ProbsurgeryError
 from probsurgery.pipeline.extraction import extract, loading, run_plan
 from probsurgery.pipeline.extraction.image_stream import image_stream, shuffled
+from probsurgery.pipeline.extraction.merges import merge_requests
 from probsurgery.pipeline.fitting.fit import fit
 from probsurgery.pipeline.merging.coefficients import read_coefficients
 from probsurgery.pipeline.merging.registry import METHODS, Coefficients, merge_label
@@ -610,3 +611,17 @@ def test_the_command_takes_settings_and_says_what_was_learned(run, tmp_path):
     assert "coefficients.json" in out
     refused(run(*arguments, "--merge-arg", "steps=0"), "steps=0", "was given before")
     refused(run(*arguments, "--merge-arg", "lr=-1"), "the setting lr is '-1.0'", "from 1e-09 to 10")
+
+
+def test_a_merged_model_may_be_a_folder(tmp_path):
+    """As mergekit and transformers save one."""
+    tasks, folder = select_tasks("mini", ["mnist"]), tmp_path / "slerp"
+    folder.mkdir()
+    asked = ExtractConfig("mini", merges=(str(folder),), root=tmp_path)
+    (request,) = merge_requests(asked, tasks, whole_suite=True)
+    assert request.path == tmp_path / "mini_slerp"
+    with pytest.raises(InputError, match="no checkpoint at .*slerp"):
+        Weights("mini").merged(folder)
+    for name in ("", str(tmp_path / "none")):
+        with pytest.raises(InputError, match="unknown merge"):
+            merge_requests(replace(asked, merges=(name,)), tasks, whole_suite=True)
