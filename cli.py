@@ -15,7 +15,7 @@ from contextlib import suppress
 
 import typer
 
-from probsurgery.commands import caches, deploy, extract, fit, report
+from probsurgery.commands import caches, deploy, extract, fit, report, suites
 from probsurgery.commands.render import note, printable
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
 from probsurgery.pipeline.extraction.distributed import launched_rank
@@ -53,6 +53,10 @@ for _name, _command in COMMANDS.items():
 for _name, _command in CACHE_COMMANDS.items():
     cache_app.command(_name)(_command)
 app.add_typer(cache_app, name="cache")
+suites_app = typer.Typer(help="List the suites of tasks, and show one.", invoke_without_command=True)
+suites_app.callback()(suites.list_command)
+suites_app.command("show")(suites.show_command)
+app.add_typer(suites_app, name="suites")
 
 
 @app.callback()

@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
 
 from probsurgery.pipeline.config import ExtractConfig
-from probsurgery.pipeline.datasets.tasks import Task, select_tasks
+from probsurgery.pipeline.datasets.suites import select_tasks
+from probsurgery.pipeline.datasets.tasks import Task
 from probsurgery.pipeline.device import choose_device
 from probsurgery.pipeline.extraction import extract
 from probsurgery.pipeline.extraction.encode import encode

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from stage_one import write_checkpoints, write_images
 
-from probsurgery.pipeline.datasets.tasks import select_tasks
+from probsurgery.pipeline.datasets.suites import select_tasks
 
 TASKS = ("resisc45", "eurosat")
 

@@ -11,7 +11,7 @@ from typer import Option
 from probsurgery.commands.options import AsJson, Device, Several, comma_list, configured, key_values
 from probsurgery.commands.progress import shown_progress
 from probsurgery.commands.render import note, print_json, rate_text
-from probsurgery.pipeline.config import CACHES, DTYPES, PRECISIONS, STORES, ExtractConfig, number_text
+from probsurgery.pipeline.config import CACHES, DTYPES, PRECISIONS, STORES, SUITES, ExtractConfig, number_text
 from probsurgery.pipeline.extraction.distributed import launched_rank
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def extract_command(
         Path | None, Option(help="Read AdaMerging's coefficients from this file instead of learning them.")
     ] = None,
     name: Name = default.name,
+    suite: Annotated[str | None, Option(help=f"Tasks: {', '.join(SUITES)}. [the architecture's own]")] = default.suite,
     tasks: Annotated[Several | None, comma_list(str, "Tasks to merge and extract. [all of the suite]")] = default.tasks,
     only: Annotated[Several | None, comma_list(str, "Extract only these of the merged tasks. [all]")] = default.only,
     checkpoints: Annotated[

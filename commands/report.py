@@ -38,9 +38,9 @@ def report_command(
 
     form = "json" if as_json else form
     reports = make_reports(caches, results, with_published=with_published, everything=everything)
-    for arch in dict.fromkeys(report.arch for report in reports):
-        if with_published and not published(arch):
-            note(f"no figures were published for {arch}")
+    for arch, suite in dict.fromkeys((report.arch, report.suite) for report in reports):
+        if with_published and not published(arch, suite):
+            note(f"no figures were published for {arch} on {suite}")
     if plots is not None:
         prepare(plots)
     if page is not None:

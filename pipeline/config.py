@@ -17,6 +17,8 @@ DTYPES = ("float32", "float16")
 PRECISIONS = ("fp32", "bf16", "fp16")
 STORES = ("zarr", "hdf5")
 SPLITS = ("test", "train")
+SUITES = ("mini", "clip8", "clip14", "clip20")
+"""`mini` is in the package and needs no network; the others are the papers' 8, 14 and 20 tasks."""
 CACHES = Path("cache")
 """Folder in which caches get their default names."""
 
@@ -199,7 +201,7 @@ class ExtractConfig:
     name: str | None = None
     """What a merged checkpoint is called in reports and in its cache's name; None: the file's name."""
     tasks: tuple[str, ...] | None = None
-    """Tasks whose experts are merged, and which are extracted; None: all of the architecture's suite."""
+    """Tasks whose experts are merged, and which are extracted; None: all of the suite."""
     only: tuple[str, ...] | None = None
     """Those of the tasks to extract now; the others can follow later."""
     checkpoints: str | None = None
@@ -233,6 +235,8 @@ class ExtractConfig:
     """Corruption of every image before it is encoded, such as `noise:3` (see `datasets.corruptions`)."""
     any_rows: bool = False
     """Accept data sets whose number of images is not the papers'."""
+    suite: str | None = None
+    """Set of tasks: one of `SUITES`; None: the architecture's own."""
 
     def __post_init__(self) -> None:
         _as_paths(self, "coefficients", "root", "out")

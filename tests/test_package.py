@@ -125,7 +125,7 @@ def test_the_wheel_works_where_there_is_no_checkout(wheel, tmp_path):
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
         "import probsurgery\n"
         f"assert probsurgery.__file__.startswith({str(tmp_path)!r}), probsurgery.__file__\n"
-        "from probsurgery.pipeline.datasets.tasks import select_tasks\n"
+        "from probsurgery.pipeline.datasets.suites import select_tasks\n"
         "from probsurgery.pipeline.models.sources import Weights\n"
         "assert len(select_tasks('clip8', None)) == 8\n"
         "assert Weights('mini').pretrained()\n"

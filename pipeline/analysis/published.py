@@ -6,18 +6,21 @@ from pathlib import Path
 
 from probsurgery.pipeline.analysis.labels import departures
 from probsurgery.pipeline.analysis.tables import AVERAGE, DIFFERENCE, PUBLISHED, Line
-from probsurgery.pipeline.datasets.tasks import SUITES
+from probsurgery.pipeline.datasets.suites import suite_tasks
 from probsurgery.pipeline.store.results import ResultRow
 
 
-def published(arch: str) -> list[dict[str, str]]:
-    """Published figures for an architecture: source, method, accuracy in % for each task and on average.
+def published(arch: str, suite: str) -> list[dict[str, str]]:
+    """Published figures for an architecture and a suite: source, family of experts, method, accuracy in % for each task
+    and on average.
 
-    They were measured by others, on other copies of the data. An empty text stands for a figure that was not given.
+    They were measured by others, on other copies of the data, and those of different families are not comparable: their
+    experts were trained otherwise, and tall_masks' have other classes for two tasks. An empty text stands for a figure
+    that was not given.
     """
     with (Path(__file__).parent / "published.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return [{key: value for key, value in row.items() if key != "arch"} for row in rows if row["arch"] == arch]
+    return [row for row in rows if (row["arch"], row["suite"]) == (arch, suite)]
 
 
 def published_name(merge: str, row: ResultRow) -> str:
@@ -41,17 +44,21 @@ def published_name(merge: str, row: ResultRow) -> str:
     return f"{merge}+surgery({details})"
 
 
-def published_lines(arch: str, measured: Sequence[Line], tasks: Sequence[str]) -> list[Line]:
+def published_lines(arch: str, suite: str, measured: Sequence[Line], tasks: Sequence[str]) -> list[Line]:
     """The published lines, each followed by its difference from the measured line of the same method."""
-    columns = {task.title: name for name, task in SUITES["clip8"]().items()} | {AVERAGE: AVERAGE}
-    # An average over other tasks is not comparable.
-    comparable = {*tasks, AVERAGE} if set(columns.values()) == {*tasks, AVERAGE} else set(tasks)
-    columns = {title: column for title, column in columns.items() if column in comparable}
+    rows = published(arch, suite)
+    if not rows:
+        return []
+    columns = {task.title: name for name, task in suite_tasks(suite).items() if name in tasks}
+    if len(columns) == len(suite_tasks(suite)):  # an average over other tasks is not comparable
+        columns[AVERAGE] = AVERAGE
     lines = []
-    for row in published(arch):
-        method = row["method"]
+    for row in rows:
+        method, family = row["method"], f"; {row['family']}' experts" if row["family"] else ""
         values = {column: float(row[title]) for title, column in columns.items() if row[title]}
-        lines.append(Line(f"{method} [published: {row['source']}]", values, PUBLISHED, method))
+        if not values:
+            continue
+        lines.append(Line(f"{method} [published: {row['source']}{family}]", values, PUBLISHED, method))
         for line in measured:
             if line.method == method:
                 differences = {c: number - v for c, v in values.items() if (number := line.number(c)) is not None}

@@ -30,6 +30,7 @@ class Report:
 
     caches: tuple[str, ...]
     arch: str
+    suite: str
     merges: tuple[str, ...]
     protocol: str
     tasks: tuple[str, ...]
@@ -52,7 +53,9 @@ class Report:
 
     def to_json(self) -> dict[str, object]:
         """Circumstances and tables, with figures in full."""
-        circumstances = {name: getattr(self, name) for name in ("caches", "arch", "merges", "protocol", "tasks")}
+        circumstances = {
+            name: getattr(self, name) for name in ("caches", "arch", "suite", "merges", "protocol", "tasks")
+        }
         accuracy, bias, costs, *curves = (table.to_json() for table in self.tables)
         return circumstances | {"accuracy": accuracy, "bias": bias, "costs": costs, "curves": curves}
 
@@ -87,7 +90,7 @@ def report(
         raise InputError(f"a cache is named twice: {', '.join(map(str, paths))}")
     if results is not None and len(paths) > 1:
         raise InputError("--results goes with one --cache; results of several are read from the caches themselves")
-    groups: dict[tuple[str, tuple[str, ...], str], list[_Source]] = defaultdict(list)
+    groups: dict[tuple[str, str, tuple[str, ...], str], list[_Source]] = defaultdict(list)
     for path in paths:
         cache = Cache(path)
         folder, merge = Path(cache.path if results is None else results), cache.identity.merge
@@ -99,8 +102,8 @@ def report(
         last = {(labels.setting_digest(row), row.seed, row.task): row for row in rows}.values()
         for protocol in dict.fromkeys(row.base_protocol for row in last):
             source = _Source(cache, folder, label, [row for row in last if row.base_protocol == protocol])
-            groups[cache.identity.arch, cache.identity.tasks, protocol].append(source)
-    return [_report(protocol, sources, with_published, everything) for (_, _, protocol), sources in groups.items()]
+            groups[cache.identity.arch, cache.identity.suite, cache.identity.tasks, protocol].append(source)
+    return [_report(protocol, sources, with_published, everything) for (*_, protocol), sources in groups.items()]
 
 
 def _report(protocol: str, sources: Sequence[_Source], with_published: bool, everything: bool) -> Report:
@@ -128,7 +131,7 @@ def _report(protocol: str, sources: Sequence[_Source], with_published: bool, eve
         curves += find_curves(source.rows, prefix)
         grids += find_grids(source.rows, prefix)
     if with_published:
-        accuracy += published_lines(identity.arch, accuracy, tasks)
+        accuracy += published_lines(identity.arch, identity.suite, accuracy, tasks)
     corruptions = {source.cache.identity.corruption for source in sources}
     corrupted = [f"images corrupted by {kind}" for kind in corruptions if kind and len(corruptions) == 1]
     where = ", ".join([identity.arch, *corrupted, protocol])
@@ -141,6 +144,7 @@ def _report(protocol: str, sources: Sequence[_Source], with_published: bool, eve
     return Report(
         caches=tuple(str(source.cache.path) for source in sources),
         arch=identity.arch,
+        suite=identity.suite,
         merges=tuple(names),
         protocol=protocol,
         tasks=tasks,

@@ -7,6 +7,7 @@ another layout. Labels come from class names if a layout has names, so that they
 import csv
 import gzip
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -92,7 +93,8 @@ class ClassIndex:
 
 
 def _key(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
+    """A name without case, separators and marks, in any script."""
+    return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", name).casefold()))
 
 
 def listed(folder: Path, pattern: str = "*") -> list[Path]:
@@ -279,12 +281,17 @@ FOLDERS: dict[str, TaskFolder] = {
 }
 
 
+def folder_of(task: str) -> TaskFolder:
+    """What is particular to a task's folder of data."""
+    return FOLDERS.get(task, TaskFolder())
+
+
 def find_layout(task: str, split: str, folder: Path, classes: ClassIndex) -> Listing | None:
     """The images of one split of a task in its folder; None if no known layout fits.
 
     Raises `InputError` for a folder in a known layout that is incomplete or damaged.
     """
-    for layout in filter(None, (FOLDERS[task].layout, class_folders)):
+    for layout in filter(None, (folder_of(task).layout, class_folders)):
         try:
             listing = layout(folder, split, classes)
         except InputError:
@@ -309,4 +316,4 @@ def find_layout(task: str, split: str, folder: Path, classes: ClassIndex) -> Lis
 def known_layouts(task: str) -> str:
     """The known layouts of a task, for errors."""
     tables = ["Parquet files as on the Hub", "folders of datasets' save_to_disk", "webdataset tars"]
-    return "; ".join(filter(None, ["test/<class>/ and train/<class>/", FOLDERS[task].files, *tables]))
+    return "; ".join(filter(None, ["test/<class>/ and train/<class>/", folder_of(task).files, *tables]))

@@ -30,10 +30,10 @@ class HubDataset(Record, frozen=True):
     """A data set of the Hugging Face Hub: its names of our splits, its columns of images and labels."""
 
     id: str
-    config: str | None
     split: dict[str, str]
     image: str
     label: str
+    config: str | None = None
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,6 @@ def _labels(values: Sequence[Any], where: str, classes: ClassIndex) -> tuple[np.
         known = {name: classes.label(name, where) for name in dict.fromkeys(values)}
         return np.array([known[value] for value in values], dtype=np.int64), True
     for value in values:
-        if type(value) not in (int, float) or not abs(value) < 2**31 or value != int(value):
+        if not isinstance(value, int | float) or not abs(value) < 2**31 or value != int(value):
             raise InputError(f"{where} has a label {str(value)[:80]!r}; labels are numbers from 0, or class names")
     return np.array(values, dtype=np.int64), False

@@ -1,29 +1,29 @@
-"""Tasks and suites: the sources of images, labels, class names and prompts."""
+"""Tasks: the sources of images, labels, class names and prompts."""
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from probsurgery.pipeline.datasets.layouts import FOLDERS, ClassIndex, find_layout, known_layouts, listed
+from probsurgery.pipeline.datasets.layouts import ClassIndex, find_layout, folder_of, known_layouts, listed
 from probsurgery.pipeline.datasets.pictures import DECODING
 from probsurgery.pipeline.datasets.tables import HubDataset, has_table, open_table
-from probsurgery.pipeline.errors import InputError, unknown
-from probsurgery.pipeline.files import Record, decode, read_json
+from probsurgery.pipeline.errors import InputError
+from probsurgery.pipeline.files import Record
 
 
 class Task(Record, frozen=True, rename={"class_names": "classes", "hub": "dataset"}):
     """One classification task."""
 
     name: str
-    suite: str
     class_names: tuple[str, ...]
+    reader: str = ""
+    """`mini`: the images come from installed packages; otherwise from a published data set or a folder."""
     title: str = ""
     """Name in the papers' tables, and in file names of the task-vectors code's checkpoints."""
     templates: tuple[str, ...] = ()
@@ -65,43 +65,6 @@ class Images:
         return len(self.labels)
 
 
-@cache
-def _clip8() -> dict[str, Task]:
-    table = read_json(Path(__file__).parent / "clip8.json", 2**20)
-    return {name: decode(Task, row | {"name": name, "suite": "clip8"}) for name, row in table.items()}
-
-
-@cache
-def _mini() -> dict[str, Task]:
-    from probsurgery.pipeline.mini import MINI_TASKS
-
-    return {name: Task(name, "mini", tuple(row.class_names)) for name, row in MINI_TASKS.items()}
-
-
-SUITES: dict[str, Callable[[], dict[str, Task]]] = {"mini": _mini, "clip8": _clip8}
-"""`mini` is part of the package and needs no network; `clip8` are the papers' eight tasks."""
-
-
-def select_tasks(suite: str, names: Sequence[str] | None) -> tuple[Task, ...]:
-    """Tasks of a suite by name, in the suite's order; all if None. Raises `InputError` for an unknown name."""
-    known = SUITES[suite]()
-    if names is None:
-        return tuple(known.values())
-    check_names(names, known)
-    return tuple(task for name, task in known.items() if name in names)
-
-
-def check_names(names: Sequence[str], known: Collection[str]) -> None:
-    """Raise `InputError` unless there is at least one name, all names are known, and none is repeated."""
-    if not names:
-        raise InputError(f"no task was named; choose from: {', '.join(known)}")
-    for name in names:
-        if name not in known:
-            raise unknown("task", name, known)
-    if len(set(names)) < len(names):
-        raise InputError(f"a task is named twice: {', '.join(names)}")
-
-
 def open_images(
     task: Task, split: str, source: str | None = None, limit: int | None = None, *, any_rows: bool = False
 ) -> Images:
@@ -110,7 +73,7 @@ def open_images(
     Raises `InputError` if the data are missing, have another number of rows than the papers' (unless `any_rows`),
     contain labels outside the task's classes, or list the classes in another order.
     """
-    images = _open_mini(task, split, source) if task.suite == "mini" else _open_clip8(task, split, source)
+    images = _open_mini(task, split, source) if task.reader == "mini" else _open_data(task, split, source)
     published = task.rows.get(split)
     if published and len(images) not in published and not any_rows:
         expected = " or ".join(f"{rows:,}" for rows in published)
@@ -133,12 +96,12 @@ def _open_mini(task: Task, split: str, source: str | None) -> Images:
     from probsurgery.pipeline.mini import MINI_TASKS, load
 
     if source is not None:
-        raise InputError("--data is for the clip8 suite; the mini suite's images come with its packages")
+        raise InputError(f"--data is not for {task.name}, whose images come from installed packages; leave it out")
     images, labels = load(task.name, split)
     return Images(labels, MINI_TASKS[task.name].digests[split], images.__getitem__)  # `load` compared the digest
 
 
-def _open_clip8(task: Task, split: str, source: str | None) -> Images:
+def _open_data(task: Task, split: str, source: str | None) -> Images:
     classes = ClassIndex(task.name, task.class_names, task.aliases)
     if source is None:
         return _open_table(task, split, None, classes)
@@ -173,7 +136,7 @@ def _data_folders(task: Task, source: Path) -> list[Path]:
     if not source.is_dir():
         raise InputError(f"no folder {source}; --data takes a folder with a folder for each task")
     repo = task.published.id
-    names = dict.fromkeys((task.name, task.title, repo.split("/")[-1], repo, *FOLDERS[task.name].names))
+    names = dict.fromkeys((task.name, task.title, repo.split("/")[-1], repo, *folder_of(task.name).names))
     folders = [source / name for name in names if (source / name).is_dir()]
     if not folders or (folders == [source / "."] and not listed(source, "*_32x32.mat")):
         raise InputError(

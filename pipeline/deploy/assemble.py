@@ -6,7 +6,8 @@ from pathlib import Path
 from msgspec.structs import replace
 from torch import Tensor
 
-from probsurgery.pipeline.datasets.tasks import Task, select_tasks
+from probsurgery.pipeline.datasets.suites import select_tasks
+from probsurgery.pipeline.datasets.tasks import Task
 from probsurgery.pipeline.deploy.model import Provenance, SurgeryModel
 from probsurgery.pipeline.errors import InputError, unknown
 from probsurgery.pipeline.extraction.merges import MergeRequest, load_learned, make_merge

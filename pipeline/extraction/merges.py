@@ -62,8 +62,11 @@ class MergedModel:
     """Whether it was learned by this run, so that its weights have to be written to the cache."""
 
 
-def merge_requests(config: ExtractConfig, tasks: Sequence[Task], *, whole_suite: bool) -> list[MergeRequest]:
-    """The merges of a run. Raises `InputError` for an unknown one, or for settings that none of them takes."""
+def merge_requests(config: ExtractConfig, tasks: Sequence[Task], stem: str, *, whole_suite: bool) -> list[MergeRequest]:
+    """The merges of a run, in caches whose default names begin with `stem`.
+
+    Raises `InputError` for an unknown one, or for settings that none of them takes.
+    """
     for name in config.merges:
         if name not in METHODS and not (name and Path(name).exists()):
             raise unknown("merge", name, [*METHODS, "or the path of a merged checkpoint"])
@@ -79,13 +82,15 @@ def merge_requests(config: ExtractConfig, tasks: Sequence[Task], *, whole_suite:
     if config.coefficients is not None and sum(METHODS[n].takes_coefficients for n in methods) != 1:
         able = ", ".join(name for name, row in METHODS.items() if row.takes_coefficients)
         raise InputError(f"--coefficients are for one --merge of: {able}")
-    requests = [_merge_request(name, config, tasks, whole_suite) for name in config.merges]
+    requests = [_merge_request(name, config, tasks, stem, whole_suite) for name in config.merges]
     if len({request.path for request in requests}) < len(requests):
         raise InputError("two of the merges would go to one cache; rename one of the checkpoints")
     return requests
 
 
-def _merge_request(name: str, config: ExtractConfig, tasks: Sequence[Task], whole_suite: bool) -> MergeRequest:
+def _merge_request(
+    name: str, config: ExtractConfig, tasks: Sequence[Task], stem: str, whole_suite: bool
+) -> MergeRequest:
     coefficients, source = None, ""
     if name in METHODS:
         method = METHODS[name]
@@ -102,7 +107,7 @@ def _merge_request(name: str, config: ExtractConfig, tasks: Sequence[Task], whol
         identity = MergeIdentity("file", {}, config.name)
     suffix = "" if whole_suite else "_" + "+".join(task.name for task in tasks)
     suffix += "" if config.corrupt is None else "-" + config.corrupt.replace(":", "")
-    path = config.out or Path(config.root) / f"{config.arch}_{label}{suffix}"
+    path = config.out or Path(config.root) / f"{stem}_{label}{suffix}"
     return MergeRequest(name, Path(path), identity, coefficients)
 
 

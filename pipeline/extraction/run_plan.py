@@ -12,7 +12,8 @@ from torch import Tensor
 from probsurgery.pipeline.config import ExtractConfig
 from probsurgery.pipeline.datasets.corruptions import corrupt_images
 from probsurgery.pipeline.datasets.pictures import DECODING
-from probsurgery.pipeline.datasets.tasks import Images, Task, check_names, open_images, select_tasks
+from probsurgery.pipeline.datasets.suites import check_names, select_tasks
+from probsurgery.pipeline.datasets.tasks import Images, Task, open_images
 from probsurgery.pipeline.device import choose_device
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.extraction.distributed import Ranks
@@ -32,6 +33,7 @@ class RunPlan:
     """A run's models and images, checked, and where its features go."""
 
     config: ExtractConfig
+    suite: str
     tasks: tuple[Task, ...]
     """Tasks whose experts are merged."""
     extracted: tuple[Task, ...]
@@ -54,7 +56,7 @@ class RunPlan:
         return Identity(
             corruption=config.corrupt,
             arch=config.arch,
-            suite=self.tasks[0].suite,
+            suite=self.suite,
             dim=self.dim,
             dtype=config.dtype,
             precision=config.precision,
@@ -92,12 +94,14 @@ def plan_run(config: ExtractConfig, ranks: Ranks, progress: Progress = no_progre
 
     Of several ranks, the first alone compares it with the caches that are there. `progress` is told what is read.
     """
-    suite = architectures.get_arch(config.arch).suite
+    own_suite = architectures.get_arch(config.arch).suite
+    suite = config.suite or own_suite
     tasks = select_tasks(suite, config.tasks)
     if config.only is not None:
         check_names(config.only, [task.name for task in tasks])
     extracted = tuple(task for task in tasks if config.only is None or task.name in config.only)
-    requests = merge_requests(config, tasks, whole_suite=len(tasks) == len(select_tasks(suite, None)))
+    stem = config.arch if suite == own_suite else f"{config.arch}-{suite}"
+    requests = merge_requests(config, tasks, stem, whole_suite=len(tasks) == len(select_tasks(suite, None)))
     device = choose_device(config.device, ranks.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # otherwise every rank's pinned memory would take room on the first GPU
@@ -124,7 +128,7 @@ def plan_run(config: ExtractConfig, ranks: Ranks, progress: Progress = no_progre
         images[split, task.name] = _open(config, task, split)
     workers = decoding_workers(config, ranks.local_size)
     models = (weights, pretrained, classifiers, checkpoints)
-    plan = RunPlan(config, tasks, extracted, requests, images, device, workers, *models)
+    plan = RunPlan(config, suite, tasks, extracted, requests, images, device, workers, *models)
     for request in requests if ranks.leads else ():
         manifest = check_target(request.path, plan.identity(request.identity), config.store, fresh=config.fresh)
         if manifest is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from probsurgery.pipeline.config import FitConfig, changed_settings
-from probsurgery.pipeline.datasets.tasks import check_names
+from probsurgery.pipeline.datasets.suites import check_names
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.fingerprints import differences, fingerprint
 from probsurgery.pipeline.fitting.splits import seen_count

@@ -85,7 +85,7 @@ def test_no_command_shows_the_help(run):
         (["--arch", "mini", "--checkpoints", "nowhere"], ["no folder of checkpoints at nowhere"]),
         (["--arch", "mini", "--merge", "ta", "--merge", "wa", "--out", "x"], ["--out names one cache", "--root"]),
         (["--arch", "mini", "--merge", "ta", "--merge", "ta"], ["named twice"]),
-        (["--arch", "mini", "--data", "folder"], ["--data is for the clip8 suite"]),
+        (["--arch", "mini", "--data", "folder"], ["--data is not for mnist"]),
         (["--arch", "mini", "--batch-size", "many"], ["--batch-size"]),
         (["--arch", "mini", "--colour", "red"], ["--colour"]),
         ([], ["--arch"]),

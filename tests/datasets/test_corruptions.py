@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from probsurgery.pipeline.datasets.corruptions import CORRUPTIONS, checked, corrupted
-from probsurgery.pipeline.datasets.tasks import open_images, select_tasks
+from probsurgery.pipeline.datasets.suites import select_tasks
+from probsurgery.pipeline.datasets.tasks import open_images
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.store.cache import Cache
 from support import refused

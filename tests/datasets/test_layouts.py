@@ -8,7 +8,8 @@ import scipy.io
 from PIL import Image
 
 from probsurgery.pipeline.datasets.layouts import ClassIndex
-from probsurgery.pipeline.datasets.tasks import open_images, select_tasks
+from probsurgery.pipeline.datasets.suites import select_tasks
+from probsurgery.pipeline.datasets.tasks import open_images
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
 from probsurgery.pipeline.extraction.loading import _Decoded, refuse_undecoded
 from support import hub_data_set, idx
@@ -204,7 +205,7 @@ def test_both_sizes_of_sun397_are_known(monkeypatch, rows, fits):
     from probsurgery.pipeline.datasets import tasks
 
     images = tasks.Images(np.zeros(rows, np.int64), "0", lambda row: None)
-    monkeypatch.setattr(tasks, "_open_clip8", lambda *_: images)
+    monkeypatch.setattr(tasks, "_open_data", lambda *_: images)
     if fits:
         assert len(open_images(TASKS["sun397"], "test")) == rows
     else:

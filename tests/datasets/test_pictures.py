@@ -13,7 +13,8 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Norma
 
 from probsurgery.pipeline.datasets.corruptions import corrupted
 from probsurgery.pipeline.datasets.pictures import read_rgb, to_rgb
-from probsurgery.pipeline.datasets.tasks import open_images, select_tasks
+from probsurgery.pipeline.datasets.suites import select_tasks
+from probsurgery.pipeline.datasets.tasks import open_images
 from probsurgery.pipeline.models.architectures import image_transform, preprocessing
 from support import parquet
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from probsurgery.pipeline.datasets.tasks import open_images, select_tasks
+from probsurgery.pipeline.datasets.suites import select_tasks
+from probsurgery.pipeline.datasets.tasks import open_images
 from probsurgery.pipeline.errors import InputError
 from support import hub_data_set
 
@@ -95,5 +96,5 @@ def test_a_task_with_no_rows_is_refused(monkeypatch):
     monkeypatch.setattr(mini, "load", lambda name, split: ([Image.new("L", (8, 8))], np.array([10])))
     with pytest.raises(InputError, match="labels from 10 to 10, but 10 classes"):
         open_images(task, "test")
-    with pytest.raises(InputError, match="--data is for the clip8 suite"):
+    with pytest.raises(InputError, match="--data is not for mnist"):
         open_images(task, "test", "somewhere")

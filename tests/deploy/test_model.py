@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import probsurgery
 from probsurgery.pipeline.config import ExtractConfig, FitConfig, ProbSettings, RidgeSettings, SurgerySettings
-from probsurgery.pipeline.datasets.tasks import open_images, select_tasks
+from probsurgery.pipeline.datasets.suites import select_tasks
+from probsurgery.pipeline.datasets.tasks import open_images
 from probsurgery.pipeline.deploy.assemble import assemble
 from probsurgery.pipeline.deploy.model import FILES, load_model
 from probsurgery.pipeline.errors import InputError

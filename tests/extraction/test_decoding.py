@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from probsurgery.pipeline.datasets.tasks import select_tasks
+from probsurgery.pipeline.datasets.suites import select_tasks
 from probsurgery.pipeline.models.architectures import expected_shapes, model_config
 from probsurgery.pipeline.store.cache import Cache
 from support import drop_seal, edit_manifest, idx, refused

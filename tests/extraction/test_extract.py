@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from probsurgery.pipeline.config import ExtractConfig, FitConfig, SurgerySettings
-from probsurgery.pipeline.datasets.tasks import open_images, select_tasks
+from probsurgery.pipeline.datasets.suites import select_tasks
+from probsurgery.pipeline.datasets.tasks import open_images
 from probsurgery.pipeline.device import choose_device
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
 from probsurgery.pipeline.extraction import encode, extract, run_plan
@@ -329,10 +330,10 @@ def test_the_papers_tasks_are_extracted_from_files_in_the_published_formats(tmp_
     monkeypatch.setitem(architectures.ARCHS, "tiny", tiny)
     folder, dim = tmp_path / "checkpoints", architectures.model_config("tiny")["embed_dim"]
     transformers.CLIPVisionModelWithProjection(hugging_face_config()).save_pretrained(folder / "pretrained")
-    for task in ("eurosat", "svhn"):
+    for task in ("eurosat", "svhn", "kmnist"):
         transformers.CLIPVisionModel(hugging_face_config()).save_pretrained(folder / task)
         hub_data_set(tmp_path / "data" / task, [i % 10 for i in range(40)])
-    save_file({t: torch.randn(10, dim) for t in ("eurosat", "svhn")}, folder / "classifiers.safetensors")
+    save_file({t: torch.randn(10, dim) for t in ("eurosat", "svhn", "kmnist")}, folder / "classifiers.safetensors")
 
     request = {"arch": "tiny", "tasks": ("svhn", "eurosat"), "checkpoints": str(folder), "data": str(tmp_path / "data")}
     request |= {"any_rows": True}
@@ -345,6 +346,12 @@ def test_the_papers_tasks_are_extracted_from_files_in_the_published_formats(tmp_
     assert not cache.features("eurosat", "expert").equal(cache.features("svhn", "expert"))
     rows = fit(FitConfig(path, SurgerySettings(steps=30))).rows
     assert all(row.bias.after < row.bias.before for row in rows)
+
+    request |= {"suite": "clip20", "tasks": ("eurosat", "kmnist")}
+    more = extract.extract(config(tmp_path, merges=("ties",), limit=None, **request))
+    assert more.caches[0].name == "tiny-clip20_ties_eurosat+kmnist"
+    assert Cache(more.caches[0]).identity.suite == "clip20"
+    assert more.taken == {path.name: 2 * 40}  # the features of eurosat by its expert and the pre-trained encoder
 
 
 def test_devices_that_are_not_there_are_refused():

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from probsurgery.pipeline.analysis.report import report
 from probsurgery.pipeline.config import ExtractConfig, FitConfig, SurgerySettings
-from probsurgery.pipeline.datasets.tasks import Images, open_images, select_tasks
+from probsurgery.pipeline.datasets.suites import select_tasks
+from probsurgery.pipeline.datasets.tasks import Images, open_images
 from probsurgery.pipeline.errors import DamagedCacheError, InputError, ProbsurgeryError
 from probsurgery.pipeline.extraction import extract, loading, run_plan
 from probsurgery.pipeline.extraction.image_stream import image_stream, shuffled

@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from probsurgery.pipeline.datasets.tasks import select_tasks
+from probsurgery.pipeline.datasets.suites import select_tasks
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.models.architectures import build_visual, expected_shapes, model_config
 from probsurgery.pipeline.models.checkpoints import check_state, digest, read_tensors, to_text

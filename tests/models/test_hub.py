@@ -14,7 +14,8 @@ import transformers
 from safetensors.torch import load_file
 
 from local_hub import LocalHub
-from probsurgery.pipeline.datasets.tasks import open_images, select_tasks
+from probsurgery.pipeline.datasets.suites import select_tasks
+from probsurgery.pipeline.datasets.tasks import open_images
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.hub import explain
 from probsurgery.pipeline.models.architectures import build_visual, image_transform

@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file
 
 from probsurgery.pipeline import hub
-from probsurgery.pipeline.datasets.tasks import select_tasks
+from probsurgery.pipeline.datasets.suites import select_tasks
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.models import architectures
 from probsurgery.pipeline.models.architectures import model_config

@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from probsurgery.pipeline.datasets.tasks import Task, select_tasks
+from probsurgery.pipeline.datasets.suites import select_tasks
+from probsurgery.pipeline.datasets.tasks import Task
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.models import text_classifiers
 from probsurgery.pipeline.models.architectures import model_config
@@ -27,7 +28,7 @@ def test_classifiers_average_normalised_prompts_and_include_the_scale(tiny, clip
     """Against transformers' own text tower, with open_clip's tokens."""
     import open_clip
 
-    task = Task("t", "clip8", ("cat", "dog"), templates=("a {}.", "the {}!", "{}"))
+    task = Task("t", ("cat", "dog"), templates=("a {}.", "the {}!", "{}"))
     classifier = build_classifiers("tiny", to_text(clip.state_dict()), [task], torch.device("cpu"))["t"]
     tokenizer = open_clip.get_tokenizer("ViT-B-32-quickgelu")
     for row, name in zip(classifier, task.class_names, strict=True):
