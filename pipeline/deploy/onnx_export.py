@@ -56,7 +56,8 @@ def write_onnx(model: SurgeryModel, folder: Path, progress: Progress = no_progre
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # deprecations within the exporter
                 logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-                shapes = {"images": {0: torch.export.Dim("batch")}}
+                # One row works too, as is checked below; torch 2.8 complains at length about a range that has 1.
+                shapes = {"images": {0: torch.export.Dim("batch", min=2)}}
                 torch.onnx.export(
                     graph,
                     (drawn[:2],),

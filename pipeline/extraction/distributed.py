@@ -103,6 +103,18 @@ def _lost_ranks() -> Iterator[None]:
 
 
 @contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Standard output is for results; until torch 2.10, gloo's C++ prints a line there when it connects."""
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
+@contextmanager
 def joined() -> Iterator[Ranks]:
     """This process as one of the ranks that torchrun started; without torchrun, the only one."""
     rank, size = launched_rank()
@@ -113,7 +125,7 @@ def joined() -> Iterator[Ranks]:
 
     is_own_group, group = not dist.is_initialized(), None
     if is_own_group:
-        with _lost_ranks():
+        with _lost_ranks(), _stdout_to_stderr():
             dist.init_process_group("gloo", timeout=_LONGEST_WAIT)
     else:
         group = cast("ProcessGroup", dist.new_group(backend="gloo"))  # -100 for processes outside it; every rank is in

@@ -333,7 +333,10 @@ def test_lost_coefficients_are_written_again(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.int32, torch.complex64])
 def test_merged_weights_are_real_numbers(tmp_path, dtype):
     file = tmp_path / "odd.safetensors"
-    save_file({name: tensor.to(dtype) for name, tensor in Weights("mini").pretrained().items()}, file)
+    try:
+        save_file({name: tensor.to(dtype) for name, tensor in Weights("mini").pretrained().items()}, file)
+    except KeyError:
+        pytest.skip(f"safetensors before 0.7 does not write {dtype}")
     with pytest.raises(InputError, match=f"in {str(dtype)[6:]}, and not in real numbers"):
         run(tmp_path / "caches", str(file))
     assert not list((tmp_path / "caches").glob("*"))

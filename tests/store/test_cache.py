@@ -138,7 +138,10 @@ def test_nan_features_are_named_by_task_and_row(tmp_path, store):
 
 
 def test_a_cache_of_other_settings_is_refused_with_the_difference(cache, store):
-    before = sorted((p, p.stat().st_mtime_ns) for p in cache.path.rglob("*"))
+    def times():  # not the lock's: some releases of filelock touch its file, which holds nothing
+        return {p: p.stat().st_mtime_ns for p in cache.path.rglob("*") if p.name != ".lock"}
+
+    before = times()
     for change, words in [
         ({"dtype": "float16"}, "dtype: float32 / float16"),
         ({"dim": 32}, "dim: 16 / 32"),
@@ -150,7 +153,7 @@ def test_a_cache_of_other_settings_is_refused_with_the_difference(cache, store):
     other_store = {"zarr": "hdf5", "hdf5": "zarr"}[store]
     with pytest.raises(InputError, match="store: "), opened(cache.path, cache.identity, other_store):
         pass
-    assert sorted((p, p.stat().st_mtime_ns) for p in cache.path.rglob("*")) == before
+    assert times() == before
 
 
 def test_fresh_replaces_a_cache_and_its_heads(cache, store):
