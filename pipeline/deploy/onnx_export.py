@@ -1,7 +1,9 @@
 """A model as ONNX files, one for each task, each checked by ONNX Runtime."""
 
+import io
 import logging
 import warnings
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -53,7 +55,8 @@ def write_onnx(model: SurgeryModel, folder: Path, progress: Progress = no_progre
         progress(done, len(model.tasks), task)
         path, graph = folder / f"{task}.onnx", _OneTask(model, task).eval()
         try:
-            with warnings.catch_warnings():
+            # Standard output is for results, and onnxscript before 0.7 prints what it did.
+            with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
                 warnings.simplefilter("ignore")  # deprecations within the exporter
                 logging.getLogger("torch.onnx").setLevel(logging.ERROR)
                 # One row works too, as is checked below; torch 2.8 complains at length about a range that has 1.

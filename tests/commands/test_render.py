@@ -44,6 +44,7 @@ LABELS = ["pretrained", "individual experts", "merged (ties)", "+ ProbSurgery (h
 def test_no_word_and_no_number_is_broken_on_a_terminal(tasks, labels, width, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("LINES", "25")  # rich takes a dumb terminal's width from COLUMNS only if LINES is set too
     monkeypatch.setenv("TERM", "dumb")
     values = [{t: Spread(12.3 + i + 2 * j, 0.25, 3) for i, t in enumerate(tasks)} for j in range(len(labels))]
     lines = tuple(Line(f"{label} {number}", v) for number, (label, v) in enumerate(zip(labels, values, strict=True)))
