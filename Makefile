@@ -6,7 +6,7 @@ CACHE ?= cache/mini_ta
 # Processes of `make test`. Tests wait for subprocesses, so there may be more than cores.
 JOBS ?= 3
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 # Reinstalls only when pyproject.toml changes.
 .venv/installed: pyproject.toml
@@ -26,6 +26,10 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q -n $(JOBS)
+
+# The tests that take minutes or a network too.
+test-all: .venv/installed
+	$(BIN)/python -m pytest -q -n $(JOBS) -m "slow or not slow"
 
 lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports --no-cache && $(BIN)/mypy

@@ -1,12 +1,8 @@
-"""Fixtures. Shapes in annotations are checked from here on, so the hook comes before any import of the package."""
+"""Fixtures. Shapes in annotations are checked by jaxtyping's plugin (`--jaxtyping-packages` in pyproject.toml)."""
 
 from __future__ import annotations
 
-from jaxtyping import install_import_hook
-
-CHECKED = ("heads.head", "heads.kinds", "heads.objectives", "heads.metrics", "heads.ridge", "heads.uncertainty")
-CHECKED += ("training.adam_step", "training.batches", "training.loop")
-install_import_hook([f"probsurgery.pipeline.{module}" for module in CHECKED], "beartype.beartype")
+from functools import cache
 
 import numpy as np
 import pytest
@@ -14,6 +10,7 @@ import torch
 
 import processes
 from probsurgery import cli
+from probsurgery.pipeline import mini
 from probsurgery.pipeline.models import architectures
 from probsurgery.pipeline.store import arrays
 from probsurgery.pipeline.store.cache import Cache
@@ -40,6 +37,13 @@ def pytest_collection_modifyitems(items):
 def _own_user_cache(tmp_path_factory, monkeypatch):
     """Classifiers made from text are kept for each test alone."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("user_cache")))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _images_of_the_mini_suite_are_read_once():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mini, "load", cache(mini.load))
+        yield
 
 
 @pytest.fixture

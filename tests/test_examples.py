@@ -1,9 +1,9 @@
 """The examples run as their first lines say."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+import processes
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "demo_figures.py"
 
@@ -15,8 +15,7 @@ def test_the_demo_from_python(tmp_path):
     less = less.replace('head_settings("prob")', 'head_settings("prob", steps=50)')
     less = less.replace('("rank", "steps")', '("rank",)')
     assert less.count("limit=40") == less.count("steps=50") == less.count('("rank",)') == 1
-    (tmp_path / "example.py").write_text(less)
-    done = subprocess.run([sys.executable, "example.py", "out"], cwd=tmp_path, capture_output=True, text=True)
+    done = processes.python(less, "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "| + ProbSurgery (h=128, 50 steps) |" in done.stdout
     written = {path.name for path in (tmp_path / "out" / "figures").glob("*.png")}

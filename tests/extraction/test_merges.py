@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 from msgspec import structs
 from safetensors.torch import load_file, save_file
 
+import processes
 from probsurgery.pipeline.analysis.report import report
 from probsurgery.pipeline.config import ExtractConfig, FitConfig, SurgerySettings
 from probsurgery.pipeline.datasets.suites import select_tasks
@@ -563,9 +562,7 @@ def checkpoints(tmp_path_factory):
 
 def peak(folder, method, count, keep=""):
     """The peak of a merge, in models, the pre-trained one among them."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(folder), method, str(count), keep], capture_output=True, text=True
-    )
+    done = processes.python(SCRIPT, folder, method, count, keep)
     assert done.returncode == 0, done.stderr
     return float(done.stdout)
 

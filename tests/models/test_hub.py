@@ -6,13 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 
+import processes
 from local_hub import LocalHub
 from probsurgery.pipeline.datasets.suites import select_tasks
 from probsurgery.pipeline.datasets.tasks import open_images
@@ -26,8 +26,6 @@ TASKS = ("eurosat", "svhn", "mnist")
 DATA = {"eurosat": "tanganke/eurosat", "svhn": "ufldl-stanford/svhn", "mnist": "ylecun/mnist"}
 # The command with one more architecture: the published ones are too large for tests.
 COMMAND = """
-import sys
-sys.path.insert(0, sys.argv.pop(1))
 from probsurgery.pipeline.models import architectures
 from support import TINY
 architectures.ARCHS["tiny"] = TINY
@@ -59,20 +57,17 @@ def hub(tmp_path_factory):
 
 
 @pytest.fixture
-def command(hub, tmp_path):
-    """Run the command in a separate process with an empty home, which can reach this hub only."""
+def environment(hub, tmp_path, monkeypatch):
+    """An empty home, from which this hub can be reached only."""
+    for name in [name for name in os.environ if name.startswith("HF_")]:
+        monkeypatch.delenv(name)
+    return hub.environment(tmp_path / "home") | {"XDG_CACHE_HOME": str(tmp_path / "xdg")}
 
-    def call(*arguments, **environment):
-        variables = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        variables |= hub.environment(tmp_path / "home") | {"XDG_CACHE_HOME": str(tmp_path / "xdg")} | environment
-        return subprocess.run(
-            [sys.executable, "-c", COMMAND, str(Path(__file__).parents[1]), *map(str, arguments)],
-            cwd=tmp_path,
-            env=variables,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+
+@pytest.fixture
+def command(environment, tmp_path):
+    def call(*arguments, **more):
+        return processes.python(COMMAND, *arguments, cwd=tmp_path, environment=environment | more)
 
     return call
 
@@ -80,8 +75,12 @@ def command(hub, tmp_path):
 EXTRACT = ("extract", "--arch", "tiny", "--tasks", ",".join(TASKS), "--any-rows", "--device", "cpu")
 
 
-def test_extract_fit_and_report_from_the_hub_and_then_without_it(hub, command, tmp_path):
-    done = command(*EXTRACT, "--split", "both", "--workers", "2")
+def test_extract_fit_and_report_from_the_hub_and_then_without_it(hub, command, environment, tmp_path):
+    arguments = [*EXTRACT, "--split", "both", "--workers", "2"]
+    variables = os.environ | environment | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(  # a new interpreter, as users have it; the others are forked
+        [sys.executable, "-c", COMMAND, *arguments], cwd=tmp_path, env=variables, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     path = tmp_path / "cache" / "tiny_ta_eurosat+svhn+mnist"
     cache = Cache(path)

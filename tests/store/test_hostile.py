@@ -4,14 +4,13 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import textwrap
 
 import h5py
 import numpy as np
 import pytest
 
+import processes
 from probsurgery.pipeline.config import FitConfig, SurgerySettings
 from probsurgery.pipeline.errors import DamagedCacheError, InputError
 from probsurgery.pipeline.files import seal, write_atomically
@@ -430,7 +429,7 @@ def test_reading_takes_no_more_memory_than_the_files_bear_out(tmp_path, store, l
             print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, error)
         """
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = processes.python(script)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[0]) < 50_000, done.stdout
 
