@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache
 
 import numpy as np
@@ -11,9 +12,12 @@ import torch
 import processes
 from probsurgery import cli
 from probsurgery.pipeline import mini
+from probsurgery.pipeline.fitting import fit
 from probsurgery.pipeline.models import architectures
 from probsurgery.pipeline.store import arrays
 from probsurgery.pipeline.store.cache import Cache
+from probsurgery.pipeline.training import plan
+from probsurgery.pipeline.training.workers import Pool
 from support import TINY, write_cache
 
 # The tests' tensors are tiny: a second thread gains nothing and waits for its core on a busy machine.
@@ -63,6 +67,15 @@ def shards_of_processes():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arrays, "SHARD_ROWS", processes.SHARD)
         patch.setattr(arrays, "CHUNK_ROWS", processes.CHUNK)
+        yield
+
+
+@pytest.fixture(scope="module")
+def shared_workers():
+    """Two workers that are started once, for all fits and sweeps of a module."""
+    with Pool(2) as pool, pytest.MonkeyPatch.context() as patch:
+        for module in (fit, plan):
+            patch.setattr(module, "Pool", lambda workers: nullcontext(pool))
         yield
 
 

@@ -116,5 +116,6 @@ def _python(script, arguments, cwd, environment, outputs, closed):
     for name in list(sys.modules):  # they read the environment when they are imported
         if name.partition(".")[0] in ("huggingface_hub", "datasets"):
             del sys.modules[name]
+    multiprocessing.set_start_method(None, force=True)  # the default of a new interpreter, not that of this server
     sys.argv = ["-c", *arguments]
     exec(script, {"__name__": "__main__"})

@@ -13,10 +13,10 @@ from probsurgery.pipeline.device import available_memory
 from probsurgery.pipeline.fitting import fit, sweep
 from support import write_cache
 
-ROWS, DIM = 100_000, 128
+ROWS, DIM = 50_000, 128
 MEBIBYTE = 2**20
-ROOM = 128 * MEBIBYTE
-"""Memory for a fit; one task's merged, expert and pre-trained features have 146 MiB, both tasks' twice as much."""
+ROOM = 64 * MEBIBYTE
+"""Memory for a fit; one task's merged, expert and pre-trained features have 73 MiB, both tasks' twice as much."""
 
 SCRIPT = textwrap.dedent(
     """
@@ -74,7 +74,7 @@ def test_features_beyond_memory_give_the_results_of_the_run_in_memory(large, tmp
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_one_task_at_a_time_gives_the_same_heads(tmp_path, monkeypatch, workers):
+def test_one_task_at_a_time_gives_the_same_heads(tmp_path, monkeypatch, shared_workers, workers):
     """For whole grids, whatever is trained together."""
     path = write_cache(tmp_path / "cache", {"a": 300, "b": 200, "c": 11}, splits=("test", "train"))
     settings = {"rank": (2, 4), "hidden": (4,), "steps": (60,)}
