@@ -296,12 +296,8 @@ def test_tables_name_every_task_and_head(run, small_cache):
 
 def test_ctrl_c_ends_cleanly(small_cache):
     before = sorted(small_cache.path.rglob("*"))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "probsurgery", "fit", "--steps", "3000000", "--workers", "0", "--cache", small_cache.path],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = ["-m", "probsurgery", "fit", "--steps", "3000000", "--workers", "0", "--cache", small_cache.path]
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     line = process.stderr.readline()  # the first line of progress: the work is under way
     assert "head-steps" in line
     process.send_signal(signal.SIGINT)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -12,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import probsurgery
+import processes
 from probsurgery.pipeline.config import ExtractConfig, FitConfig, ProbSettings, RidgeSettings, SurgerySettings
 from probsurgery.pipeline.datasets.suites import select_tasks
 from probsurgery.pipeline.datasets.tasks import open_images
@@ -121,7 +121,7 @@ def test_the_documented_snippet_in_a_fresh_process(cache, model, pictures):
     readme = (MINI.parents[1] / "README.md").read_text()
     snippet = next(part for part in readme.split("```python\n")[1:] if "load_model" in part).partition("```")[0]
     snippet = snippet.replace("exported", str(model)).replace("apple.png", str(pictures[0]))
-    done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True)
+    done = processes.python(snippet)
     assert done.returncode == 0, done.stderr
     head, row = load_head(cache / "heads" / "prob"), 0
     opened = Cache(cache)

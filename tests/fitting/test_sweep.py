@@ -14,6 +14,7 @@ import psutil
 import pytest
 from msgspec import structs
 
+import processes
 from probsurgery.commands import progress as progress_module
 from probsurgery.pipeline.analysis.report import report
 from probsurgery.pipeline.config import FitConfig, ProbSettings, RidgeSettings, SurgerySettings, SweepConfig
@@ -383,9 +384,9 @@ def test_ridge_beside_heads_that_take_steps(small_cache, run, monkeypatch):
 
 
 def test_a_narrow_character_set_gets_its_table(small_cache):
-    command = [sys.executable, "-m", "probsurgery", "sweep", "--cache", str(small_cache.path)]
-    command += ["--hidden", "4,8", "--steps", "10", "--seed", "0,1"]
-    done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
+    command = "import sys; sys.stdout.reconfigure(encoding='ascii'); from probsurgery.cli import main; main()"
+    grid = ("--hidden", "4,8", "--steps", "10", "--seed", "0,1")
+    done = processes.python(command, "sweep", "--cache", small_cache.path, *grid)
     assert done.returncode == 0, done.stderr
     assert "8 of 8 heads fitted" in done.stdout
 
