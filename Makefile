@@ -3,7 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CACHE ?= cache/mini_ta
-# Processes of `make test`. Tests wait for subprocesses, so there may be more than cores.
+# Processes of `make test`. Tests wait for subprocesses, so there may be more than cores. With `worksteal`, most modules stay
+# in one process, which makes their fixtures once.
 JOBS ?= 3
 
 .PHONY: demo test test-all lint clean
@@ -25,11 +26,11 @@ demo: .venv/installed
 	$(BIN)/probsurgery report --cache $(CACHE)
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q -n $(JOBS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 # The tests that take minutes or a network too.
 test-all: .venv/installed
-	$(BIN)/python -m pytest -q -n $(JOBS) -m "slow or not slow"
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "slow or not slow"
 
 lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports --no-cache && $(BIN)/mypy

@@ -25,20 +25,32 @@ from support import damage, drop_seal, edit_manifest, identity, opened, refused,
 TASKS = ("digits8", "texture")
 
 
-@pytest.fixture(autouse=True)
-def _small_shards(monkeypatch):
-    monkeypatch.setattr(arrays, "SHARD_ROWS", 32)
-    monkeypatch.setattr(arrays, "CHUNK_ROWS", 16)
+@pytest.fixture(autouse=True, scope="module")
+def _small_shards():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arrays, "SHARD_ROWS", 32)
+        patch.setattr(arrays, "CHUNK_ROWS", 16)
+        yield
+
+
+def config(out, store, **other):
+    base = {"arch": "mini", "tasks": TASKS, "limit": 70, "device": "cpu", "pretrained": False}
+    return ExtractConfig(**(base | {"out": out, "store": store} | other))
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory):
+    """Caches of the mini suite, to be copied."""
+    folder = tmp_path_factory.mktemp("caches")
+    return {store: extract(config(folder / store, store)).caches[0] for store in ("zarr", "hdf5")}
 
 
 @pytest.fixture
-def extracted(tmp_path, store):
+def extracted(caches, tmp_path, store):
     """A cache of the mini suite, and how to extract it again."""
-    config = ExtractConfig(
-        arch="mini", tasks=TASKS, limit=70, out=tmp_path / "cache", store=store, device="cpu", pretrained=False
-    )
-    extract(config)
-    return config.out, lambda: extract(config)
+    path = tmp_path / "cache"
+    shutil.copytree(caches[store], path)
+    return path, lambda: extract(config(path, store))
 
 
 def files_of(path):
@@ -190,23 +202,14 @@ def test_a_conversion_keeps_the_values_and_is_a_cache_like_any(extracted, store,
     new = maintenance.convert(path, other, dtype)
     assert new == tmp_path / ("cache_" + (other if dtype == "float32" else f"{other}_{dtype}"))
     assert damage(Cache(new)) == []
-    config = ExtractConfig(
-        arch="mini",
-        tasks=TASKS,
-        limit=70,
-        out=tmp_path / "fresh" / "c",
-        store=other,
-        dtype=dtype,
-        device="cpu",
-        pretrained=False,
-    )
-    extract(config)
-    assert Cache(new).content == Cache(config.out).content
-    assert Cache(new).identity == Cache(config.out).identity
+    fresh = config(tmp_path / "fresh" / "c", other, dtype=dtype)
+    extract(fresh)
+    assert Cache(new).content == Cache(fresh.out).content
+    assert Cache(new).identity == Cache(fresh.out).identity
     assert (Cache(new).content == Cache(path).content) == (dtype == "float32")
-    rows = [fit(FitConfig(each, SurgerySettings(steps=20))).rows for each in (new, config.out)]
+    rows = [fit(FitConfig(each, SurgerySettings(steps=20))).rows for each in (new, fresh.out)]
     assert [row.accuracy for row in rows[0]] == [row.accuracy for row in rows[1]]
-    assert extract(ExtractConfig(**(vars(config) | {"out": new}))).images == 0
+    assert extract(config(new, other, dtype=dtype)).images == 0
 
 
 def test_an_interrupted_conversion_goes_on(extracted, store, tmp_path):

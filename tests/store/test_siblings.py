@@ -29,15 +29,39 @@ LIMIT = 90
 ROWS = LIMIT * len(TASKS)
 
 
-@pytest.fixture(autouse=True)
-def _small_shards(monkeypatch):
-    monkeypatch.setattr(arrays, "SHARD_ROWS", 32)
-    monkeypatch.setattr(arrays, "CHUNK_ROWS", 16)
+@pytest.fixture(autouse=True, scope="module")
+def _small_shards():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arrays, "SHARD_ROWS", 32)
+        patch.setattr(arrays, "CHUNK_ROWS", 16)
+        yield
 
 
 def config(root, merge="ta", **other):
     base = {"arch": "mini", "tasks": TASKS, "limit": LIMIT, "root": root, "device": "cpu", "merges": (merge,)}
     return ExtractConfig(**(base | other))
+
+
+@pytest.fixture(scope="module")
+def extracted(tmp_path_factory):
+    """A cache in each store, of the first merge."""
+    roots = {store: tmp_path_factory.mktemp(store) for store in ("zarr", "hdf5")}
+    return {store: run_extract(config(root, store=store)).caches[0] for store, root in roots.items()}
+
+
+@pytest.fixture
+def first(extracted, tmp_path):
+    """The folder of a cache of the first merge; the tests look for what is taken from it."""
+    return copied(extracted["zarr"], tmp_path)
+
+
+@pytest.fixture
+def first_in_store(extracted, tmp_path, store):
+    return copied(extracted[store], tmp_path)
+
+
+def copied(cache, root):
+    return shutil.copytree(cache, root / cache.name)
 
 
 @pytest.fixture
@@ -65,52 +89,49 @@ def test_a_second_merge_runs_the_encoder_once_for_each_image(tmp_path, store, co
     assert Cache(second.caches[0]).manifest.runs[0].taken == second.taken
 
 
-def test_merges_of_one_run_save_a_pass_once(tmp_path, counted):
-    (first,) = run_extract(config(tmp_path)).caches
+def test_merges_of_one_run_save_a_pass_once(first, tmp_path, counted):
     counted.clear()
     both = run_extract(config(tmp_path, merges=("ties", "wa")))
     assert both.passes == sum(counted) == 2 * ROWS
     assert both.taken == {first.name: 2 * ROWS}
 
 
-def test_features_are_linked_and_outlive_the_cache_they_came_from(tmp_path, store):
-    (first,), (second,) = (run_extract(config(tmp_path, merge, store=store)).caches for merge in ("ta", "ties"))
-    files = [Cache(path).file("test/texture/expert", 1) for path in (first, second)]
+def test_features_are_linked_and_outlive_the_cache_they_came_from(first_in_store, tmp_path, store):
+    (second,) = run_extract(config(tmp_path, "ties", store=store)).caches
+    files = [Cache(path).file("test/texture/expert", 1) for path in (first_in_store, second)]
     assert files[0].samefile(files[1])
     content = Cache(second).content
-    remove(first)
-    assert not first.exists()
+    remove(first_in_store)
+    assert not first_in_store.exists()
     moved = second.rename(tmp_path / "elsewhere")
     assert damage(Cache(moved)) == []
     assert Cache(moved).content == content
     assert fit(FitConfig(moved, SurgerySettings(steps=20))).rows
 
 
-def test_writing_one_cache_anew_leaves_the_other_as_it_is(tmp_path, store):
-    (first,), (second,) = (run_extract(config(tmp_path, merge, store=store)).caches for merge in ("ta", "ties"))
-    before = Cache(first).content
+def test_writing_one_cache_anew_leaves_the_other_as_it_is(first_in_store, tmp_path, store):
+    (second,) = run_extract(config(tmp_path, "ties", store=store)).caches
+    before = Cache(first_in_store).content
     run_extract(config(tmp_path, "ties", store=store, fresh=True, dtype="float16"))
-    assert damage(Cache(first)) == []
-    assert Cache(first).content == before
+    assert damage(Cache(first_in_store)) == []
+    assert Cache(first_in_store).content == before
     assert Cache(second).identity.dtype == "float16"
 
 
-def test_without_hard_links_features_are_copied(tmp_path, store, monkeypatch):
+def test_without_hard_links_features_are_copied(first_in_store, tmp_path, store, monkeypatch):
     def link(*paths, **named):
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
     monkeypatch.setattr(writer, "os", type("os", (), vars(os) | {"link": staticmethod(link)}))
-    (first,) = run_extract(config(tmp_path, store=store)).caches
     second = run_extract(config(tmp_path, "ties", store=store))
     assert second.taken
-    files = [Cache(path).file("test/texture/expert", 1) for path in (first, second.caches[0])]
+    files = [Cache(path).file("test/texture/expert", 1) for path in (first_in_store, second.caches[0])]
     assert not files[0].samefile(files[1])
     assert files[0].read_bytes() == files[1].read_bytes()
     assert damage(Cache(second.caches[0])) == []
 
 
-def test_features_in_another_store_are_written_anew_and_not_encoded(tmp_path):
-    run_extract(config(tmp_path))
+def test_features_in_another_store_are_written_anew_and_not_encoded(first, tmp_path):
     second = run_extract(config(tmp_path, "ties", store="hdf5"))
     assert second.passes == ROWS
     (alone,) = run_extract(config(tmp_path / "alone", "ties")).caches
@@ -118,8 +139,7 @@ def test_features_in_another_store_are_written_anew_and_not_encoded(tmp_path):
     assert damage(Cache(second.caches[0])) == []
 
 
-def test_a_merge_of_other_tasks_shares_the_experts_that_both_have(tmp_path):
-    run_extract(config(tmp_path))
+def test_a_merge_of_other_tasks_shares_the_experts_that_both_have(first, tmp_path):
     again = run_extract(config(tmp_path, tasks=("texture",)))
     assert again.passes == LIMIT
     assert sum(again.taken.values()) == 2 * LIMIT
@@ -130,13 +150,11 @@ def test_a_merge_of_other_tasks_shares_the_experts_that_both_have(tmp_path):
     [{"limit": LIMIT - 1}, {"dtype": "float16"}, {"precision": "bf16"}, {"split": "train"}],
     ids=lambda change: next(iter(change)),
 )
-def test_other_features_are_not_taken(tmp_path, change):
-    run_extract(config(tmp_path))
+def test_other_features_are_not_taken(first, tmp_path, change):
     assert run_extract(config(tmp_path, "ties", **change)).taken == {}
 
 
-def test_another_experts_features_are_not_taken(tmp_path):
-    run_extract(config(tmp_path))
+def test_another_experts_features_are_not_taken(first, tmp_path):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     for name in ("pretrained", "classifiers", *TASKS):
@@ -150,9 +168,8 @@ def test_another_experts_features_are_not_taken(tmp_path):
     assert Cache(second.caches[0]).content == Cache(alone).content
 
 
-def test_a_damaged_shard_is_encoded_anew_and_said(tmp_path, store):
-    (first,) = run_extract(config(tmp_path, store=store)).caches
-    file = Cache(first).file("test/texture/expert", 1)
+def test_a_damaged_shard_is_encoded_anew_and_said(first_in_store, tmp_path, store):
+    file = Cache(first_in_store).file("test/texture/expert", 1)
     content = bytearray(file.read_bytes())
     content[50] ^= 1
     file.write_bytes(content)
@@ -164,8 +181,7 @@ def test_a_damaged_shard_is_encoded_anew_and_said(tmp_path, store):
     assert Cache(second.caches[0]).content == Cache(alone).content
 
 
-def test_a_cache_that_cannot_be_read_is_passed_by(tmp_path):
-    (first,) = run_extract(config(tmp_path)).caches
+def test_a_cache_that_cannot_be_read_is_passed_by(first, tmp_path):
     (first / "manifest.json").write_text("{")
     (tmp_path / "stranger").mkdir()
     (tmp_path / "stranger" / "manifest.json").write_text(json.dumps({"schema": 7}))
@@ -210,18 +226,16 @@ def test_images_that_were_left_out_are_left_out_again(tmp_path, monkeypatch):
     assert np.isfinite(cache.features("texture", "expert").numpy()).all()
 
 
-def test_a_shard_that_a_killed_run_had_linked_already_is_taken_again(tmp_path, store):
-    (first,) = run_extract(config(tmp_path, store=store)).caches
+def test_a_shard_that_a_killed_run_had_linked_already_is_taken_again(first_in_store, tmp_path, store):
     (second,) = run_extract(config(tmp_path, "ties", store=store)).caches
     drop_seal(second, "test/texture/expert", 1)
-    assert run_extract(config(tmp_path, "ties", store=store)).taken == {first.name: 32}
+    assert run_extract(config(tmp_path, "ties", store=store)).taken == {first_in_store.name: 32}
     assert damage(Cache(second)) == []
     assert not list(second.rglob("*.partial"))
 
 
-def test_what_may_not_be_read_is_passed_by(tmp_path, monkeypatch):
+def test_what_may_not_be_read_is_passed_by(first, tmp_path, monkeypatch):
     """The superuser may read anything, so the answer of the system is set here."""
-    (first,) = run_extract(config(tmp_path)).caches
     (tmp_path / "locked").mkdir()
     forbidden = Cache(first).file("test/texture/expert", 1)
 
@@ -240,8 +254,7 @@ def test_what_may_not_be_read_is_passed_by(tmp_path, monkeypatch):
     assert any(str(forbidden) in note and "cannot be read" in note for note in second.notes)
 
 
-def test_a_link_in_a_sibling_is_not_followed(tmp_path):
-    (first,) = run_extract(config(tmp_path)).caches
+def test_a_link_in_a_sibling_is_not_followed(first, tmp_path):
     file = Cache(first).file("test/texture/expert", 1)
     shutil.move(file, tmp_path / "outside")
     file.symlink_to(tmp_path / "outside")
