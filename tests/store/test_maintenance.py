@@ -42,7 +42,7 @@ def config(out, store, **other):
 def caches(tmp_path_factory):
     """Caches of the mini suite, to be copied."""
     folder = tmp_path_factory.mktemp("caches")
-    return {store: extract(config(folder / store, store)).caches[0] for store in ("zarr", "hdf5")}
+    return {store: extract(config(folder / store / "cache", store)).caches[0] for store in ("zarr", "hdf5")}
 
 
 @pytest.fixture
