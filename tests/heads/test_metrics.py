@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 from probsurgery.pipeline.heads.metrics import accuracy, representation_bias
 
@@ -15,3 +16,8 @@ def test_accuracy_counts_right_rows_and_ignores_their_length():
     features = torch.tensor([[9.0, 0, 0], [0, 1e-3, 0], [0, 0, 5], [5, 4, 0]])
     assert accuracy(features, classifier, torch.tensor([0, 1, 2, 1])) == pytest.approx(0.75)
     assert accuracy(100 * features, classifier, torch.tensor([0, 1, 2, 1])) == pytest.approx(0.75)
+
+
+def test_annotated_shapes_are_checked_under_the_tests():
+    with pytest.raises(TypeCheckError, match="features"):
+        accuracy(torch.zeros(4, 3, 2), torch.zeros(5, 3), torch.zeros(4, dtype=torch.int64))
