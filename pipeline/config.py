@@ -3,9 +3,10 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from itertools import product
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,13 +42,14 @@ def _integers(config: object, **ranges: tuple[int, int]) -> None:
         if value is None and getattr(type(config), name) is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise InputError(f"{_option(name)} is {value}; it must be a whole number from {low} to {high:,}")
+            raise InputError(f"{_option(name)} is {shortened(value)}; it must be a whole number from {low} to {high:,}")
 
 
 def _number(option: str, value: float, low: float, high: float, *, above_low: bool = False) -> None:
-    if not math.isfinite(value) or not low <= value <= high or (above_low and value == low):
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high or (above_low and value == low):
         span = f"above {low:g} and at most {high:g}" if above_low else f"from {low:g} to {high:g}"
-        raise InputError(f"{option} is {value}; it must be {span}")
+        raise InputError(f"{option} is {shortened(value)}; it must be {span}")
 
 
 def _plain_name(name: str | None) -> None:
@@ -171,6 +173,14 @@ def head_settings(head: str, **given: Any) -> HeadSettings:
             allowed = ", ".join(map(_option, _names(head)))
             raise InputError(f"{_option(name)} is not a setting of {head} heads; they take: {allowed}")
     return HEAD_SETTINGS[head](**given)
+
+
+def stored_settings(head: str, settings: Mapping[str, Any]) -> HeadSettings:
+    """Settings of a head as a file has them. Raises `ValueError` where `head_settings` raises `InputError`."""
+    try:
+        return head_settings(head, **settings)
+    except (InputError, TypeError) as error:
+        raise ValueError(str(error)) from None
 
 
 def changed_settings(head: HeadSettings, **changed: Any) -> HeadSettings:

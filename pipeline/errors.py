@@ -19,6 +19,10 @@ class DamagedCacheError(InputError):
     """A cache's bytes contradict its manifest or its checksums."""
 
 
+class PassedOverWarning(UserWarning):
+    """One line or head among several cannot be used, and the others are. The command line prints it as a note."""
+
+
 def unknown(what: str, given: str, allowed: Iterable[str]) -> InputError:
     """The error for a name that is not in a table. It lists the allowed names."""
     return InputError(f"unknown {what} {given!r}; choose from: {', '.join(allowed)}")

@@ -1,13 +1,18 @@
-"""Files that are replaced whole or not at all, sealed with a digest, read as JSON once, and never behind a link."""
+"""Files that are replaced whole or not at all, sealed with a digest, read as JSON once, and never behind a link.
 
+What a file of somebody else may hold is declared in types: records, and numbers and texts within bounds.
+"""
+
+import errno
 import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, BinaryIO, TypeVar
 
 import msgspec
 
@@ -18,6 +23,14 @@ T = TypeVar("T")
 Digest = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 """A SHA-256 in hexadecimal."""
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Text = Annotated[str, msgspec.Meta(max_length=1_000)]
+"""Text to be shown. It may hold any character: see `texts.plain`."""
+Name = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9_][A-Za-z0-9_.+-]*\Z", max_length=1_000)]
+"""A name that leads to no other folder, and that no program takes for a formula."""
+Number = Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)] | Annotated[float, msgspec.Meta(ge=-1e38, le=1e38)]
+"""A number that float32 holds, or nearly: an int stays an int."""
+Settings = Mapping[Name, bool | Number | Text | list[bool | Number | Text | None] | None]
+"""Settings of a head or a merge, of any version."""
 
 
 class Record(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -107,14 +120,52 @@ def _finite(value: object) -> object:
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def read_json(path: Path, most_bytes: int) -> Any:
-    """A JSON file's value. Raises OSError if it cannot be read, `MalformedError` if it is too large or not JSON."""
-    if path.stat().st_size > most_bytes:
-        raise MalformedError(f"it has more than {most_bytes:,} bytes")
+def open_file(path: Path, *, append: bool = False, links: bool = True) -> BinaryIO:
+    """Open a file for reading, or, with `append`, for reading and appending; it is created then.
+
+    Raises OSError if it cannot be opened or is a folder, and `InputError` if it is a pipe or device, on which reading
+    might wait for ever, or, without `links`, a symbolic link.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT if append else os.O_RDONLY
+    # A pipe is opened without waiting for its other end.
+    flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if links else os.O_NOFOLLOW)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if not links and path.is_symlink():
+            raise InputError(f"{path} is a link; put a copy of the file in its place") from None
+        if error.errno == errno.ENXIO:  # a socket
+            raise InputError(f"{path} is a pipe or device; put a file in its place") from None
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise InputError(f"{path} is a pipe or device; put a file in its place")
+    return os.fdopen(descriptor, "a+b" if append else "rb")
+
+
+def read_json(path: Path, most_bytes: int) -> Any:
+    """A JSON file's value. Raises what `open_file` does, and `MalformedError` if it is too large or not JSON."""
+    with open_file(path) as file:
+        if os.fstat(file.fileno()).st_size > most_bytes:
+            raise MalformedError(f"it has more than {most_bytes:,} bytes")
+        return parse_json(file.read())
+
+
+def parse_json(text: bytes) -> Any:
+    """A value of JSON, which has no NaN, no infinity and no number beyond float64. Raises `MalformedError`."""
+    try:
+        return json.loads(text.decode(), parse_float=_finite_number, parse_constant=_finite_number)
     except (ValueError, RecursionError) as error:
         raise MalformedError(f"it is not valid JSON: {first_line(error)}") from None
+
+
+def _finite_number(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return number
 
 
 def decode(kind: type[T], value: object) -> T:

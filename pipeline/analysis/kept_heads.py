@@ -1,5 +1,6 @@
 """The heads kept with a cache, and how uncertain they are."""
 
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from statistics import fmean
 
 from probsurgery.pipeline.analysis.labels import head_label
 from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, Line, Table, mean_of
-from probsurgery.pipeline.errors import InputError
+from probsurgery.pipeline.errors import InputError, PassedOverWarning
 from probsurgery.pipeline.heads.head import Head, load_head
 from probsurgery.pipeline.heads.uncertainty import COVERAGES, Uncertainty, measure
 from probsurgery.pipeline.store.cache import Cache
@@ -32,12 +33,14 @@ class KeptHead:
 
 
 def kept_heads(cache: Cache, results: Path | None = None) -> Iterator[KeptHead]:
-    """The heads kept with a cache, defaults first. Damaged heads are skipped, and those fitted on other features."""
+    """The heads kept with a cache, defaults first. Damaged heads are passed over with a warning, those fitted on
+    other features without."""
     paths = [path for path in ((results or cache.path) / "heads").glob("[!.]*") if path.is_dir()]
     for path in sorted(paths, key=lambda path: (path.name.count("-"), path.name)):
         try:
             head = load_head(path)
-        except InputError:  # `fit` reports damaged heads
+        except InputError as error:
+            warnings.warn(f"a head is passed over: {error}", PassedOverWarning, stacklevel=2)
             continue
         rows = [*head.record.results] if head.record else []
         if rows and head.dim == cache.dim and current_rows(rows, cache) == rows:

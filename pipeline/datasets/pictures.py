@@ -16,6 +16,8 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.Image import Transpose
 
+from probsurgery.pipeline.files import open_file
+
 DECODING = 1
 """Version of the pixels that this module makes. Caches record it, and features of two versions are never mixed."""
 
@@ -34,13 +36,15 @@ _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
 
 
 def read_rgb(source: Path | bytes) -> Image.Image:
-    """A picture file, or its bytes, in RGB as `to_rgb` gives it. Raises what Pillow raises, and ValueError."""
-    file, size = (io.BytesIO(source), len(source)) if isinstance(source, bytes) else (source, source.stat().st_size)
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(file) as image:  # of damaged metadata
-            return to_rgb(image)
-    except UnidentifiedImageError:  # its text has an address of memory
-        raise ValueError("it is not a picture in a known format" if size else "it is empty") from None
+    """A picture file, or its bytes, in RGB as `to_rgb` gives it. Raises what Pillow and `open_file` raise, and
+    ValueError."""
+    with io.BytesIO(source) if isinstance(source, bytes) else open_file(source) as file:
+        try:
+            with warnings.catch_warnings(action="ignore"), Image.open(file) as image:  # of damaged metadata
+                return to_rgb(image)
+        except UnidentifiedImageError:  # its text has an address of memory
+            is_empty = not file.seek(0, io.SEEK_END)
+            raise ValueError("it is empty" if is_empty else "it is not a picture in a known format") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

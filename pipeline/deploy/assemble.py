@@ -9,8 +9,9 @@ from torch import Tensor
 from probsurgery.pipeline.datasets.suites import select_tasks
 from probsurgery.pipeline.datasets.tasks import Task
 from probsurgery.pipeline.deploy.model import Provenance, SurgeryModel
-from probsurgery.pipeline.errors import InputError, unknown
+from probsurgery.pipeline.errors import DamagedCacheError, InputError, unknown
 from probsurgery.pipeline.extraction.merges import MergeRequest, load_learned, make_merge
+from probsurgery.pipeline.files import MalformedError, decode
 from probsurgery.pipeline.heads.head import Head, load_head
 from probsurgery.pipeline.merging.coefficients import read_coefficients
 from probsurgery.pipeline.models import architectures
@@ -36,14 +37,18 @@ def assemble(
     """
     opened = Cache(cache)
     identity, fitted = opened.identity, _fitted_head(opened, head, results)
+    try:
+        preprocessing = decode(architectures.Preprocessing, identity.preprocessing)
+    except MalformedError as error:
+        raise DamagedCacheError(f"{opened.path} records no preprocessing of images ({error}); extract again") from None
     weights = Weights(identity.arch, checkpoints)
     state = _merged_state(opened, weights, select_tasks(identity.suite, identity.tasks), merged)
     if digest(state) != identity.merge.digest:
         where = merged or weights.folder or "the published place"
         advice = "give --checkpoints as for its `probsurgery extract`"
         raise InputError(f"the checkpoints in {where} do not merge to what {opened.path} was made from; {advice}")
-    origin = {name: getattr(identity, name) for name in ("arch", "dim", "preprocessing", "merge")}
-    provenance = Provenance(cache=opened.fingerprint, software=software(), **origin)
+    origin = {name: getattr(identity, name) for name in ("arch", "dim", "merge")}
+    provenance = Provenance(cache=opened.fingerprint, software=software(), preprocessing=preprocessing, **origin)
     classifiers = {task: opened.classifier(task) for task in fitted.tasks}
     class_names = {task: opened.manifest.tasks[task].class_names for task in fitted.tasks}
     encoder = architectures.build_visual(identity.arch, state)

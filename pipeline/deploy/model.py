@@ -1,20 +1,22 @@
 """The deployable model: merged encoder, heads and classifiers as one module, and the folder that it is exported to."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from msgspec import Meta
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from probsurgery.pipeline import files
-from probsurgery.pipeline.config import head_settings
+from probsurgery.pipeline.config import stored_settings
 from probsurgery.pipeline.errors import InputError, first_line, unknown
-from probsurgery.pipeline.files import Digest, Record
+from probsurgery.pipeline.files import Digest, Name, Record, Settings, Text
 from probsurgery.pipeline.fingerprints import file_digest
 from probsurgery.pipeline.heads.head import Head
 from probsurgery.pipeline.heads.kinds import HEADS, Params, prob_distribution
@@ -30,24 +32,24 @@ _MOST_BYTES = 2**24  # of model.json
 class Provenance(Record, frozen=True, kw_only=True, omit_defaults=False):
     """What a model was made from. `cache` is the digest of the cache's identity."""
 
-    arch: str
+    arch: Text
     dim: Dim
-    preprocessing: Mapping[str, Any]
+    preprocessing: architectures.Preprocessing
     merge: MergeIdentity
-    cache: str
-    software: Mapping[str, str]
+    cache: Text
+    software: Mapping[Text, Text]
 
 
 class ModelDescription(Provenance, frozen=True, kw_only=True, omit_defaults=False):
     """What model.json holds. `head` is the kind of head, `files` has the files' digests."""
 
     schema: int
-    head: str
-    settings: Mapping[str, Any]
-    tasks: tuple[TaskName, ...]
+    head: Name
+    settings: Settings
+    tasks: Annotated[tuple[TaskName, ...], Meta(min_length=1)]
     shared: bool
-    class_names: Mapping[TaskName, tuple[str, ...]]
-    files: Mapping[str, Digest]
+    class_names: Mapping[TaskName, tuple[Text, ...]]
+    files: Mapping[Name, Digest]
 
 
 class SurgeryModel(nn.Module):
@@ -158,7 +160,7 @@ def load_model(folder: str | Path) -> SurgeryModel:
             if file_digest(folder / name) != description.files.get(name):
                 raise InputError(f"{folder / name} is not as it was written; export the model again")
         encoder, params, classifiers = (load_file(folder / name) for name in FILES)
-        settings = head_settings(description.head, **description.settings)
+        settings = stored_settings(description.head, description.settings)
         head = Head(settings, description.tasks, description.dim, params, description.shared)
         stack = 1 if head.shared else len(head.tasks)
         shapes = HEADS[settings.kind].shapes(settings, head.dim)
@@ -166,14 +168,27 @@ def load_model(folder: str | Path) -> SurgeryModel:
         expected |= {task: (len(description.class_names[task]), head.dim) for task in head.tasks}
         if {name: tuple(values.shape) for name, values in (params | classifiers).items()} != expected:
             raise InputError(f"{folder} does not hold the heads and classifiers of model.json; export it again")
-        if not all(values.isfinite().all() for values in (encoder | params | classifiers).values()):
-            raise InputError(f"{folder} holds NaN or infinite weights; export the model again")
+        for name, tensors in zip(FILES, (encoder, params, classifiers), strict=True):
+            _check_values(folder / name, tensors.values())
+        size = architectures.preprocessing(description.arch)["image_size"]
+        if description.preprocessing.image_size != size:
+            given = description.preprocessing.image_size
+            raise InputError(f"{folder / DESCRIPTION} has image_size {given}, but {description.arch} takes {size}")
         tower = architectures.build_visual(description.arch, encoder)
         return SurgeryModel(tower, head, classifiers, description.class_names, description).eval()
     except OSError as error:
         raise InputError(f"{folder} lacks a file: {error.strerror or error}; export the model again") from None
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder / DESCRIPTION} does not fit its files ({first_line(error)}); export again") from None
+
+
+def _check_values(file: Path, tensors: Iterable[Tensor]) -> None:
+    for values in tensors:
+        is_float = values.is_floating_point() or values.is_complex()
+        if values.dtype != torch.float32 and (is_float or file.name != FILES[0]):  # a tower may count in integers
+            raise InputError(f"{file} holds {values.dtype} weights and not float32; export the model again")
+        if is_float and not values.isfinite().all():
+            raise InputError(f"{file} holds NaN or infinite weights; export the model again")
 
 
 def _read_description(folder: Path) -> ModelDescription:

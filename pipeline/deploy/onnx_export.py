@@ -49,7 +49,7 @@ def write_onnx(model: SurgeryModel, folder: Path, progress: Progress = no_progre
     require_onnx()
     import onnxruntime
 
-    size = model.provenance.preprocessing["image_size"]
+    size = model.provenance.preprocessing.image_size
     drawn = torch.randn(5, 3, size, size, generator=torch.Generator().manual_seed(0))
     for done, task in enumerate(model.tasks):
         progress(done, len(model.tasks), task)

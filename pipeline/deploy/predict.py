@@ -47,5 +47,7 @@ def predict(
 def _read(model: SurgeryModel, path: Path) -> Tensor:
     try:
         return model.transform(read_rgb(path))
+    except InputError:
+        raise
     except Exception as error:  # damaged image files raise anything in their decoders
         raise InputError(f"{path} is not an image that can be read: {first_line(error)}") from None

@@ -13,12 +13,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from probsurgery.pipeline.config import HeadSettings, head_settings
+from probsurgery.pipeline.config import HeadSettings, stored_settings
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError, first_line
-from probsurgery.pipeline.files import MalformedError, Record, decode, read_json, refuse_links, write_json
+from probsurgery.pipeline.files import (
+    Count,
+    MalformedError,
+    Name,
+    Number,
+    Record,
+    Settings,
+    Text,
+    decode,
+    read_json,
+    refuse_links,
+    write_json,
+)
 from probsurgery.pipeline.heads.kinds import HEADS, Params
 from probsurgery.pipeline.store.manifest import Dim
-from probsurgery.pipeline.store.results import ResultRow, TrainingPlan
+from probsurgery.pipeline.store.results import Distance, ResultRow, Seconds, TrainingPlan
 
 SCHEMA = 1
 _MAX_JSON_BYTES = 2**28
@@ -29,10 +41,10 @@ class HeadDescription(Record, frozen=True):
     """What head.json holds of the head itself; the keys of a `FitRecord` may stand beside these."""
 
     schema: int
-    head: str
+    head: Name
     """Kind of head."""
-    settings: Mapping[str, Any]
-    tasks: Annotated[tuple[str, ...], Meta(min_length=1)]
+    settings: Settings
+    tasks: Annotated[tuple[Text, ...], Meta(min_length=1)]
     shared: bool
     dim: Dim
 
@@ -40,14 +52,14 @@ class HeadDescription(Record, frozen=True):
 class TrainingRecord(Record, frozen=True, kw_only=True):
     """How one head of the stack was trained, or solved."""
 
-    tasks: tuple[str, ...]
-    penalty: float | None
+    tasks: tuple[Text, ...]
+    penalty: Distance | None
     """Ridge: the penalty that was used."""
-    loss_curve: tuple[tuple[int, float], ...]
+    loss_curve: tuple[tuple[Count, Number], ...]
     """(step, mean loss since the last entry)."""
-    device: str = ""
+    device: Text = ""
     plan: TrainingPlan | None = None
-    from_run_of: int | None = None
+    from_run_of: Count | None = None
     """Steps of the longer run from which this head was copied."""
 
 
@@ -58,8 +70,8 @@ class FitRecord(Record, frozen=True, kw_only=True):
     """What determines the head; the same request gives the same head."""
     results: tuple[ResultRow, ...] = ()
     fits: tuple[TrainingRecord, ...] = ()
-    seconds: float = 0.0
-    software: Mapping[str, str] = {}
+    seconds: Seconds = 0.0
+    software: Mapping[Text, Text] = {}
     """Versions of the libraries that the fit ran on."""
 
 
@@ -136,7 +148,9 @@ def _read_head(folder: Path) -> Head:
     if type(schema) is int and schema > SCHEMA:
         raise InputError(f"the head at {folder} has schema {schema}; this version reads up to {SCHEMA}")
     head, record = decode(HeadDescription, plain), decode(FitRecord, plain) if "request" in plain else None
-    settings, stack = head_settings(head.head, **head.settings), 1 if head.shared else len(head.tasks)
+    if len(set(head.tasks)) < len(head.tasks):
+        raise MalformedError("a task has two heads")
+    settings, stack = stored_settings(head.head, head.settings), 1 if head.shared else len(head.tasks)
     shapes = HEADS[settings.kind].shapes(settings, head.dim)
     params = _read_params(folder / "head.safetensors", {name: (stack, *shape) for name, shape in shapes.items()})
     return Head(settings, head.tasks, head.dim, params, head.shared, record)
@@ -146,11 +160,15 @@ def _read_params(file: Path, expected: dict[str, tuple[int, ...]]) -> Params:
     """Tensors of the expected shapes. They are read only if the file's size is that of the shapes."""
     size, needed = file.stat().st_size, 4 * sum(map(math.prod, expected.values()))
     if not needed < size < needed + _MAX_HEADER_BYTES:
-        raise MalformedError(f"{file.name} has {size:,} bytes, but its settings ask for {needed:,} and a header")
+        raise MalformedError(
+            f"{file.name} has {size:,} bytes, but its settings ask for {needed:,} of float32 and a header"
+        )
     params = load_file(file)
     shapes = {name: tuple(tensor.shape) for name, tensor in params.items()}
     if shapes != expected:
         raise MalformedError(f"{file.name} has shapes {shapes}, but its settings ask for {expected}")
+    if other := next((tensor.dtype for tensor in params.values() if tensor.dtype != torch.float32), None):
+        raise MalformedError(f"{file.name} holds {other} weights and not float32")
     if not all(tensor.isfinite().all() for tensor in params.values()):
         raise MalformedError(f"{file.name} holds NaN or infinite weights")
     return params

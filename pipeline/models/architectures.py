@@ -3,20 +3,36 @@
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from msgspec import Meta
 from PIL import Image
 from torch import Tensor, nn
 
 from probsurgery.pipeline.datasets.pictures import to_rgb
 from probsurgery.pipeline.errors import InputError
-from probsurgery.pipeline.files import read_json
+from probsurgery.pipeline.files import Number, Record, decode, read_json
 
 MINI = Path(__file__).parents[1] / "mini"
 MAX_CONFIG_BYTES = 2**20
 Transform = Callable[[Image.Image], Tensor]
 """PIL image -> tensor (3, size, size)."""
+
+
+Positive = Annotated[float, Meta(gt=0, le=1e6)]
+
+
+class Preprocessing(Record, frozen=True, kw_only=True):
+    """What is done to an image before it is encoded, in open_clip's words."""
+
+    image_size: Annotated[int, Meta(ge=1, le=4_096)]
+    """Of the square."""
+    resize: Literal["shortest", "longest", "squash"]
+    interpolation: Literal["bicubic", "bilinear"]
+    mean: tuple[Number, Number, Number]
+    """Subtracted from each channel in [0, 1], which is then divided by `std`."""
+    std: tuple[Positive, Positive, Positive]
 
 
 @dataclass(frozen=True)
@@ -94,16 +110,15 @@ def preprocessing(arch: str) -> dict[str, Any]:
 
 def image_transform(arch: str) -> Transform:
     """PIL image -> tensor (3, size, size): RGB as `to_rgb` gives it, then open_clip's resize, crop, normalisation."""
-    return transform_of(preprocessing(arch))
+    return transform_of(decode(Preprocessing, preprocessing(arch)))
 
 
-def transform_of(p: Mapping[str, Any]) -> Transform:
-    """The transform that a dictionary from `preprocessing` describes."""
+def transform_of(p: Preprocessing) -> Transform:
+    """The transform of images."""
     import open_clip
 
-    size, resize, interpolation = p["image_size"], p["resize"], p["interpolation"]
-    values = {"mean": tuple(p["mean"]), "std": tuple(p["std"])}
-    transform = open_clip.image_transform(size, False, resize_mode=resize, interpolation=interpolation, **values)
+    values: dict[str, Any] = {"mean": p.mean, "std": p.std, "interpolation": p.interpolation}
+    transform = open_clip.image_transform(p.image_size, False, resize_mode=p.resize, **values)
     transform.transforms.insert(0, to_rgb)  # open_clip's own comes after resizing, which palettes do not survive
     return transform
 

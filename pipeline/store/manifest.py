@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from msgspec import Meta
@@ -21,7 +21,7 @@ from msgspec import Meta
 from probsurgery.pipeline import files
 from probsurgery.pipeline.config import DTYPES, SPLITS, STORES
 from probsurgery.pipeline.errors import DamagedCacheError, InputError
-from probsurgery.pipeline.files import Count, MalformedError, Record, Seal, SourceFile, refuse_links
+from probsurgery.pipeline.files import Count, MalformedError, Record, Seal, Settings, SourceFile, Text, refuse_links
 from probsurgery.pipeline.fingerprints import fingerprint
 from probsurgery.pipeline.store.arrays import KINDS, ArraySpec, Rows, shard_count, shard_shape
 
@@ -77,9 +77,9 @@ class TaskRecord(Record, frozen=True, kw_only=True, omit_defaults=False):
 class MergeIdentity(Record, frozen=True):
     """What determines a merged model."""
 
-    method: str
-    settings: Mapping[str, Any]
-    name: str | None = None
+    method: Text
+    settings: Settings
+    name: Text | None = None
     """Name that was given to a merged checkpoint."""
     digest: str | None = None
     """Of the merged weights; None as long as they are not known."""
@@ -100,7 +100,8 @@ class Identity(Record, frozen=True, kw_only=True):
     """Tasks that are merged, in order."""
     checkpoints: Mapping[str, str]
     """Digests of the encoders' weights: `pretrained`, and each expert by its task."""
-    preprocessing: Mapping[str, Any]
+    preprocessing: Settings
+    """Of images, as `models.architectures.Preprocessing`."""
     merge: MergeIdentity
 
 

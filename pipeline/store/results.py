@@ -1,79 +1,99 @@
 """results.jsonl: one row for each fitted head and task, added as heads finish."""
 
-import json
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Annotated
 
-from probsurgery.pipeline.files import Count, MalformedError, Record, decode, json_text
+from msgspec import Meta
+
+from probsurgery.pipeline.errors import InputError, PassedOverWarning
+from probsurgery.pipeline.files import (
+    Count,
+    MalformedError,
+    Name,
+    Record,
+    Settings,
+    Text,
+    decode,
+    json_text,
+    open_file,
+    parse_json,
+)
 
 FILE = "results.jsonl"
+MOST_BYTES = 2**31
+"""Of results.jsonl; a row has some 1,000."""
 _PROTOCOL = re.compile(r"(.*?)(?:, fraction (\d+(?:\.\d+)?(?:e-\d+)?))?", re.DOTALL)
 """The protocol itself, and the share of the rows that the fit saw."""
+
+
+Share = Annotated[float, Meta(ge=0, le=1)]
+Distance = Annotated[float, Meta(ge=0, le=1e38)]
+Seconds = Annotated[float, Meta(ge=0, le=1e12)]
 
 
 class Accuracy(Record, frozen=True, kw_only=True):
     """Share in [0, 1] of the evaluated rows that the frozen classifier gets right, by the features it is given."""
 
-    pretrained: float | None = None
-    individual: float
-    merged: float
-    head: float
+    pretrained: Share | None = None
+    individual: Share
+    merged: Share
+    head: Share
 
 
 class Bias(Record, frozen=True):
     """Mean absolute difference of merged features to the expert's, before and after the head."""
 
-    before: float
-    after: float
+    before: Distance
+    after: Distance
 
 
 class TrainingPlan(Record, frozen=True, omit_defaults=False):
     """How a head was trained. Only TF32 changes the result beyond float noise."""
 
-    stack: int = 1
+    stack: Count = 1
     """Heads trained together."""
-    workers: int = 0
+    workers: Count = 0
     graph: bool = False
     """Whether a step was replayed as a CUDA graph."""
-    precision: str = "fp32"
+    precision: Text = "fp32"
     """`fp32`, `tf32`, or `fp64` for ridge."""
 
 
 class ResultRow(Record, frozen=True, kw_only=True):
     """One fitted head on one task."""
 
-    fit_rows: int | None = None
-    eval_rows: int | None = None
+    fit_rows: Count | None = None
+    eval_rows: Count | None = None
     accuracy: Accuracy
     bias: Bias
-    task: str
-    head: str
+    task: Name
+    head: Name
     """Name of the setting, and of the head's folder if it was saved."""
-    kind: str
+    kind: Name
     """May be one that only a newer version knows."""
-    settings: Mapping[str, Any]
+    settings: Settings
     shared: bool
-    tasks: tuple[str, ...] = ()
+    tasks: tuple[Name, ...] = ()
     """Tasks of the head: this one, or all that share it."""
-    seed: int
-    protocol: str
-    request: str | None = None
+    seed: Count
+    protocol: Text
+    request: Text | None = None
     """Digest of what determines the head."""
-    cache: str
+    cache: Text
     """Digest of what determines the task's features."""
-    arch: str = ""
-    merge: str = ""
+    arch: Text = ""
+    merge: Text = ""
     parameters: Count
-    seconds: float
-    device: str = ""
+    seconds: Seconds
+    device: Text = ""
     plan: TrainingPlan | None = None
-    from_run_of: int | None = None
+    from_run_of: Count | None = None
     """Steps of the longer run from which this head was copied."""
 
     @property
@@ -133,7 +153,7 @@ def append_results(folder: Path, rows: Sequence[ResultRow]) -> None:
     """Add rows to results.jsonl in one write; a torn last line, left by a kill, is closed first."""
     folder.mkdir(parents=True, exist_ok=True)
     text = "".join(json_text(row.to_json()) + "\n" for row in rows)
-    with (folder / FILE).open("a+b") as out:
+    with open_file(folder / FILE, append=True, links=False) as out:
         if out.tell():
             out.seek(-1, os.SEEK_END)
             if out.read(1) != b"\n":
@@ -142,17 +162,31 @@ def append_results(folder: Path, rows: Sequence[ResultRow]) -> None:
 
 
 def read_results(folder: Path) -> list[ResultRow]:
-    """Rows of results.jsonl, without lines that a kill left torn, or that hold something else.
+    """Rows of results.jsonl. Lines that a kill left torn, or that hold something else, are passed over with a warning.
 
-    Of several rows for one request, task and head, which two fits at once may leave, the last counts.
+    Of several rows for one request, task and head, which two fits at once may leave, the last counts. Raises
+    `InputError` if the file is a link, a pipe or a device, or beyond all measure.
     """
+    path = folder / FILE
+    rows: dict[tuple[str | int, str, str], ResultRow] = {}
+    problems: dict[int, MalformedError] = {}
     try:
-        lines = (folder / FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+        with open_file(path, links=False) as file:
+            if os.fstat(file.fileno()).st_size > MOST_BYTES:
+                raise InputError(f"{path} has more than {MOST_BYTES:,} bytes; move it away, and fit again")
+            for number, line in enumerate(file, 1):
+                try:
+                    if line.strip():
+                        row = decode(ResultRow, parse_json(line))
+                        rows[row.request or number, row.task, row.head] = row
+                except MalformedError as error:
+                    problems[number] = error
     except (FileNotFoundError, NotADirectoryError):
         return []
-    rows: dict[tuple[str | int, str, str], ResultRow] = {}
-    for number, line in enumerate(lines):
-        with suppress(ValueError, RecursionError, MalformedError):
-            row = decode(ResultRow, json.loads(line))
-            rows[row.request or number, row.task, row.head] = row
+    if problems:
+        (first, problem), count = next(iter(problems.items())), len(problems)
+        lines = f"line {first} is" if count == 1 else f"{count:,} lines are"
+        which = "" if count == 1 else f"the first is line {first}: "
+        text = f"{path}: {lines} passed over ({which}{problem}); the others are used"
+        warnings.warn(text, PassedOverWarning, stacklevel=2)
     return list(rows.values())

@@ -1,7 +1,6 @@
 """Caches opened for adding shards to them: one writer at a time, which may be several ranks of one run."""
 
 import errno
-import json
 import os
 import shutil
 import threading
@@ -16,7 +15,16 @@ from msgspec import field
 from msgspec.structs import replace
 
 from probsurgery.pipeline.errors import DamagedCacheError, InputError, ProbsurgeryError
-from probsurgery.pipeline.files import MalformedError, Record, broken_seal, decode, json_text, replaced, seal
+from probsurgery.pipeline.files import (
+    Record,
+    broken_seal,
+    decode,
+    json_text,
+    open_file,
+    parse_json,
+    replaced,
+    seal,
+)
 from probsurgery.pipeline.fingerprints import differences
 from probsurgery.pipeline.store import manifest as manifests
 from probsurgery.pipeline.store.arrays import ArraySpec, Seals, ShardSeal, shard_count, values_digest, with_seals
@@ -204,15 +212,15 @@ class CacheWriter:
         with self._lock:
             before = self.manifest
             for journal in sorted((self.path / JOURNAL).glob("*.jsonl")):
-                with journal.open("rb") as file:
+                with open_file(journal) as file:
                     file.seek(self._collected[journal])
                     text = file.read()
                 complete = text[: text.rfind(b"\n") + 1]
                 self._collected[journal] += len(complete)
                 for line in complete.splitlines():
                     try:
-                        self._apply(decode(JournalEntry, json.loads(line)))
-                    except (ValueError, LookupError, RecursionError, MalformedError):
+                        self._apply(decode(JournalEntry, parse_json(line)))
+                    except (ValueError, LookupError):
                         raise DamagedCacheError(f"{journal} is damaged; delete it and extract again") from None
             if self.manifest is not before:
                 manifests.checked_manifest(self.manifest.to_json(), self.path / manifests.FILE)

@@ -260,7 +260,7 @@ def test_a_changed_file_is_found(model, name):
         (lambda plain: plain | {"settings": plain["settings"] | {"hidden": 9}}, "does not hold the heads"),
         (lambda plain: plain | {"tasks": ["mnist"]}, "does not hold the heads"),
         (lambda plain: plain | {"dim": 10**12}, "does not describe a model .*dim"),
-        (lambda plain: plain | {"preprocessing": {}}, "does not fit its files"),
+        (lambda plain: plain | {"preprocessing": {}}, "does not describe a model .*image_size"),
         (lambda plain: plain | {"class_names": {"mnist": [], "fruit": []}}, "does not hold the heads"),
         (lambda plain: {k: v for k, v in plain.items() if k != "files"}, "does not describe a model .*`files`"),
     ],
