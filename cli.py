@@ -10,14 +10,15 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import typer
 
 from probsurgery.commands import caches, deploy, extract, fit, report, suites
-from probsurgery.commands.render import note, printable
-from probsurgery.pipeline.errors import InputError, ProbsurgeryError
+from probsurgery.commands.render import note
+from probsurgery.pipeline.errors import InputError, PassedOverWarning, ProbsurgeryError
 from probsurgery.pipeline.extraction.distributed import launched_rank
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -78,7 +79,8 @@ def main(arguments: list[str] | None = None) -> None:
     for variable in ("HF_HUB_VERBOSITY", "DATASETS_VERBOSITY"):  # no warnings of retries; a final failure is an error
         os.environ.setdefault(variable, "error")
     try:
-        status = app(arguments, prog_name="probsurgery", standalone_mode=False) or 0
+        with _warnings_as_notes():
+            status = app(arguments, prog_name="probsurgery", standalone_mode=False) or 0
     except ProbsurgeryError as error:
         status = _fail(str(error), error.exit_status)
     except PermissionError as error:
@@ -101,12 +103,29 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         status = InputError.exit_status
         if type(error).__name__ == "NoArgsIsHelpError":
-            note(error.format_message())
+            print(error.format_message(), file=sys.stderr)
         else:
             _fail(error.format_message(), status)
     if status == 130:
         note("interrupted; nothing is half-written, and the same command may be run again (extract and sweep go on)")
     sys.exit(status if isinstance(status, int) else 0)
+
+
+@contextmanager
+def _warnings_as_notes() -> Iterator[None]:
+    """Print each of our own warnings once, as a note; leave those of libraries as they are."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
+            if issubclass(category, PassedOverWarning):
+                note(f"note: {message}")
+            else:
+                others(message, category, *rest, **named)
+
+        warnings.simplefilter("default", PassedOverWarning)
+        warnings.showwarning = show
+        yield
 
 
 def _exit_quietly(*_: object) -> None:
@@ -116,5 +135,5 @@ def _exit_quietly(*_: object) -> None:
 
 
 def _fail(message: str, status: int) -> int:
-    note(f"error: {printable(' '.join(message.split()))}")
+    note(f"error: {' '.join(message.split())}")
     return status

@@ -13,7 +13,7 @@ from rich.filesize import decimal
 
 from probsurgery.commands.options import AsJson
 from probsurgery.commands.progress import shown_progress
-from probsurgery.commands.render import counted, note, print_json, print_rows, printable
+from probsurgery.commands.render import counted, note, print_json, print_rows, say
 from probsurgery.pipeline.config import CACHES, DTYPES, STORES
 from probsurgery.pipeline.errors import InputError
 
@@ -39,7 +39,7 @@ def list_command(
         columns = ("cache", "arch", "merge", "tasks", "rows", "store", "dtype", "size", "heads", "state")
         print_rows(columns, map(_list_row, caches))
     total = decimal(size_of(*(listed.path for listed in caches)))
-    print(f"{counted(len(caches), 'cache')} in {root}, {total} on disk (shared files once)")
+    say(f"{counted(len(caches), 'cache')} in {root}, {total} on disk (shared files once)")
 
 
 def _described(listed: Listed) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def info_command(cache: CacheArgument, as_json: AsJson = False) -> None:
         print_json(_info(opened, size))
         return
     for line in _info_lines(opened, size):
-        print(printable(line))
+        say(line)
     columns = ("task", "split", "rows", "classes", "arrays", "size", "images from", "state")
     print_rows(columns, (_split_row(opened, *requested.split("/")) for requested in opened.manifest.requested))
 
@@ -153,9 +153,9 @@ def verify_command(
         if not as_json:  # as the check goes on, which takes long
             state = "DAMAGED" if check.problems else f"{check.missing} missing" if check.missing else "ok"
             shape = " x ".join(map(str, check.shape))
-            print(f"{check.name:<32} {shape:<12} {check.dtype:<8} {(check.digest or '-')[:16]:<16} {state}")
+            say(f"{check.name:<32} {shape:<12} {check.dtype:<8} {(check.digest or '-')[:16]:<16} {state}")
             for problem in check.problems:
-                print(f"  {problem}")
+                say(f"  {problem}")
     damage = [problem for check in checks for problem in check.problems]
     if as_json:
         arrays = {check.name: asdict(check) for check in checks}
@@ -165,7 +165,7 @@ def verify_command(
         shards = sum(check.shards - check.missing for check in checks)
         dropped = " and dropped; run the same `probsurgery extract` again to fill them" if repair and damage else ""
         counts = f"{count} arrays, {shards} shards checked, {len(damage)} damaged{dropped}"
-        print(f"{cache}: {counts}; content {opened.content[:16]}")
+        say(f"{cache}: {counts}; content {opened.content[:16]}")
     if damage:
         raise typer.Exit(1)
 
@@ -188,7 +188,7 @@ def convert_command(
     if as_json:
         print_json({"path": str(path), "content": new.content, "same_values": same_values})
     else:
-        print(f"{path}: written, content {new.content[:16]}{', the same values' if same_values else ''}")
+        say(f"{path}: written, content {new.content[:16]}{', the same values' if same_values else ''}")
 
 
 def remove_command(
@@ -211,4 +211,4 @@ def remove_command(
                 note(f"{path} is kept")
                 continue
         remove(path)
-        print(f"{path}: removed{', but for files in it that are no part of a cache' if path.exists() else ''}")
+        say(f"{path}: removed{', but for files in it that are no part of a cache' if path.exists() else ''}")

@@ -8,7 +8,7 @@ from typer import Argument, Option
 
 from probsurgery.commands.options import AsJson, CacheFolder, Device, StoredResults
 from probsurgery.commands.progress import shown_progress
-from probsurgery.commands.render import print_json, printable
+from probsurgery.commands.render import print_json, say
 from probsurgery.pipeline.config import FitConfig
 from probsurgery.pipeline.errors import InputError
 
@@ -45,7 +45,7 @@ def predict_command(
     for prediction in predictions:
         classes = ", ".join(f"{name} {100 * p:.1f} %" for name, p in prediction.classes)
         sigma = "" if prediction.sigma is None else f"; sigma {prediction.sigma:.3f}"
-        print(printable(f"{prediction.image}: {classes}{sigma}"))
+        say(f"{prediction.image}: {classes}{sigma}")
 
 
 def export_command(
@@ -74,4 +74,4 @@ def export_command(
         files = ["model.json", *FILES] + [f"{task}.onnx" for task in model.tasks if onnx]
         print_json({"path": str(out), "tasks": list(model.tasks), "files": files})
     else:
-        print(f"{out}: written, {len(model.tasks)} tasks; probsurgery.load_model({str(out)!r}) reads it")
+        say(f"{out}: written, {len(model.tasks)} tasks; probsurgery.load_model({str(out)!r}) reads it")

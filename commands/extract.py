@@ -10,7 +10,7 @@ from typer import Option
 
 from probsurgery.commands.options import AsJson, Device, Several, comma_list, configured, key_values
 from probsurgery.commands.progress import shown_progress
-from probsurgery.commands.render import note, print_json, rate_text
+from probsurgery.commands.render import note, print_json, rate_text, say
 from probsurgery.pipeline.config import CACHES, DTYPES, PRECISIONS, STORES, SUITES, ExtractConfig, number_text
 from probsurgery.pipeline.extraction.distributed import launched_rank
 
@@ -97,7 +97,7 @@ def _print_result(result: Extraction) -> None:
         share = f"{100 * rows / (result.passes + sum(result.taken.values())):.0f} %"
         note(f"{rows:,} forward passes saved ({share} of all): their features were in {name}")
     for path in result.caches:
-        print(f"{path}: {'written' if result.images or result.taken else 'complete already, nothing to do'}")
+        say(f"{path}: {'written' if result.images or result.taken else 'complete already, nothing to do'}")
 
 
 def merges_command(as_json: AsJson = False) -> None:
@@ -113,7 +113,8 @@ def merges_command(as_json: AsJson = False) -> None:
         print_json(described)
         return
     for name, method in METHODS.items():
-        print(f"{name}: {method.title}{', learns from unlabelled images' if method.learns else ''}\n  {method.paper}")
+        say(f"{name}: {method.title}{', learns from unlabelled images' if method.learns else ''}")
+        say(f"  {method.paper}")
         for key, setting in method.settings.items():
             default = number_text(setting.default) if isinstance(setting.default, float) else str(setting.default)
-            print(f"    {key + '=' + default:<20} {setting.description}")
+            say(f"    {key + '=' + default:<20} {setting.description}")

@@ -19,7 +19,7 @@ from probsurgery.commands.options import (
     configured,
 )
 from probsurgery.commands.progress import shown_progress
-from probsurgery.commands.render import note, print_json, print_tables
+from probsurgery.commands.render import note, print_json, print_tables, say
 from probsurgery.pipeline.config import (
     HEAD_SETTINGS,
     LOSSES,
@@ -132,7 +132,7 @@ def sweep_command(
         counts = [f"{result.fitted:,} of {result.heads:,} heads fitted in {result.seconds:.1f} s"]
         counts += [f"{reused:,} were there already"] if reused else []
         counts += [f"{len(result.failures):,} failed"] if result.failures else []
-        print(", ".join(counts))
+        say(", ".join(counts))
     _raise_failures(result.failures)
 
 
@@ -160,7 +160,7 @@ def study_command(
         return
     if not names:
         for name, row in STUDIES.items():
-            print(f"{name:<10} {row.title}{f' ({row.paper})' if row.paper else ''}")
+            say(f"{name:<10} {row.title}{f' ({row.paper})' if row.paper else ''}")
         return
     for name in names:
         if name not in STUDIES:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from probsurgery.pipeline.analysis.tables import FORMATS, Line, Table
 from probsurgery.pipeline.files import json_text
+from probsurgery.pipeline.texts import plain
 
 _LABEL_WIDTH = 24
 """Least width of a column of labels that are longer."""
@@ -20,19 +21,19 @@ _GAP, _EDGES = 2, 2
 _UNLIMITED = 10_000
 
 
+def say(text: str) -> None:
+    """Print a line on standard output. Names in it may be somebody else's."""
+    print(plain(text))
+
+
 def note(text: str) -> None:
     """Print a line on standard error."""
-    print(text, file=sys.stderr)
+    print(plain(text), file=sys.stderr)
 
 
 def print_json(value: object) -> None:
     """Print a machine-readable result."""
     print(json_text(value, indent=1))
-
-
-def printable(text: str) -> str:
-    """Text from a foreign file, without characters that control a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def counted(count: int, noun: str) -> str:
@@ -87,9 +88,9 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> 
             more = max(0, min(room, widest - widths[index]))
             room -= more
             justify: Literal["left", "right"] = "right" if index else "left"
-            grid.add_column(printable(columns[index]), justify=justify, width=widths[index] + more, overflow="fold")
+            grid.add_column(plain(columns[index]), justify=justify, width=widths[index] + more, overflow="fold")
         for row in texts:
-            grid.add_row(*(Text(printable(row[index].plain), row[index].style) for index in block))
+            grid.add_row(*(Text(plain(row[index].plain), row[index].style) for index in block))
         console.print(grid)
 
 
@@ -120,7 +121,7 @@ def _least_width(columns: Sequence[str], rows: Sequence[Sequence[Text]], index: 
 def _print_text(text: str) -> None:
     """Print a paragraph, wrapped between words on a terminal."""
     width = _console().width if sys.stdout.isatty() else sys.maxsize
-    print(textwrap.fill(printable(text), width, break_long_words=False, break_on_hyphens=False))
+    print(textwrap.fill(plain(text), width, break_long_words=False, break_on_hyphens=False))
 
 
 def _console() -> Console:

@@ -29,8 +29,9 @@ Name = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9_][A-Za-z0-9_.+-]*\Z", 
 """A name that leads to no other folder, and that no program takes for a formula."""
 Number = Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)] | Annotated[float, msgspec.Meta(ge=-1e38, le=1e38)]
 """A number that float32 holds, or nearly: an int stays an int."""
-Settings = Mapping[Name, bool | Number | Text | list[bool | Number | Text | None] | None]
-"""Settings of a head or a merge, of any version."""
+Setting = bool | Number | Text
+Settings = Mapping[Name, Setting | None]
+"""Settings of a head, of any version."""
 
 
 class Record(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -21,6 +21,7 @@ from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, spread_text
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.heads.uncertainty import COVERAGES
 from probsurgery.pipeline.store.results import Spread
+from probsurgery.pipeline.texts import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,6 +45,7 @@ _STYLE: dict[Any, object] = {
     "legend.fontsize": 7,
     "legend.title_fontsize": 7,
     "svg.hashsalt": "probsurgery",
+    "text.parse_math": False,  # a folder's name may have dollar signs
     "figure.constrained_layout.use": True,
 }
 _MEASURES = {"accuracy": ("average accuracy, %", ".1f", "cividis"), "bias": ("average bias", ".3f", "cividis_r")}
@@ -70,10 +72,19 @@ def draw(
     prepare(folder)
     with _matplotlib_style():
         for name, figure in _figures(reports, uncertainties, projections):
+            _make_plain(figure)
             figure.savefig(folder / f"{name}.png", dpi=160)
             figure.savefig(folder / f"{name}.svg", dpi=160, metadata={"Date": None})  # equal figures are equal files
             titles[folder / f"{name}.png"] = figure.get_suptitle() or figure.axes[0].get_title()
     return titles
+
+
+def _make_plain(figure: Figure) -> None:
+    """Replace what is no text in titles, legends and labels, which have names of files and folders."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_text("\n".join(map(plain, text.get_text().split("\n"))))
 
 
 def prepare(folder: Path | None = None) -> None:
@@ -170,7 +181,7 @@ def _curves(report: Report, curves: Sequence[Curve]) -> Figure:
             axes.plot(x, means, markersize=4, linestyle=line_style, label=curve.label, **style)
             if is_categorical:
                 axes.errorbar(x, means, deviations, fmt="none", color=style["color"], elinewidth=0.8)
-                axes.set_xticks(x, [str(value) for value in points])
+                axes.set_xticks(x, [*map(_tick, points)])
                 axes.margins(x=0.2)
             else:
                 band = means - deviations, means + deviations
@@ -194,8 +205,9 @@ def _scale_logarithmically(axes: Axes, values: Sequence[float]) -> None:
     axes.minorticks_off()
 
 
-def _tick(value: float) -> str:
-    return value_text(value) if isinstance(value, float) else f"{value:,}"
+def _tick(value: float | str) -> str:
+    """A value beside an axis, where matplotlib takes the text from here each time that it draws."""
+    return f"{value:,}" if isinstance(value, int) else plain(value_text(value))
 
 
 def _draw_encoders(axes: Axes, report: Report) -> None:

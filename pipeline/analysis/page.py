@@ -16,6 +16,7 @@ from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.files import write_atomically
 from probsurgery.pipeline.store.cache import Cache
 from probsurgery.pipeline.store.manifest import software
+from probsurgery.pipeline.texts import plain
 
 
 def write_page(
@@ -26,7 +27,9 @@ def write_page(
 ) -> None:
     """Write the page. Raises `InputError` as `check_page` does."""
     check_page(path)
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, finalize=_plain_text
+    )
     template = environment.from_string((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
     caches = list(dict.fromkeys(cache for report in reports for cache in report.caches))
     sections = [(f"Results: {report.arch}, {report.protocol}", report.tables) for report in reports]
@@ -43,6 +46,10 @@ def write_page(
         caches=[_provenance(Cache(cache)) for cache in caches],
     )
     write_atomically(Path(path), text)
+
+
+def _plain_text(value: object) -> object:
+    return plain(value) if isinstance(value, str) else value
 
 
 def check_page(path: str | Path) -> None:

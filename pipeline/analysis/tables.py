@@ -9,13 +9,16 @@ from functools import cached_property
 from statistics import fmean
 
 from probsurgery.pipeline.store.results import Spread, spread
+from probsurgery.pipeline.texts import plain
 
 AVERAGE = "Avg"
 """The column of averages over tasks."""
 Value = Spread | float | str
 MEASURED, BASELINE, PUBLISHED, DIFFERENCE = "measured", "baseline", "published", "difference"
+_MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*<[]|$"})
 _LATEX = str.maketrans(
     {c: f"\\{c}" for c in "&%$#_{}"}
+    | {c: f"{{{c}}}" for c in "[]*"}  # after the end of a row they would belong to it
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     | {"<": "$<$", ">": "$>$", "±": r"$\pm$"}
 )
@@ -33,6 +36,7 @@ class Line:
     """Its name in the published tables."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "label", plain(self.label))
         # What is no number is no figure: it has no place in JSON, and no order.
         known = {column: _known(value) for column, value in self.values.items()}
         object.__setattr__(self, "values", known)
@@ -50,7 +54,9 @@ class Line:
 
 
 def _known(value: Value | None) -> Value | None:
-    """A value, or None for one that is NaN or infinite."""
+    """A value, or None for one that is NaN or infinite. Text is `plain`."""
+    if isinstance(value, str):
+        return plain(value)
     number = value.mean if isinstance(value, Spread) else value
     return None if isinstance(number, float) and not math.isfinite(number) else value
 
@@ -76,6 +82,11 @@ class Table:
     first: str = "method"
     """Header of the column of labels."""
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        # Names of files and folders are in them, which every format would show.
+        object.__setattr__(self, "title", plain(self.title))
+        object.__setattr__(self, "notes", tuple(map(plain, self.notes)))
 
     def is_best(self, line: Line, column: str) -> bool:
         """Whether a cell is within one standard deviation of the best of its column, or shown as the same number.
@@ -147,9 +158,11 @@ def to_markdown(tables: Sequence[Table]) -> str:
     blocks = []
     for table in tables:
         rows = [[table.first, *table.columns], ["---", *["---:"] * len(table.columns)]]
-        rows += [[table.label(line), *_cells(table, line, "**{}**")] for line in table.lines]
-        text = "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows)
-        blocks.append("\n\n".join([f"**{table.title}**", text, *table.notes]))
+        rows += [
+            [_in_markdown(table.label(line)), *_cells(table, line, "**{}**", _in_markdown)] for line in table.lines
+        ]
+        text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        blocks.append("\n\n".join([f"**{_in_markdown(table.title)}**", text, *map(_in_markdown, table.notes)]))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -157,16 +170,16 @@ def to_latex(tables: Sequence[Table]) -> str:
     r"""`table` environments for the package booktabs. The best of a column is bold."""
     blocks = ["% \\usepackage{booktabs}"]
     for table in tables:
-        rows = [" & ".join(map(_escaped, (table.first, *table.columns))) + r" \\", r"\midrule"]
+        rows = [" & ".join(map(_in_latex, (table.first, *table.columns))) + r" \\", r"\midrule"]
         previous = None
         for line in table.lines:
             ends_baselines = previous == BASELINE != line.kind
             if ends_baselines or (line.kind == PUBLISHED and previous not in (PUBLISHED, DIFFERENCE)):
                 rows.append(r"\midrule")
             previous = line.kind
-            cells = _cells(table, line, r"\textbf{{{}}}", _escaped)
-            rows.append(" & ".join([_escaped(table.label(line)), *cells]) + r" \\")
-        caption = _escaped(" ".join([f"{table.title}.", *table.notes]))
+            cells = _cells(table, line, r"\textbf{{{}}}", _in_latex)
+            rows.append(" & ".join([_in_latex(table.label(line)), *cells]) + r" \\")
+        caption = _in_latex(" ".join([f"{table.title}.", *table.notes]))
         begin = [r"\begin{table}", r"\centering", rf"\caption{{{caption}}}"]
         begin += [rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}", r"\toprule"]
         blocks.append("\n".join([*begin, *rows, r"\bottomrule", r"\end{tabular}", r"\end{table}"]))
@@ -182,8 +195,9 @@ def to_csv(tables: Sequence[Table]) -> str:
         for line in table.lines:
             for column in table.columns:
                 if (value := line.values.get(column)) is not None:
+                    value = _in_csv(value) if isinstance(value, str) else value
                     figures = (value.mean, value.sd, value.seeds) if isinstance(value, Spread) else (value, None, None)
-                    writer.writerow([table.title, line.label, line.kind, column, *figures])
+                    writer.writerow([*map(_in_csv, (table.title, line.label, line.kind, column)), *figures])
     return out.getvalue()
 
 
@@ -193,8 +207,18 @@ def _cells(table: Table, line: Line, bold: str, escaped: Callable[[str], str] = 
     return [bold.format(text) if table.is_best(line, column) else text for column, text in cells.items()]
 
 
-def _escaped(text: str) -> str:
+def _in_markdown(text: str) -> str:
+    return text.translate(_MARKDOWN)
+
+
+def _in_latex(text: str) -> str:
     return text.translate(_LATEX)
+
+
+def _in_csv(text: str) -> str:
+    """Text that no spreadsheet takes for a formula. Labels may begin with "+ ", which is followed by a plain name."""
+    is_formula = text.startswith(("=", "@", "+", "-")) and not text.startswith("+ ")
+    return f"'{text}" if is_formula else text
 
 
 FORMATS = {"markdown": to_markdown, "latex": to_latex, "csv": to_csv}

@@ -11,7 +11,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from probsurgery.pipeline.errors import InputError
-from probsurgery.pipeline.files import refuse_links, write_atomically
+from probsurgery.pipeline.files import open_file, refuse_links, write_atomically
+from probsurgery.pipeline.texts import plain
 
 LOCK, OWNER = ".lock", ".owner"
 
@@ -68,7 +69,8 @@ def locked(path: Path, option: str | None = "--root or --out") -> Iterator[None]
 
 def _holder(owner: Path) -> str:
     try:
-        text = owner.read_text(encoding="utf-8")[:200]
-    except (OSError, ValueError):
+        with open_file(owner) as file:
+            text = file.read(200).decode(errors="replace")
+    except (OSError, InputError):
         return ""
-    return f" ({''.join(c for c in text if c.isprintable())})"
+    return f" ({plain(text)})"

@@ -21,7 +21,18 @@ from msgspec import Meta
 from probsurgery.pipeline import files
 from probsurgery.pipeline.config import DTYPES, SPLITS, STORES
 from probsurgery.pipeline.errors import DamagedCacheError, InputError
-from probsurgery.pipeline.files import Count, MalformedError, Record, Seal, Settings, SourceFile, Text, refuse_links
+from probsurgery.pipeline.files import (
+    Count,
+    MalformedError,
+    Name,
+    Number,
+    Record,
+    Seal,
+    Setting,
+    SourceFile,
+    Text,
+    refuse_links,
+)
 from probsurgery.pipeline.fingerprints import fingerprint
 from probsurgery.pipeline.store.arrays import KINDS, ArraySpec, Rows, shard_count, shard_shape
 
@@ -78,7 +89,7 @@ class MergeIdentity(Record, frozen=True):
     """What determines a merged model."""
 
     method: Text
-    settings: Settings
+    settings: Mapping[Name, Setting]
     name: Text | None = None
     """Name that was given to a merged checkpoint."""
     digest: str | None = None
@@ -100,7 +111,7 @@ class Identity(Record, frozen=True, kw_only=True):
     """Tasks that are merged, in order."""
     checkpoints: Mapping[str, str]
     """Digests of the encoders' weights: `pretrained`, and each expert by its task."""
-    preprocessing: Settings
+    preprocessing: Mapping[Name, Setting | list[Number]]
     """Of images, as `models.architectures.Preprocessing`."""
     merge: MergeIdentity
 
