@@ -2,10 +2,11 @@
 
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
@@ -58,10 +59,11 @@ def print_tables(tables: Sequence[Table], form: str = "text") -> None:
         _print_text(table.title)
         header = [table.first, *table.columns]
         rows = [[Text(table.label(line)), *_cells(table, line)] for line in table.lines]
-        turned = [[Text(column), *(row[index] for row in rows)] for index, column in enumerate(header) if index]
-        turned_header = ["", *(row[0].plain for row in rows)]
-        if len(_blocks(turned_header, turned)) < len(_blocks(header, rows)):
-            header, rows = turned_header, turned
+        if sys.stdout.isatty() and len(rows) < len(header):
+            turned = [[Text(column), *(row[index] for row in rows)] for index, column in enumerate(header) if index]
+            turned_header = ["", *(row[0].plain for row in rows)]
+            if len(_blocks(turned_header, turned)) < len(_blocks(header, rows)):
+                header, rows = turned_header, turned
         print_rows(header, rows)
         for text in table.notes:
             _print_text(text)
@@ -78,6 +80,9 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> 
     column; a pipe has no width.
     """
     texts = [[cell if isinstance(cell, Text) else Text(cell) for cell in row] for row in rows]
+    if not sys.stdout.isatty():
+        print("\n".join(_lines(columns, texts)))
+        return
     console = _console()
     for block in _blocks(columns, texts):
         grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -92,6 +97,21 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> 
         for row in texts:
             grid.add_row(*(Text(plain(row[index].plain), row[index].style) for index in block))
         console.print(grid)
+
+
+def _lines(columns: Sequence[str], rows: Sequence[Sequence[Text]]) -> Iterator[str]:
+    """A table as on a terminal without a width: rich takes minutes for the tables of large sweeps."""
+    cells = [[plain(column) for column in columns], *([plain(cell.plain) for cell in row] for row in rows)]
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    empty = " " * (sum(widths) + _GAP * (len(widths) - 1) + _EDGES)
+    yield empty
+    for number, row in enumerate(cells):
+        spaces = [" " * (width - cell_len(text)) for text, width in zip(row, widths, strict=True)]
+        padded = [row[0] + spaces[0], *map(str.__add__, spaces[1:], row[1:])]
+        yield f" {(' ' * _GAP).join(padded)} "
+        if not number:
+            yield f" {'─' * (len(empty) - _EDGES)} "
+    yield empty
 
 
 def _blocks(columns: Sequence[str], rows: Sequence[Sequence[Text]]) -> list[list[int]]:

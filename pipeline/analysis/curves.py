@@ -1,13 +1,14 @@
 """Accuracy and bias against the settings that sweeps varied: one setting as a curve, two as a grid."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 from probsurgery.pipeline.analysis.labels import (
     HeadFigures,
+    by_setting,
     departure_count,
     head_figures,
     head_label,
@@ -15,7 +16,6 @@ from probsurgery.pipeline.analysis.labels import (
     value_text,
 )
 from probsurgery.pipeline.analysis.tables import AVERAGE, Line, Table
-from probsurgery.pipeline.fingerprints import fingerprint
 from probsurgery.pipeline.store.results import ResultRow
 
 AXES = ("rank", "hidden", "kl_weight", "steps", "samples", "fraction", "loss", "batch_size", "lr", "penalty")
@@ -55,8 +55,9 @@ class Grid:
 def find_curves(rows: Sequence[ResultRow], prefix: str = "") -> list[Curve]:
     """The longest curve for each setting that varies and each kind of head."""
     groups: dict[tuple[str, str], list[_Group]] = defaultdict(list)
+    settings = by_setting(rows)
     for axis in AXES:
-        for group in _equal_but_for(rows, (axis,), (int, float, str)):
+        for group in _equal_but_for(settings, (axis,), (int, float, str)):
             if len(group) > 1:
                 groups[axis, _first_row(group).kind].append(group)
     curves = []
@@ -73,8 +74,10 @@ def find_curves(rows: Sequence[ResultRow], prefix: str = "") -> list[Curve]:
 def find_grids(rows: Sequence[ResultRow], prefix: str = "") -> list[Grid]:
     """The largest grid of widths and KL weights, or nothing if only one of them varies."""
     grids = []
-    for group in _equal_but_for(rows, GRID_AXES, (int, float)):
-        weights = {width: {weight for w, weight in group if w == width} for width, _ in group}
+    for group in _equal_but_for(by_setting(rows), GRID_AXES, (int, float)):
+        weights: dict[Any, set[Any]] = defaultdict(set)
+        for width, weight in group:
+            weights[width].add(weight)
         most = max(weights.values(), key=len)  # a width with fewer weights would leave holes
         values = sorted(width for width in weights if weights[width] >= most), sorted(most)
         if min(map(len, values)) > 1:
@@ -86,15 +89,16 @@ def find_grids(rows: Sequence[ResultRow], prefix: str = "") -> list[Grid]:
     return [Grid(prefix + head_label(first, GRID_AXES), first.protocol, _figures(group))]
 
 
-def _equal_but_for(rows: Sequence[ResultRow], axes: tuple[str, ...], types: tuple[type, ...]) -> list[_Group]:
-    """Rows with values of these types on the axes, in groups that are equal in all else but seed and task."""
-    groups: dict[str, _Group] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        settings = {**row.settings, "fraction": row.fraction}
-        values = tuple(settings.pop(axis, None) for axis in axes)
+def _equal_but_for(settings: Sequence[list[ResultRow]], axes: tuple[str, ...], types: tuple[type, ...]) -> list[_Group]:
+    """Rows, given by setting, with values of these types on the axes, in groups equal in all else but seed and task."""
+    groups: dict[Hashable, _Group] = defaultdict(lambda: defaultdict(list))
+    for first, *others in settings:
+        named = {**first.settings, "fraction": first.fraction}
+        values = tuple(named.pop(axis, None) for axis in axes)
         if all(isinstance(value, types) for value in values):
-            shared_by = row.tasks if row.shared else None
-            groups[fingerprint([row.kind, settings, shared_by, row.base_protocol])][values].append(row)
+            shared_by = first.tasks if first.shared else None
+            key = first.kind, frozenset(named.items()), shared_by, first.base_protocol
+            groups[key][values] += [first, *others]
     return list(groups.values())
 
 

@@ -1,36 +1,40 @@
 """Lines of tables: the result rows of one setting, their label, and their figures over seeds."""
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from statistics import fmean
 
 from probsurgery.pipeline.analysis.tables import AVERAGE
 from probsurgery.pipeline.config import HEAD_SETTINGS, number_text
-from probsurgery.pipeline.fingerprints import fingerprint
 from probsurgery.pipeline.store.results import ResultRow, Spread, spreads
 
 _WIDTHS = {settings.width_name for settings in HEAD_SETTINGS.values()}
 
 
-def setting_digest(row: ResultRow) -> str:
-    """Digest of a head's setting and protocol: rows of several tasks and seeds that share it are one line."""
-    shared_by = row.tasks if row.shared else None
-    return fingerprint([row.kind, row.settings, shared_by, row.is_tf32, row.protocol])
+def setting_key(row: ResultRow) -> Hashable:
+    """What rows of several tasks and seeds share that are one line: a head's setting and protocol."""
+    return row.kind, frozenset(row.settings.items()), row.tasks if row.shared else None, row.is_tf32, row.protocol
 
 
 def by_setting(rows: Iterable[ResultRow]) -> list[list[ResultRow]]:
     """Rows of each setting and protocol, in order of first appearance."""
-    groups: dict[str, list[ResultRow]] = defaultdict(list)
+    groups: dict[Hashable, list[ResultRow]] = defaultdict(list)
     for row in rows:
-        groups[setting_digest(row)].append(row)
+        groups[setting_key(row)].append(row)
     return list(groups.values())
 
 
 def departures(row: ResultRow, leave_out: Collection[str] = ()) -> dict[str, object]:
     """Settings that differ from the default of this kind of head."""
-    defaults = asdict(HEAD_SETTINGS[row.kind]()) if row.kind in HEAD_SETTINGS else {}
+    defaults = _defaults(row.kind)
     return {name: v for name, v in row.settings.items() if name not in leave_out and v != defaults.get(name)}
+
+
+@cache
+def _defaults(kind: str) -> Mapping[str, object]:
+    return asdict(HEAD_SETTINGS[kind]()) if kind in HEAD_SETTINGS else {}
 
 
 def departure_count(row: ResultRow, leave_out: Collection[str] = ()) -> int:

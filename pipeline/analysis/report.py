@@ -1,7 +1,7 @@
 """Results -> tables: the heads fitted on one or several caches, beside the encoders between which they stand."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +99,7 @@ def report(
         if not rows:
             raise InputError(f"no results of this cache in {folder}; run `probsurgery fit --cache {cache.path}` first")
         # The last row counts where a head was fitted more than once.
-        last = {(labels.setting_digest(row), row.seed, row.task): row for row in rows}.values()
+        last = {(labels.setting_key(row), row.seed, row.task): row for row in rows}.values()
         for protocol in dict.fromkeys(row.base_protocol for row in last):
             source = _Source(cache, folder, label, [row for row in last if row.base_protocol == protocol])
             groups[cache.identity.arch, cache.identity.suite, cache.identity.tasks, protocol].append(source)
@@ -113,21 +113,22 @@ def _report(protocol: str, sources: Sequence[_Source], with_published: bool, eve
     counts = Counter(source.merge for source in sources)
     names = [s.merge + (f", {s.cache.path.name}" if counts[s.merge] > 1 else "") for s in sources]
     accuracy, bias, costs = _baselines(sources, names, tasks), [], []
-    curves, grids, others = [], [], 0
+    curves, grids, others, encoder = [], [], 0, _encoder_parameters(identity.arch)
     for name, source in zip(names, sources, strict=True):
         prefix = f"{name} + " if len(sources) > 1 else ""
         merged = f"merged ({name})"
         accuracy.append(Line(merged, labels.encoder_accuracy(source.rows, tasks, "merged"), method=source.merge))
         bias.append(Line(merged, labels.merged_bias(source.rows, tasks)))
         labelled = _labelled_settings(source.rows)
-        main = [(label, rows) for label, rows in labelled if _is_main(rows, source.folder)]
+        saved = {path.name for path in (source.folder / "heads").glob("*") if path.is_dir()}
+        main = [(label, rows) for label, rows in labelled if _is_main(rows, saved)]
         shown = labelled if everything or not main else main
         others += len(labelled) - len(shown)
         for label, rows in shown:
             label, figures = (prefix or "+ ") + label, labels.head_figures(rows, tasks)
             accuracy.append(Line(label, figures.accuracy, method=published_name(source.merge, rows[0])))
             bias.append(Line(label, figures.bias))
-            costs.append(Line(label, _costs(rows, tasks, identity.arch)))
+            costs.append(Line(label, _costs(rows, tasks, encoder)))
         curves += find_curves(source.rows, prefix)
         grids += find_grids(source.rows, prefix)
     if with_published:
@@ -187,13 +188,20 @@ def _labelled_settings(rows: Sequence[ResultRow]) -> list[tuple[str, list[Result
     return labelled
 
 
-def _is_main(rows: Sequence[ResultRow], folder: Path) -> bool:
+def _is_main(rows: Sequence[ResultRow], saved: Collection[str]) -> bool:
     """Whether a setting is a default one, or has a saved head."""
     is_default = rows[0].kind in HEAD_SETTINGS and not labels.departure_count(rows[0])
-    return is_default or any((folder / "heads" / row.head).is_dir() for row in rows)
+    return is_default or any(row.head in saved for row in rows)
 
 
-def _costs(rows: Sequence[ResultRow], tasks: Sequence[str], arch: str) -> dict[str, Spread | float | None]:
+def _encoder_parameters(arch: str) -> int | None:
+    """Parameters of the image tower; None if the architecture is not known here."""
+    with suppress(InputError):
+        return sum(shape.numel() for shape in architectures.expected_shapes(arch).values())
+    return None
+
+
+def _costs(rows: Sequence[ResultRow], tasks: Sequence[str], encoder: int | None) -> dict[str, Spread | float | None]:
     by_seed = [[row for row in rows if row.seed == seed] for seed in dict.fromkeys(row.seed for row in rows)]
     parameters = rows[0].parameters
     values: dict[str, Spread | float | None] = {
@@ -201,8 +209,7 @@ def _costs(rows: Sequence[ResultRow], tasks: Sequence[str], arch: str) -> dict[s
         "all heads": labels.head_count(rows) * parameters,
         "fit, s": spread(map(labels.training_seconds, by_seed)),
     }
-    with suppress(InputError):  # the architecture is not known here
-        encoder = sum(shape.numel() for shape in architectures.expected_shapes(arch).values())
+    if encoder is not None:
         values["of the encoder, %"] = 100 * parameters / encoder
     shares = [100 * share for seed_rows in by_seed if (share := _won_back(seed_rows, tasks)) is not None]
     return values | ({"won back, %": spread(shares)} if shares else {})

@@ -41,7 +41,7 @@ class Line:
         known = {column: _known(value) for column, value in self.values.items()}
         object.__setattr__(self, "values", known)
 
-    @property
+    @cached_property
     def seeds(self) -> int:
         """Number of seeds that the line's figures are over; 0 if none depends on seeds."""
         return max((len(v.by_seed) for v in self.values.values() if isinstance(v, Spread)), default=0)

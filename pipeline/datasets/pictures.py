@@ -36,8 +36,7 @@ _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
 
 
 def read_rgb(source: Path | bytes) -> Image.Image:
-    """A picture file, or its bytes, in RGB as `to_rgb` gives it. Raises what Pillow and `open_file` raise, and
-    ValueError."""
+    """A picture file, or its bytes, in RGB as `to_rgb` gives it. Raises ValueError, or as `open_file` and Pillow."""
     with io.BytesIO(source) if isinstance(source, bytes) else open_file(source) as file:
         try:
             with warnings.catch_warnings(action="ignore"), Image.open(file) as image:  # of damaged metadata

@@ -72,6 +72,8 @@ class ZarrFormat(Format):
 
     def __init__(self, cache: Path) -> None:
         self.root = cache / "features.zarr"
+        self._opened: dict[tuple[str, str], tuple[tuple[int, ...], zarr.Array[Any]]] = {}
+        """Arrays that are open, by name and mode, each with the state of its metadata's file."""
 
     def declare(self, new: Mapping[str, ArraySpec], known: Mapping[str, ArraySpec]) -> None:
         group = zarr.open_group(self.root, mode="a")
@@ -115,9 +117,16 @@ class ZarrFormat(Format):
         return self.root.joinpath(name, "c", str(number), *columns)
 
     def _open(self, name: str, mode: Literal["r", "r+"]) -> "zarr.Array[Any]":
-        if (self.root / name / "zarr.json").stat().st_size > self.MOST_METADATA:
+        """An array, opened once: that takes longer than reading a shard. With other metadata it is opened again."""
+        status = (self.root / name / "zarr.json").stat()
+        if status.st_size > self.MOST_METADATA:
             raise ValueError(f"the array's metadata has more than {self.MOST_METADATA:,} bytes")
-        return zarr.open_array(self.root, path=name, mode=mode, zarr_format=3)
+        state = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        known, array = self._opened.get((name, mode), (None, None))
+        if array is None or known != state:
+            array = zarr.open_array(self.root, path=name, mode=mode, zarr_format=3)
+            self._opened[name, mode] = state, array
+        return array
 
     @staticmethod
     def _is_ours(array: "zarr.Array[Any]", spec: ArraySpec) -> bool:
