@@ -2,12 +2,16 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import torch
 
 from probsurgery.pipeline.errors import InputError
+
+SMALL = 2**20
+"""Values of features below which a second thread gains nothing."""
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -68,3 +72,14 @@ def _control_groups() -> Iterator[tuple[Path, str, str]]:
         for folder in (group, *group.parents):
             if folder.is_relative_to(root):
                 yield folder, *names
+
+
+@contextmanager
+def one_thread_if_small(features: torch.Tensor) -> Iterator[None]:
+    """Compute with few features on one thread: on a busy machine, others wait for their cores and spin meanwhile."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if features.numel() < SMALL else threads)
+        yield
+    finally:
+        torch.set_num_threads(threads)

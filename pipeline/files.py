@@ -23,8 +23,8 @@ T = TypeVar("T")
 Digest = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 """A SHA-256 in hexadecimal."""
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
-Text = Annotated[str, msgspec.Meta(max_length=1_000)]
-"""Text to be shown. It may hold any character: see `texts.plain`."""
+Text = Annotated[str, msgspec.Meta(pattern=r"\A[^\ud800-\udfff]*\Z", max_length=1_000)]
+"""Text to be shown, without lone surrogates. It may hold any character else: see `texts.plain`."""
 Name = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9_][A-Za-z0-9_.+-]*\Z", max_length=1_000)]
 """A name that leads to no other folder, and that no program takes for a formula."""
 Number = Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)] | Annotated[float, msgspec.Meta(ge=-1e38, le=1e38)]

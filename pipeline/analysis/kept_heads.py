@@ -8,6 +8,7 @@ from statistics import fmean
 
 from probsurgery.pipeline.analysis.labels import head_label
 from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, Line, Table, mean_of
+from probsurgery.pipeline.device import one_thread_if_small
 from probsurgery.pipeline.errors import InputError, PassedOverWarning
 from probsurgery.pipeline.heads.head import Head, load_head
 from probsurgery.pipeline.heads.uncertainty import COVERAGES, Uncertainty, measure
@@ -77,7 +78,8 @@ def uncertainties(cache: Cache, results: Path | None = None) -> list[HeadUncerta
 
 def _measured(head: Head, cache: Cache, task: str) -> Uncertainty:
     merged, expert = cache.features(task), cache.features(task, "expert")
-    return measure(head.params_of(task), merged, expert, cache.classifier(task), cache.labels(task))
+    with one_thread_if_small(merged):
+        return measure(head.params_of(task), merged, expert, cache.classifier(task), cache.labels(task))
 
 
 def uncertainty_table(head: HeadUncertainty) -> Table:

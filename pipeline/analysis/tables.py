@@ -15,7 +15,7 @@ AVERAGE = "Avg"
 """The column of averages over tasks."""
 Value = Spread | float | str
 MEASURED, BASELINE, PUBLISHED, DIFFERENCE = "measured", "baseline", "published", "difference"
-_MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*<[]|$"})
+_MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*<|$"})
 _LATEX = str.maketrans(
     {c: f"\\{c}" for c in "&%$#_{}"}
     | {c: f"{{{c}}}" for c in "[]*"}  # after the end of a row they would belong to it
@@ -208,7 +208,7 @@ def _cells(table: Table, line: Line, bold: str, escaped: Callable[[str], str] = 
 
 
 def _in_markdown(text: str) -> str:
-    return text.translate(_MARKDOWN)
+    return text.translate(_MARKDOWN).replace("](", r"]\(")  # brackets alone are no link
 
 
 def _in_latex(text: str) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from probsurgery.pipeline.analysis.kept_heads import KeptHead, kept_heads
 from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, Line, Table
+from probsurgery.pipeline.device import one_thread_if_small
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.fingerprints import shortened
 from probsurgery.pipeline.heads.metrics import accuracy
@@ -36,7 +37,8 @@ def transfer(cache: str | Path, on: Sequence[str | Path] = (), results: Path | N
 
 
 def _percent(features: Tensor, cache: Cache, task: str) -> float:
-    return 100 * accuracy(features, cache.classifier(task), cache.labels(task))
+    with one_thread_if_small(features):
+        return 100 * accuracy(features, cache.classifier(task), cache.labels(task))
 
 
 def _encoders(cache: Cache, tasks: Sequence[str]) -> list[Line]:

@@ -36,12 +36,12 @@ def assemble(
     other features.
     """
     opened = Cache(cache)
-    identity, fitted = opened.identity, _fitted_head(opened, head, results)
+    identity = opened.identity
     try:
         preprocessing = decode(architectures.Preprocessing, identity.preprocessing)
     except MalformedError as error:
         raise DamagedCacheError(f"{opened.path} records no preprocessing of images ({error}); extract again") from None
-    weights = Weights(identity.arch, checkpoints)
+    fitted, weights = _fitted_head(opened, head, results), Weights(identity.arch, checkpoints)
     state = _merged_state(opened, weights, select_tasks(identity.suite, identity.tasks), merged)
     if digest(state) != identity.merge.digest:
         where = merged or weights.folder or "the published place"

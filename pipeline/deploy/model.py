@@ -179,7 +179,8 @@ def load_model(folder: str | Path) -> SurgeryModel:
     except OSError as error:
         raise InputError(f"{folder} lacks a file: {error.strerror or error}; export the model again") from None
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder / DESCRIPTION} does not fit its files ({first_line(error)}); export again") from None
+        problem = " ".join(str(error).split())[:160]  # torch's is of several lines
+        raise InputError(f"{folder / DESCRIPTION} does not fit its files ({problem}); export again") from None
 
 
 def _check_values(file: Path, tensors: Iterable[Tensor]) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from probsurgery.pipeline.config import FitConfig
+from probsurgery.pipeline.device import one_thread_if_small
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.heads.head import Head
 from probsurgery.pipeline.heads.metrics import accuracy, representation_bias
@@ -56,6 +57,10 @@ class LoadedTasks:
 
         Returns the number of these rows, and the figures on them.
         """
+        with one_thread_if_small(self._test[task]["merged"]):
+            return self._evaluate(config, head, task)
+
+    def _evaluate(self, config: FitConfig, head: Head, task: str) -> tuple[int, Accuracy, Bias]:
         data = self._test[task]
         key = (task, config.seed, config.holdout) if config.holdout else (task,)
         if key not in self._baselines:

@@ -1,5 +1,6 @@
 """Tables of a report against figures computed here."""
 
+import cProfile
 import json
 import shutil
 from statistics import fmean, stdev
@@ -12,6 +13,7 @@ from probsurgery.pipeline.config import FitConfig, ProbSettings, SurgerySettings
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.fitting.fit import fit
 from probsurgery.pipeline.fitting.sweep import sweep
+from probsurgery.pipeline.models import architectures
 from probsurgery.pipeline.models.architectures import MINI
 from probsurgery.pipeline.store.results import Spread
 from support import edit_manifest, refused, write_cache
@@ -265,3 +267,22 @@ def test_bad_report_requests(run, small_cache, tmp_path):
     refused(run("report", "--cache", small_cache.path, "--format", "html"), "'html'", "markdown, latex, csv, json")
     refused(run("report", "--cache", tmp_path / "none"), "does not exist", "probsurgery extract")
     refused(run("report", "--cache", small_cache.path), "no results", "probsurgery fit --cache")
+
+
+def test_a_report_of_many_settings_builds_one_encoder_and_takes_linear_time(small_cache, monkeypatch):
+    """Time is counted in calls of functions: four times the settings take four times as many, and some to begin."""
+    row = fit(FitConfig(small_cache.path, PROB)).rows[0].to_json()
+    built, shapes = [], architectures.expected_shapes
+    monkeypatch.setattr(architectures, "expected_shapes", lambda arch: built.append(arch) or shapes(arch))
+    shapes("mini")
+    calls = []
+    for count in (50, 200):
+        rows = [row | {"settings": row["settings"] | {"hidden": 9 + n}, "request": str(n)} for n in range(count)]
+        (small_cache.path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        profile = cProfile.Profile()
+        (result,) = profile.runcall(report, small_cache.path, everything=True)
+        texts = [table.text(line, c) for table in result.tables for line in table.lines for c in table.columns]
+        assert len(texts) > 10 * count
+        calls.append(sum(entry.callcount for entry in profile.getstats()))
+    assert built == ["mini", "mini"]
+    assert calls[1] < 4 * calls[0]

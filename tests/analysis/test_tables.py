@@ -8,6 +8,7 @@ import pytest
 
 from probsurgery.pipeline.analysis.tables import Line, Table, mean_of, to_csv, to_latex, to_markdown
 from probsurgery.pipeline.store.results import Spread, spread
+from probsurgery.pipeline.texts import plain
 
 TABLE = Table(
     "Of 5 % & more",
@@ -98,3 +99,36 @@ def test_what_is_no_number_is_no_figure(value):
     assert not table.is_best(holes, "a")
     assert table.to_json()["lines"][0]["values"] == {"a": None, "b": 1.0}
     assert mean_of(table.lines, "a") is None
+
+
+EVIL = "\x1b[31mX\n\u202ey\u2028z\ud800\x9b"
+
+
+def test_text_is_one_line_that_controls_nothing():
+    assert plain(EVIL) == "?[31mX ?y z??"
+    assert plain("Zürich, 日本語: 50 %") == "Zürich, 日本語: 50 %"
+
+
+@pytest.mark.parametrize("write", [to_markdown, to_latex, to_csv])
+def test_foreign_text_is_plain_in_every_format(write):
+    evil = Table(EVIL, {"a": ".1f"}, (Line(EVIL, {"a": EVIL}),), notes=(EVIL,))
+    good = Table("title", {"a": ".1f"}, (Line("label", {"a": "value"}),), notes=("note",))
+    text = write([evil])
+    assert text.count("\n") == write([good]).count("\n")
+    assert text.replace("\n", "").isprintable()
+
+
+def test_foreign_text_is_no_markup():
+    name = "*a* <img src=x> [b](c) `d` $e$ | f \\"
+    text = to_markdown([Table(name, {"a": ".1f"}, (Line(name, {"a": name}),), notes=(name,))])
+    escaped = r"\*a\* \<img src=x> [b]\(c) \`d\` \$e\$ \| f \\"
+    assert text.count(escaped) == 4
+    assert r"\\" + "\n{[}b{]} & {*}" in to_latex([Table("", {"a": ".1f"}, (Line("x", {}), Line("[b]", {"a": "*"})))])
+
+
+@pytest.mark.parametrize("name", ["=1+1", "@SUM(1)", "-1+cmd", "+1+1"])
+def test_no_cell_of_csv_is_a_formula(name):
+    table = Table(name, {"a": ".1f"}, (Line(name, {"a": name}), Line("+ ridge", {"a": -1.5})))
+    (first, second) = csv.DictReader(io.StringIO(to_csv([table])))
+    assert {first["table"], first["line"], first["value"]} == {f"'{name}"}
+    assert (second["line"], second["value"]) == ("+ ridge", "-1.5")

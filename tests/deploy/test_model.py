@@ -1,6 +1,7 @@
 """The merged encoder with its heads: the same as the cached path, from a cache and from an exported folder."""
 
 import json
+import os
 import shutil
 import sys
 
@@ -25,7 +26,7 @@ from probsurgery.pipeline.heads.head import load_head
 from probsurgery.pipeline.heads.kinds import prob_distribution
 from probsurgery.pipeline.models.architectures import MINI
 from probsurgery.pipeline.store.cache import Cache
-from support import refused
+from support import edit_manifest, refused
 
 TASKS, ROWS = ("mnist", "fruit"), 40
 HEADS = {
@@ -270,6 +271,69 @@ def test_a_malformed_description_is_one_line(model, change, words):
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
     with pytest.raises(InputError, match=words):
         load_model(model)
+
+
+def described(**preprocessing):
+    """A description whose preprocessing has other values."""
+    return lambda plain: plain | {"preprocessing": plain["preprocessing"] | preprocessing}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (described(image_size=0), "image_size"),
+        (described(image_size=-1), "image_size"),
+        (described(image_size="32"), "image_size"),
+        (described(image_size=10**6), "image_size"),
+        (described(image_size=True), "image_size"),
+        (described(image_size=32), "image_size 32, but mini takes 48"),
+        (described(interpolation="nearest"), "interpolation"),
+        (described(resize="crop"), "resize"),
+        (described(mean=[0.5, 0.5]), "mean"),
+        (described(mean=[0.5, 0.5, 10**400]), "mean"),
+        (described(std=[0.5, 0.5, 0.5, 0.5]), "std"),
+        (described(std=[0.5, 0.5, 0]), "std"),
+        (described(std=[0.5, 0.5, float("nan")]), "not valid JSON"),
+        (lambda plain: plain | {"tasks": []}, "tasks"),
+        (lambda plain: plain | {"class_names": {"mnist": [1], "fruit": [2]}}, "class_names"),
+        (lambda plain: plain | {"settings": plain["settings"] | {"kl_weight": 10**400}}, "settings"),
+        (lambda plain: plain | {"settings": plain["settings"] | {"kl_weight": -1}}, "--kl-weight is -1"),
+    ],
+)
+def test_a_description_out_of_range_is_one_line_that_names_the_file(model, change, words):
+    file = model / "model.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(InputError, match=words) as caught:
+        load_model(model)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64])
+def test_weights_of_another_type_are_refused(model, name, dtype):
+    state = load_file(model / name)
+    save_file({key: values.to(dtype) for key, values in state.items()}, model / name)
+    about = json.loads((model / "model.json").read_text())
+    about["files"][name] = file_digest(model / name)
+    (model / "model.json").write_text(json.dumps(about))
+    with pytest.raises(InputError, match="float32|does not fit its files .*parameter"):
+        load_model(model)
+
+
+def test_a_cache_without_preprocessing_makes_no_model(cache, tmp_path, run, pictures):
+    path = shutil.copytree(cache, tmp_path / "cache")
+    edit_manifest(path, lambda m: m["identity"]["preprocessing"].update(image_size="48"))
+    predict = ("predict", "--cache", path, "--task", "fruit", "--head", "prob", pictures[0])
+    refused(run(*predict), path, "image_size")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without named pipes")
+def test_a_pipe_is_no_picture(cache, run, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    predict = ("predict", "--cache", cache, "--task", "fruit", "--head", "prob")
+    refused(run(*predict, tmp_path / "pipe.png"), "pipe.png is a pipe or device")
+    refused(run(*predict, "/dev/zero"), "/dev/zero is a pipe or device")
 
 
 def test_weights_of_another_shape_are_refused(model):

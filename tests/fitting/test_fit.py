@@ -9,6 +9,7 @@ import torch
 from msgspec.structs import replace
 from safetensors.torch import load_file
 
+from probsurgery.pipeline import device
 from probsurgery.pipeline.analysis.report import report
 from probsurgery.pipeline.config import (
     ExtractConfig,
@@ -20,6 +21,7 @@ from probsurgery.pipeline.config import (
 )
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.fitting import fit as fit_module
+from probsurgery.pipeline.fitting import splits
 from probsurgery.pipeline.fitting.fit import fit
 from probsurgery.pipeline.fitting.splits import split_rows
 from probsurgery.pipeline.heads.head import load_head
@@ -308,3 +310,21 @@ def test_paths_may_be_text(small_cache, tmp_path):
     assert (sweep.cache, sweep.results, sweep.expand()[0].cache) == (Path("cache/c"), Path("r"), Path("cache/c"))
     extract = ExtractConfig("mini", root="r", coefficients="c.json")
     assert (extract.root, extract.coefficients, extract.out) == (Path("r"), Path("c.json"), None)
+
+
+def test_few_rows_are_evaluated_on_one_thread(small_cache, monkeypatch):
+    """A second one gains nothing, and spins while it waits for a core of a busy machine."""
+    threads = []
+    measured = splits.accuracy
+    monkeypatch.setattr(splits, "accuracy", lambda *a: threads.append(torch.get_num_threads()) or measured(*a))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        fit(FitConfig(small_cache.path, SurgerySettings(rank=4, steps=5), tasks=("a",)))
+        assert torch.get_num_threads() == 2
+        few, threads[:] = set(threads), []
+        monkeypatch.setattr(device, "SMALL", 100)
+        fit(FitConfig(small_cache.path, SurgerySettings(rank=4, steps=6), tasks=("a",)))
+    finally:
+        torch.set_num_threads(before)
+    assert (few, set(threads)) == ({1}, {2})
