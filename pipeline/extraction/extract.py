@@ -24,6 +24,7 @@ from probsurgery.pipeline.errors import ProbsurgeryError
 from probsurgery.pipeline.extraction.distributed import Ranks, joined
 from probsurgery.pipeline.extraction.encode import Tally, Target, fill, shards_of
 from probsurgery.pipeline.extraction.image_stream import image_stream
+from probsurgery.pipeline.extraction.loading import lost_workers
 from probsurgery.pipeline.extraction.merges import MergedModel, has_no_features, load_learned, make_merge, store_learned
 from probsurgery.pipeline.extraction.run_plan import RunPlan, decoding_workers, plan_run
 from probsurgery.pipeline.merging.vectors import ImageStream
@@ -71,7 +72,7 @@ def extract(config: ExtractConfig, progress: Progress = no_progress) -> Extracti
     """
     if config.corrupt is not None:
         config = replace(config, corrupt=checked(config.corrupt))
-    with joined() as ranks:
+    with lost_workers(), joined() as ranks:
         result = Extraction()
         with result.timed("prepare"):
             # Rank 0 goes first: the others find what it downloads, and the classifiers that it makes.

@@ -1,6 +1,9 @@
 """Images -> batches on the device: decoded in worker processes, copied while the previous batch is encoded."""
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
 from typing import cast
 
 import torch
@@ -13,6 +16,8 @@ from probsurgery.pipeline.models.architectures import Transform, image_transform
 
 Batch = tuple[Tensor, dict[int, str]]
 """Images (B, 3, size, size), and the rows among them that could not be decoded, each with the reason."""
+_LOST = ("DataLoader worker", "Communication with the workers", "items of ancdata")
+"""What torch's errors say when a decoding process has died, or has no memory or files to send its batch in."""
 
 
 def read_batches(
@@ -26,7 +31,48 @@ def read_batches(
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
     )
-    return _copied(batches, device) if device.type == "cuda" else iter(batches)
+    try:
+        with _without_callers_script():
+            decoded = iter(batches)  # starts the workers
+    except OSError as error:
+        problem = f"cannot start {workers} processes that decode images: {error.strerror or first_line(error)}"
+        raise ProbsurgeryError(f"{problem}; use fewer --workers") from None
+    return _copied(decoded, device) if device.type == "cuda" else decoded
+
+
+@contextmanager
+def _without_callers_script() -> Iterator[None]:
+    """Keep processes that start here from importing the caller's script, as all but forked ones do.
+
+    A script that calls `extract` without an `if __name__ == "__main__":` would call it again in each of them, and wait
+    for ever. They need nothing of it: whatever they are sent is from this package and from libraries.
+    """
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
+
+
+@contextmanager
+def lost_workers() -> Iterator[None]:
+    """Turn the loss of a decoding process into a `ProbsurgeryError` that says what to change.
+
+    torch raises its error from a signal handler, so wherever the main thread is at that moment.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lines = str(error).strip().splitlines()
+        if not any(sign in str(error) for sign in _LOST):
+            raise
+        problem = lines[-1 if lines[0].startswith("Caught ") else 0].rstrip(". ")
+        advice = "use fewer --workers (0: none), as memory, /dev/shm or open files may have run out"
+        raise ProbsurgeryError(
+            f"a process that decodes images was lost ({problem}); what is written stays, and the same command goes on "
+            f"from there: {advice}"
+        ) from None
 
 
 def refuse_undecoded(problems: dict[int, str], where: str) -> None:

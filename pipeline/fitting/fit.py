@@ -1,6 +1,5 @@
 """Stage two: cached features -> heads and results. The encoders are never touched, and no label reaches the fit."""
 
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, nullcontext
@@ -31,6 +30,7 @@ from probsurgery.pipeline.store.cache import Cache
 from probsurgery.pipeline.store.lock import require_writable
 from probsurgery.pipeline.store.manifest import software
 from probsurgery.pipeline.store.results import ResultRow, TrainingPlan, append_results
+from probsurgery.pipeline.store.scratch import remove_abandoned, scratch_folder
 from probsurgery.pipeline.training.batches import Job
 from probsurgery.pipeline.training.loop import Fitted
 from probsurgery.pipeline.training.plan import StepCounter, execute, make_plan
@@ -104,6 +104,7 @@ def fit_all(
     owners = {request: each for each in fits for request in each.missing}
     if owners:
         require_writable(recorded.folder / "heads" if keep_heads else recorded.folder, "--results")
+        remove_abandoned()
         with closing(_train(list(owners), cache, device, progress)) as outcomes:
             for request, outcome in outcomes:
                 owner = owners[request]
@@ -244,8 +245,8 @@ def _train(
     # Workers take seconds to start, so they are started before features are read.
     with Pool(workers) if workers else nullcontext() as pool:
         for group, plan in zip(groups.values(), plans, strict=True):
-            with tempfile.TemporaryDirectory() if is_large or plan.workers else nullcontext() as scratch:
-                loaded = LoadedTasks(cache, _tasks_of(group), common.fit_split, Path(scratch) if scratch else None)
+            with scratch_folder() if is_large or plan.workers else nullcontext() as scratch:
+                loaded = LoadedTasks(cache, _tasks_of(group), common.fit_split, scratch)
                 jobs = [_job(request, loaded, runs[request]) for request in group]
                 stacks = {number: stack for stack in plan.stacks for number in stack}
                 for number, outcome in execute(jobs, plan, pool if plan.workers else None, counter):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory, mkdtemp
+from tempfile import mkdtemp
 from typing import Self
 
 import numpy as np
@@ -24,6 +24,7 @@ from probsurgery.pipeline.errors import InputError, ProbsurgeryError
 from probsurgery.pipeline.heads.kinds import HEADS, parameter_count
 from probsurgery.pipeline.progress import Progress, no_progress
 from probsurgery.pipeline.store.results import TrainingPlan
+from probsurgery.pipeline.store.scratch import scratch_folder
 from probsurgery.pipeline.training.batches import BLOCK, Job
 from probsurgery.pipeline.training.loop import Fitted, Outcome, train_stack
 from probsurgery.pipeline.training.workers import SUPPORTED, Pool
@@ -244,7 +245,7 @@ def fit_heads(
     plan = make_plan(workloads, torch.device(device), workers=workers)
     counter = StepCounter(sum(workload.head_steps for workload in workloads), progress)
     if plan.workers:
-        with TemporaryDirectory() as scratch, Pool(plan.workers) as pool:
+        with scratch_folder() as scratch, Pool(plan.workers) as pool:
             spilled = {key: rows.spilled(Path(mkdtemp(dir=scratch))) for key, rows in distinct.items()}
             jobs = [replace(job, rows=tuple(spilled[id(rows)] for rows in job.rows)) for job in jobs]
             outcomes = dict(execute(jobs, plan, pool, counter))

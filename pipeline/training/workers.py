@@ -35,7 +35,13 @@ class Pool:
     """Workers that wait for stacks. Use it as a context manager, which ends them."""
 
     def __init__(self, workers: int) -> None:
-        self._workers = [_Worker() for _ in range(workers)]
+        self._workers: list[_Worker] = []
+        try:
+            for _ in range(workers):
+                self._workers.append(_Worker())
+        except BaseException:  # those that have started must not outlive this
+            self.__exit__()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -98,14 +104,20 @@ class _Worker:
         self.ready = False
         self.stack: int | None = None
         self.heads = 0
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", __name__, str(child_end.fileno())],
-            pass_fds=[child_end.fileno()],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # so that Ctrl-C reaches the parent only
-        )
-        child_end.close()
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", __name__, str(child_end.fileno())],
+                pass_fds=[child_end.fileno()],
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # so that Ctrl-C reaches the parent only
+            )
+        except OSError as error:
+            raise ProbsurgeryError(
+                f"a worker process did not start ({error.strerror or first_line(error)}); use fewer --workers (0: none)"
+            ) from None
+        finally:
+            child_end.close()
 
     @property
     def is_idle(self) -> bool:

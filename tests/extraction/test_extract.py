@@ -3,8 +3,14 @@
 import errno
 import hashlib
 import json
+import os
+import signal
+import sys
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -12,13 +18,14 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 
 from probsurgery.pipeline.config import ExtractConfig, FitConfig, SurgerySettings
 from probsurgery.pipeline.datasets.suites import select_tasks
 from probsurgery.pipeline.datasets.tasks import open_images
 from probsurgery.pipeline.device import choose_device
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
-from probsurgery.pipeline.extraction import encode, extract, run_plan
+from probsurgery.pipeline.extraction import encode, extract, loading, run_plan
 from probsurgery.pipeline.fitting.fit import fit
 from probsurgery.pipeline.merging.registry import merge
 from probsurgery.pipeline.models import architectures
@@ -28,7 +35,7 @@ from probsurgery.pipeline.store import arrays
 from probsurgery.pipeline.store.cache import Cache
 from probsurgery.pipeline.store.manifest import MergeIdentity
 from probsurgery.pipeline.store.writer import CacheWriter
-from support import damage, hub_data_set, hugging_face_config, to_visual
+from support import damage, hub_data_set, hugging_face_config, refused, to_visual
 
 TASKS = ("digits8", "texture")
 LIMIT = 90
@@ -242,6 +249,69 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path, monkeypatch):
             ProbsurgeryError, match=r"^image 0 of test/digits8 cannot be decoded: broken data stream; .*--skip-bad$"
         ):
             extract.extract(config(tmp_path / str(workers), workers=workers))
+
+
+def test_a_decoder_that_dies_is_one_line_and_what_is_written_stays(tmp_path, monkeypatch, run):
+    """The kernel kills a decoder when memory runs out."""
+    (whole,) = extract.extract(config(tmp_path / "whole", batch_size=8)).caches
+    command = ("extract", "--arch", "mini", "--tasks", ",".join(TASKS), "--limit", LIMIT, "--root", tmp_path)
+    command += ("--workers", 1, "--batch-size", 8, "--device", "cpu")
+
+    def decode(row, opened):
+        if row == 72:  # in the last shard
+            time.sleep(1)  # the shards before it are written meanwhile
+            os.kill(os.getpid(), signal.SIGKILL)
+        return opened.decode(row)
+
+    def deadly(*arguments, **options):
+        opened = open_images(*arguments, **options)
+        return replace(opened, decode=partial(decode, opened=opened))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_plan, "open_images", deadly)
+        refused(run(*command), "a process that decodes images was lost", "--workers", "/dev/shm", status=1)
+    written = values(tmp_path / "mini_ta_digits8+texture")["test/digits8/merged"]
+    assert [shard is not None for shard in written] == [True, True, False]
+    assert run(*command)[0] == 0
+    assert Cache(tmp_path / "mini_ta_digits8+texture").content == Cache(whole).content
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "DataLoader worker (pid(s) 7, 8) exited unexpectedly",
+        "Caught RuntimeError in DataLoader worker process 0.\nTraceback\nRuntimeError: unable to allocate memory",
+        "Too many open files. Communication with the workers is no longer possible. Please increase the limit",
+        "received 0 items of ancdata",
+    ],
+)
+def test_every_loss_of_a_decoder_is_one_error(text):
+    lost = "a process that decodes images was lost .*fewer --workers"
+    with pytest.raises(ProbsurgeryError, match=lost), loading.lost_workers():
+        raise RuntimeError(text)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), loading.lost_workers():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+def test_decoders_that_cannot_be_started_are_one_error(tmp_path, monkeypatch):
+    def fork():
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", fork)
+    with pytest.raises(ProbsurgeryError, match="cannot start 2 processes that decode .*fewer --workers"):
+        extract.extract(config(tmp_path, workers=2))
+
+
+def test_decoders_do_not_import_the_callers_script(tmp_path, monkeypatch):
+    """A script without an `if __name__ == "__main__":` would start an extraction in each of them, and wait for ever."""
+    (tmp_path / "script.py").write_text("from pathlib import Path\nPath(__file__).with_name('ran').touch()\n")
+    script = ModuleType("__main__")
+    script.__file__ = str(tmp_path / "script.py")
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    monkeypatch.setattr(loading, "DataLoader", partial(DataLoader, multiprocessing_context="spawn", timeout=100))
+    assert extract.extract(config(tmp_path, tasks=("digits8",), limit=8, workers=1)).images == 8
+    assert not (tmp_path / "ran").exists()
+    assert sys.modules["__main__"] is script
 
 
 def test_images_that_cannot_be_decoded_can_be_left_out(tmp_path, monkeypatch, store):

@@ -1,6 +1,7 @@
 """Whatever the plan, a head is that of the plain loop; what a plan chooses; what happens if a worker dies."""
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -259,6 +260,22 @@ def test_a_worker_that_cannot_start_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(ProbsurgeryError, match="did not start .*--workers 0"):
         trained(Plan(CPU, ((0,), (1,)), workers=2), [Job((rows("a", 50),), LONG)] * 2, tmp_path)
+
+
+def test_if_not_all_workers_can_be_started_none_stays(monkeypatch):
+    """The system lets a user start so many processes, and no more."""
+    real, started = subprocess.Popen, []
+
+    def limited(*arguments, **options):
+        if started:
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        started.append(real(*arguments, **options))
+        return started[0]
+
+    monkeypatch.setattr(workers.subprocess, "Popen", limited)
+    with pytest.raises(ProbsurgeryError, match="did not start .Resource temporarily unavailable.; use fewer --workers"):
+        Pool(2)
+    assert not children()
 
 
 ORPHANS = """
