@@ -90,7 +90,8 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except OSError as error:
-        message = f"{str(error.filename or 'system')[:80]}: {error.strerror or error}"
+        name = str(error.filename or "system")
+        message = f"{name if len(name) <= 200 else '...' + name[-197:]}: {error.strerror or error}"
         status = _fail(message, InputError.exit_status if error.errno in _WRONG_PATH else 1)
     except MemoryError:
         status = _fail("out of memory; use a smaller --batch-size or fewer --tasks", 1)

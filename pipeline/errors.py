@@ -15,6 +15,10 @@ class InputError(ProbsurgeryError):
     exit_status = 2
 
 
+class AccessError(InputError):
+    """The system does not let this user read a file, or cannot: it may be whole, and is not missing."""
+
+
 class DamagedCacheError(InputError):
     """A cache's bytes contradict its manifest or its checksums."""
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, BinaryIO, TypeVar
 
 import msgspec
 
-from probsurgery.pipeline.errors import InputError, first_line
+from probsurgery.pipeline.errors import AccessError, InputError, first_line
 from probsurgery.pipeline.fingerprints import file_digest
 
 T = TypeVar("T")
@@ -32,6 +32,13 @@ Number = Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)] | Annotated[float, 
 Setting = bool | Number | Text
 Settings = Mapping[Name, Setting | None]
 """Settings of a head, of any version."""
+
+
+SYSTEM_ERRORS = (
+    *(errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ELOOP),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+)
+"""Numbers of errors for which a file cannot be read although it may be whole."""
 
 
 class Record(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -66,28 +73,82 @@ def seal(path: Path) -> Seal:
 
 
 def broken_seal(path: Path, sealed: Seal) -> str | None:
-    """What is wrong with a sealed file, if anything."""
-    if not path.is_file():
+    """What is wrong with a sealed file, if anything. Raises an OSError if it is there and cannot be read."""
+    size = file_size(path)
+    if size is None:
         return "is missing"
-    if path.stat().st_size != sealed.bytes:
-        return f"has {path.stat().st_size} bytes instead of {sealed.bytes}"
+    if size != sealed.bytes:
+        return f"has {size} bytes instead of {sealed.bytes}"
     return None if file_digest(path) == sealed.sha256 else "was changed since it was written (its digest differs)"
+
+
+def file_size(path: Path) -> int | None:
+    """Bytes of a file; None if none is there. Raises an OSError if that cannot be told, as for want of permission."""
+    status = _status(path)
+    return status.st_size if status and stat.S_ISREG(status.st_mode) else None
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there. Raises an OSError if that cannot be told, where `Path.is_dir` may say no."""
+    status = _status(path)
+    return status is not None and stat.S_ISDIR(status.st_mode)
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def folders_in(path: Path) -> list[Path]:
+    """The folders in a folder, without hidden ones, by name; none if it is missing. Raises an OSError as `is_folder`.
+
+    `Path.glob` passes over what it may not read.
+    """
+    try:
+        return sorted(inner for inner in path.iterdir() if inner.name[0] != "." and is_folder(inner))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def access_error(error: OSError, path: Path, advice: str) -> AccessError:
+    """The error for a file that is there and cannot be read: by what the system calls it."""
+    return AccessError(f"{error.filename or path} cannot be read: {error.strerror or first_line(error)}; {advice}")
+
+
+def require_readable(path: Path) -> None:
+    """Raise the system's error if a file cannot be opened; safetensors' calls each of them "not found"."""
+    path.open("rb").close()
 
 
 @contextmanager
 def replaced(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Replace a file or an empty place for a folder: yields a path beside it, which takes its name at the end.
 
-    A reader sees the old or the new content, never a part; after an error nothing is left. With `shared`, several
-    processes may do this at once. A folder that exists is not replaced: renaming onto it raises an OSError.
+    A reader sees the old or the new content, never a part; after an error nothing is left. Files get the permissions
+    that the user's umask gives, whatever library wrote them. With `shared`, several processes may do this at once. A
+    folder that exists is not replaced: renaming onto it raises an OSError.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial" if shared else f"{path.name}.partial")
     _remove(partial)  # a killed process may have left one, and an attacker a link to somewhere else
     try:
         yield partial
+        _share(partial)
         partial.replace(path)
     finally:
         _remove(partial)
+
+
+def _share(path: Path) -> None:
+    """Give what a library made private, as those for temporary files do, the permissions of any other new file."""
+    inner = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+    for file in inner if path.is_dir() else [path]:
+        if not stat.S_IMODE(file.stat().st_mode) & 0o077:
+            probe = file.with_name(f"{file.name}.mode")
+            probe.open("xb").close()
+            file.chmod(stat.S_IMODE(probe.stat().st_mode))
+            probe.unlink()
 
 
 def _remove(path: Path) -> None:

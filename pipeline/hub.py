@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 import re
 from pathlib import Path
 
@@ -44,11 +45,9 @@ def explain(problem: Exception, repo: str, option: str, kind: str = "model") -> 
 
     fetch = f"hf download {repo}{' --repo-type dataset' if kind == 'dataset' else ''} --local-dir DIR/{repo}"
     elsewhere = f"or fetch it elsewhere with `{fetch}` and give {option} DIR"
-    chain: list[BaseException] = [problem]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and len(chain) < 10:
-        chain.append(cause)
-    if any(isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) for error in chain):
-        return f"no space left for the {kind} {repo}; free some in {constants.HF_HOME}, or point HF_HOME elsewhere"
+    chain = _causes(problem)
+    if storage := storage_problem(problem, f"the {kind} {repo}"):
+        return storage
     not_found = type(problem).__name__ == "DatasetNotFoundError"  # the datasets library hides the client's error
     if any(isinstance(error, errors.GatedRepoError) for error in chain) or (not_found and "gated" in str(problem)):
         return f"the {kind} {repo} is gated: ask for access on its page and log in with `hf auth login`, {elsewhere}"
@@ -64,6 +63,33 @@ def explain(problem: Exception, repo: str, option: str, kind: str = "model") -> 
         f"the {kind} {repo} is not in {constants.HF_HUB_CACHE} and could not be fetched from {constants.ENDPOINT}"
         f"{offline} ({first_line(problem)}); check the connection, {elsewhere}"
     )
+
+
+def storage_problem(problem: BaseException, what: str) -> str | None:
+    """One line on a folder of the Hugging Face libraries that cannot be written, if that is an error's cause.
+
+    They write there when they read local files too.
+    """
+    from huggingface_hub import constants
+
+    for error in _causes(problem):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"no space left for {what}; free some in {constants.HF_HOME}, or point HF_HOME elsewhere"
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            place, home = Path(os.fsdecode(error.filename or constants.HF_HOME)), Path(constants.HF_HOME)
+            if place.is_relative_to(home) or home.is_relative_to(place):
+                return (
+                    f"cannot write {place} for {what}: {error.strerror}; point HF_HOME to a folder that you can write"
+                )
+            return f"{place} cannot be read for {what}: {error.strerror}"
+    return None
+
+
+def _causes(problem: BaseException) -> list[BaseException]:
+    chain = [problem]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and len(chain) < 10:
+        chain.append(cause)
+    return chain
 
 
 def cached(repo: str, folder: Path) -> Path | None:

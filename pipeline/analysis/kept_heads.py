@@ -9,7 +9,8 @@ from statistics import fmean
 from probsurgery.pipeline.analysis.labels import head_label
 from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, Line, Table, mean_of
 from probsurgery.pipeline.device import one_thread_if_small
-from probsurgery.pipeline.errors import InputError, PassedOverWarning
+from probsurgery.pipeline.errors import AccessError, InputError, PassedOverWarning
+from probsurgery.pipeline.files import folders_in
 from probsurgery.pipeline.heads.head import Head, load_head
 from probsurgery.pipeline.heads.uncertainty import COVERAGES, Uncertainty, measure
 from probsurgery.pipeline.store.cache import Cache
@@ -35,11 +36,16 @@ class KeptHead:
 
 def kept_heads(cache: Cache, results: Path | None = None) -> Iterator[KeptHead]:
     """The heads kept with a cache, defaults first. Damaged heads are passed over with a warning, those fitted on
-    other features without."""
-    paths = [path for path in ((results or cache.path) / "heads").glob("[!.]*") if path.is_dir()]
+    other features without.
+
+    Raises `AccessError` or an OSError if one is there and cannot be read.
+    """
+    paths = folders_in((results or cache.path) / "heads")
     for path in sorted(paths, key=lambda path: (path.name.count("-"), path.name)):
         try:
             head = load_head(path)
+        except AccessError:
+            raise
         except InputError as error:
             warnings.warn(f"a head is passed over: {error}", PassedOverWarning, stacklevel=2)
             continue

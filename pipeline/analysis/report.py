@@ -15,6 +15,7 @@ from probsurgery.pipeline.analysis.published import published_lines, published_n
 from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, Line, Table
 from probsurgery.pipeline.config import HEAD_SETTINGS
 from probsurgery.pipeline.errors import InputError
+from probsurgery.pipeline.files import folders_in
 from probsurgery.pipeline.merging.registry import merge_label
 from probsurgery.pipeline.models import architectures
 from probsurgery.pipeline.store.cache import Cache
@@ -120,7 +121,7 @@ def _report(protocol: str, sources: Sequence[_Source], with_published: bool, eve
         accuracy.append(Line(merged, labels.encoder_accuracy(source.rows, tasks, "merged"), method=source.merge))
         bias.append(Line(merged, labels.merged_bias(source.rows, tasks)))
         labelled = _labelled_settings(source.rows)
-        saved = {path.name for path in (source.folder / "heads").glob("*") if path.is_dir()}
+        saved = {path.name for path in folders_in(source.folder / "heads")}
         main = [(label, rows) for label, rows in labelled if _is_main(rows, saved)]
         shown = labelled if everything or not main else main
         others += len(labelled) - len(shown)

@@ -16,7 +16,7 @@ from probsurgery.pipeline.datasets.layouts import ClassIndex, listed, read_text
 from probsurgery.pipeline.datasets.pictures import read_rgb, to_rgb
 from probsurgery.pipeline.errors import InputError, first_line
 from probsurgery.pipeline.files import Record
-from probsurgery.pipeline.hub import explain
+from probsurgery.pipeline.hub import explain, storage_problem
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -124,6 +124,8 @@ def _load(hub: HubDataset, split: str, folder: Path | None) -> "Dataset":
     except Exception as error:  # the library raises its own, the hub client's and the OS's errors
         if folder is None:
             raise InputError(explain(error, hub.id, "--data", "dataset")) from None
+        if storage := storage_problem(error, f"the data set {folder}"):
+            raise InputError(storage) from None
         while isinstance(error.__cause__, Exception):  # the library's own says only that something went wrong
             error = error.__cause__
         problem = f"cannot load the data set {folder}, split {split} ({first_line(error)})"

@@ -11,7 +11,7 @@ from probsurgery.pipeline.datasets.tasks import Task
 from probsurgery.pipeline.deploy.model import Provenance, SurgeryModel
 from probsurgery.pipeline.errors import DamagedCacheError, InputError, unknown
 from probsurgery.pipeline.extraction.merges import MergeRequest, load_learned, make_merge
-from probsurgery.pipeline.files import MalformedError, decode
+from probsurgery.pipeline.files import MalformedError, decode, folders_in, is_folder
 from probsurgery.pipeline.heads.head import Head, load_head
 from probsurgery.pipeline.merging.coefficients import read_coefficients
 from probsurgery.pipeline.models import architectures
@@ -57,9 +57,9 @@ def assemble(
 
 def _fitted_head(cache: Cache, name: str | Path, results: Path | None) -> Head:
     folder = (results or cache.path) / "heads"
-    path = folder / name if (folder / name).is_dir() else Path(name)
-    if not path.is_dir():
-        names = sorted(p.name for p in folder.glob("[!.]*"))
+    path = folder / name if is_folder(folder / name) else Path(name)
+    if not is_folder(path):
+        names = [p.name for p in folders_in(folder)]
         raise unknown("head", str(name), names or ["(none is saved; `probsurgery fit` saves one)"])
     head = load_head(path)
     fitted_on = {row.task: row.cache for row in (head.record.results if head.record else ())}

@@ -176,8 +176,10 @@ def load_model(folder: str | Path) -> SurgeryModel:
             raise InputError(f"{folder / DESCRIPTION} has image_size {given}, but {description.arch} takes {size}")
         tower = architectures.build_visual(description.arch, encoder)
         return SurgeryModel(tower, head, classifiers, description.class_names, description).eval()
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{folder} lacks a file: {error.strerror or error}; export the model again") from None
+    except OSError as error:
+        raise files.access_error(error, folder, "ask its owner for permission, or export the model elsewhere") from None
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, SafetensorError) as error:
         problem = " ".join(str(error).split())[:160]  # torch's is of several lines
         raise InputError(f"{folder / DESCRIPTION} does not fit its files ({problem}); export again") from None
@@ -201,7 +203,9 @@ def _read_description(folder: Path) -> ModelDescription:
         if type(schema) is int and schema > SCHEMA:
             raise InputError(f"{folder} has schema {schema}; this version reads up to {SCHEMA}")
         return files.decode(ModelDescription, plain)
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"no model at {folder}: {error.strerror or error}; `probsurgery export` writes one") from None
+    except OSError as error:
+        raise files.access_error(error, folder, "`load_model` takes the folder that `export` wrote") from None
     except files.MalformedError as error:
         raise InputError(f"{file} does not describe a model ({error}); export it again") from None

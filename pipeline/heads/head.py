@@ -23,9 +23,11 @@ from probsurgery.pipeline.files import (
     Record,
     Settings,
     Text,
+    access_error,
     decode,
     read_json,
     refuse_links,
+    require_readable,
     write_json,
 )
 from probsurgery.pipeline.heads.kinds import HEADS, Params
@@ -129,15 +131,17 @@ def load_head(path: str | Path) -> Head:
     """Read a fitted head from its folder (or its head.safetensors); nothing in the files is executed.
 
     Raises `InputError` if there is no head, if it is damaged or was written by a newer version, or if the shapes of its
-    tensors are not those of its settings.
+    tensors are not those of its settings; `AccessError`, which is one, if it is there and cannot be read.
     """
     folder = Path(path)
     folder = folder.parent if folder.suffix == ".safetensors" else folder
-    refuse_links(folder)
     try:
+        refuse_links(folder)
         return _read_head(folder)
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"no head at {folder}: {error.strerror or error}; `probsurgery fit` writes one") from None
+    except OSError as error:
+        raise access_error(error, folder, "ask its owner for permission, or fit it again with --results") from None
     except (TypeError, ValueError, OverflowError, SafetensorError) as error:  # settings of a wrong type raise any
         raise InputError(f"the head at {folder} is damaged ({first_line(error)}); fit it again") from None
 
@@ -163,6 +167,7 @@ def _read_params(file: Path, expected: dict[str, tuple[int, ...]]) -> Params:
         raise MalformedError(
             f"{file.name} has {size:,} bytes, but its settings ask for {needed:,} of float32 and a header"
         )
+    require_readable(file)
     params = load_file(file)
     shapes = {name: tuple(tensor.shape) for name, tensor in params.items()}
     if shapes != expected:

@@ -81,22 +81,28 @@ def _from_text_tower(weights: Weights, tasks: Sequence[Task], device: torch.devi
     for task in tasks:
         weights.files[f"classifier {task.name}"] = SourceFile(source="text tower", sha256=tower)
         key = fingerprint([weights.row.open_clip, tower, task.class_names, task.templates])
-        files[task.name] = user_cache() / "classifiers" / f"{key}.safetensors"
+        if (folder := user_cache()) is None:
+            continue
+        files[task.name] = folder / "classifiers" / f"{key}.safetensors"
         if (classifier := _read_cached(files[task.name], (len(task.class_names), dim))) is not None:
             kept[task.name] = classifier
     missing = [task for task in tasks if task.name not in kept]
     built = build_classifiers(weights.arch, text, missing, device) if missing else {}
-    for name, classifier in built.items():
-        with suppress(OSError):  # on a full disk or in a read-only home, it is built again next time
-            files[name].parent.mkdir(parents=True, exist_ok=True)
-            with replaced(files[name], shared=True) as partial:
-                save_file({"classifier": classifier}, partial)
+    for name, file in files.items():
+        if name in built:
+            with suppress(OSError):  # on a full disk or in a read-only home, it is built again next time
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with replaced(file, shared=True) as partial:
+                    save_file({"classifier": built[name]}, partial)
     return kept | built
 
 
-def user_cache() -> Path:
-    """The user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "probsurgery"
+def user_cache() -> Path | None:
+    """The user's cache folder; None for a user without a home, such as a number given to a container."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "probsurgery"
+    except RuntimeError:
+        return None
 
 
 def _read_cached(path: Path, shape: tuple[int, int]) -> Tensor | None:

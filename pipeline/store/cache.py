@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from probsurgery.pipeline.errors import DamagedCacheError, InputError, first_line
-from probsurgery.pipeline.files import broken_seal
+from probsurgery.pipeline.files import SYSTEM_ERRORS, broken_seal, file_size
 from probsurgery.pipeline.fingerprints import fingerprint
 from probsurgery.pipeline.store.arrays import KINDS, bad_rows, shard_rows, values_digest
 from probsurgery.pipeline.store.formats import FORMATS
@@ -174,7 +174,7 @@ class Cache:
         """Raise unless every file of an array has its size, before memory is allocated for the array."""
         for number, sealed in enumerate(self.manifest.arrays[name].shards):
             file = self.file(name, number)
-            if sealed is None or not file.is_file() or file.stat().st_size != sealed.bytes:
+            if sealed is None or file_size(file) != sealed.bytes:
                 self.shard(name, number)  # which raises the error
 
     def _blocks(self, name: str) -> Iterator[np.ndarray]:
@@ -200,6 +200,8 @@ class Cache:
                     return values
                 problem = "is not read as it was written (the array's metadata was changed)"
             except Exception as error:  # the formats' libraries raise anything for a damaged file
+                if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
+                    raise
                 problem = f"cannot be decoded ({first_line(error)})"
         raise DamagedCacheError(
             f"{self.file(name, number)} {problem}; the cache is damaged: drop the damaged shards with "

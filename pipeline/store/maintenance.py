@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from probsurgery.pipeline.config import DTYPES, STORES
 from probsurgery.pipeline.errors import DamagedCacheError, InputError, ProbsurgeryError, unknown
-from probsurgery.pipeline.files import broken_seal, replaced
+from probsurgery.pipeline.files import broken_seal, file_size, folders_in, replaced
 from probsurgery.pipeline.fingerprints import fingerprint
 from probsurgery.pipeline.progress import Progress, no_progress
 from probsurgery.pipeline.store import manifest as manifests
@@ -201,7 +201,10 @@ class Listed:
     @property
     def heads(self) -> int:
         """Heads saved with it."""
-        return sum(1 for _ in (self.path / "heads").glob("*/head.json"))
+        try:
+            return sum(file_size(folder / "head.json") is not None for folder in folders_in(self.path / "heads"))
+        except OSError:  # of another user
+            return 0
 
 
 def list_caches(root: Path) -> list[Listed]:
@@ -218,8 +221,9 @@ def list_caches(root: Path) -> list[Listed]:
                 caches.append(Listed(path, size_of(path), problem=problem))
         except ProbsurgeryError as error:
             caches.append(Listed(path, size_of(path), problem=str(error)))
-        except PermissionError:  # a folder of another user
-            continue
+        except OSError as error:
+            if os.path.lexists(path / manifests.FILE):  # else it is any folder, of another user or removed meanwhile
+                caches.append(Listed(path, size_of(path), problem=f"cannot be read: {error.strerror}"))
     return caches
 
 

@@ -19,6 +19,7 @@ from probsurgery.pipeline.files import (
     Record,
     broken_seal,
     decode,
+    file_size,
     json_text,
     open_file,
     parse_json,
@@ -95,7 +96,7 @@ class CacheWriter:
         for name, spec in self.manifest.arrays.items():
             for number, sealed in enumerate(spec.shards):
                 file = self.format.file(name, number)
-                if sealed and (not file.is_file() or file.stat().st_size != sealed.bytes):
+                if sealed and file_size(file) != sealed.bytes:
                     gone.setdefault(name, {})[number] = None
         self.set_seals(gone)
         arrays = self.manifest.arrays

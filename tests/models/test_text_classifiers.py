@@ -1,5 +1,7 @@
 """Zero-shot classifiers: from a folder of checkpoints, or from the text tower and then from the user's cache."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -80,6 +82,18 @@ def test_classifiers_are_built_even_if_the_users_cache_is_not_writable(tmp_path,
     clip.save_pretrained(tmp_path / "pretrained")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert load_classifiers(Weights("tiny", tmp_path), [SVHN], CPU)["svhn"].shape[0] == 10
+
+
+def test_classifiers_are_built_for_a_user_without_a_home(tmp_path, tiny, clip, monkeypatch):
+    """As of `docker run --user 12345`: neither HOME nor an entry among the system's users."""
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    clip.save_pretrained(tmp_path / "pretrained")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
     assert load_classifiers(Weights("tiny", tmp_path), [SVHN], CPU)["svhn"].shape[0] == 10
 
 
