@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from probsurgery.commands.options import AsJson, CacheFolder, Device, StoredResults
+from probsurgery.commands.options import AsJson, CacheFolder, Device, StoredResults, Whole
 from probsurgery.commands.progress import shown_progress
 from probsurgery.commands.render import print_json, say
 from probsurgery.pipeline.config import FitConfig
@@ -27,17 +27,20 @@ def predict_command(
     checkpoints: Checkpoints = None,
     merged: Merged = None,
     results: StoredResults = None,
-    top: Annotated[int, Option(min=1, help="Classes to name.")] = 3,
+    top: Annotated[int, Whole(help="Classes to name, from 1.")] = 3,
     device: Device = FitConfig.device,
     as_json: AsJson = False,
 ) -> None:
     """Classify images with the merged encoder and a head of the cache."""
     from probsurgery.pipeline.deploy.assemble import assemble
-    from probsurgery.pipeline.deploy.predict import predict
+    from probsurgery.pipeline.deploy.predict import check_images, predict
     from probsurgery.pipeline.device import choose_device
 
+    if top < 1:
+        raise InputError(f"--top is {top}; it must be a whole number from 1")
     torch_device = choose_device(device)
-    model = assemble(cache, head, checkpoints, merged, results)
+    check_images(images)
+    model = assemble(cache, head, checkpoints, merged, results, task)
     predictions = predict(model, task, images, torch_device, top)
     if as_json:
         print_json([asdict(prediction) for prediction in predictions])
@@ -60,11 +63,10 @@ def export_command(
 ) -> None:
     """Write merged weights, heads, classifiers and preprocessing to a folder that `probsurgery.load_model` reads."""
     from probsurgery.pipeline.deploy.assemble import assemble
-    from probsurgery.pipeline.deploy.model import FILES
+    from probsurgery.pipeline.deploy.model import FILES, require_new
     from probsurgery.pipeline.deploy.onnx_export import require_onnx, write_onnx
 
-    if out.exists():  # checked before the merge, which takes long
-        raise InputError(f"{out} exists; choose another --out, or delete it")
+    require_new(out)  # before the merge, which takes long
     if onnx:
         require_onnx()
     model = assemble(cache, head, checkpoints, merged, results)

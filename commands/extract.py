@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from probsurgery.commands.options import AsJson, Device, Several, comma_list, configured, key_values
+from probsurgery.commands.options import AsJson, Device, Several, Whole, comma_list, configured, key_values
 from probsurgery.commands.progress import shown_progress
 from probsurgery.commands.render import note, print_json, rate_text, say
 from probsurgery.pipeline.config import CACHES, DTYPES, PRECISIONS, STORES, SUITES, ExtractConfig, number_text
@@ -21,7 +21,7 @@ default = ExtractConfig  # whose class attributes are the options' defaults
 Name = Annotated[str | None, Option(help="Name of the merged checkpoint in tables. [its file's name]")]
 
 Data = Annotated[str | None, Option(help="Folder of data sets; layouts: docs/sources.md. [the published ones]")]
-Workers = Annotated[int | None, Option(help="Processes that decode images. [the number of cores]")]
+Workers = Annotated[int | None, Whole(help="Processes that decode images. [the number of cores]")]
 Fresh = Annotated[bool, Option("--fresh", help="First delete the cache that exists, heads included.")]
 SkipBad = Annotated[bool, Option("--skip-bad", help="Leave out images that cannot be decoded, and record which.")]
 AnyRows = Annotated[bool, Option("--any-rows", help="Accept data sets of another size than in the papers.")]
@@ -51,11 +51,11 @@ def extract_command(
     ] = default.checkpoints,
     data: Data = default.data,
     split: Annotated[str, Option(help="test, train or both.")] = default.split,
-    limit: Annotated[int | None, Option(help="Take only the first N images of each task.")] = default.limit,
+    limit: Annotated[int | None, Whole(help="Take only the first N images of each task.")] = default.limit,
     store: Annotated[str, Option(help=" or ".join(STORES) + ".")] = default.store,
     dtype: Annotated[str, Option(help=f"Store features in {' or '.join(DTYPES)}.")] = default.dtype,
     precision: Annotated[str, Option(help=f"Run the encoders in {', '.join(PRECISIONS)}.")] = default.precision,
-    batch_size: Annotated[int, Option(help="Images in a batch.")] = default.batch_size,
+    batch_size: Annotated[int, Whole(help="Images in a batch.")] = default.batch_size,
     workers: Workers = default.workers,
     device: Device = default.device,
     root: Annotated[Path, Option(help="Folder for caches under their default names.")] = CACHES,

@@ -12,9 +12,11 @@ from probsurgery.commands.options import (
     CacheFolder,
     Device,
     JsonFormat,
+    Real,
     Several,
     StoredResults,
     TableFormat,
+    Whole,
     comma_list,
     configured,
 )
@@ -32,13 +34,13 @@ from probsurgery.pipeline.config import (
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError, unknown
 
 Shared = Annotated[bool, Option("--shared", help="Fit one head for all tasks.")]
-Holdout = Annotated[float, Option(help="Share of the test rows to exclude from the fit and evaluate on.")]
+Holdout = Annotated[float, Real(help="Share of the test rows to exclude from the fit and evaluate on.")]
 FitSplit = Annotated[str, Option(help="Fit on test (the papers' protocol) or train images.")]
 Tasks = Annotated[Several | None, comma_list(str, "Tasks to fit. [all in the cache]")]
 Online = Annotated[bool, Option("--online", help="See each row once, in order of arrival, one at a time.")]
-Workers = Annotated[int | None, Option(help="Processes that train on a CPU; 0: only this one. [by the amount of work]")]
+Workers = Annotated[int | None, Whole(help="Processes that train on a CPU; 0: only this one. [by the amount of work]")]
 Tf32 = Annotated[bool, Option("--tf32", help="Multiply in TF32 on CUDA: faster, less exact.")]
-Samples = Annotated[int | None, Option(help=f"prob: noise samples in a step; 0: no noise. [{ProbSettings.samples}]")]
+Samples = Annotated[int | None, Whole(help=f"prob: noise samples in a step; 0: no noise. [{ProbSettings.samples}]")]
 KeepHeads = Annotated[bool, Option("--keep-heads", help="Save the heads, not only their results.")]
 Seeds = Annotated[Several, comma_list(int, "Seeds; figures are means and standard deviations over them.")]
 
@@ -46,23 +48,23 @@ Seeds = Annotated[Several, comma_list(int, "Seeds; figures are means and standar
 def fit_command(
     cache: CacheFolder,
     head: Annotated[str, Option(help=f"Kind of head: {', '.join(HEAD_SETTINGS)}.")] = FitConfig.head.kind,
-    hidden: Annotated[int | None, Option(help=f"prob: width h. [{ProbSettings.hidden}]")] = None,
-    rank: Annotated[int | None, Option(help=f"surgery: rank r. [{SurgerySettings.rank}]")] = None,
-    kl_weight: Annotated[float | None, Option(help=f"prob: KL weight. [{ProbSettings.kl_weight:g}]")] = None,
+    hidden: Annotated[int | None, Whole(help=f"prob: width h. [{ProbSettings.hidden}]")] = None,
+    rank: Annotated[int | None, Whole(help=f"surgery: rank r. [{SurgerySettings.rank}]")] = None,
+    kl_weight: Annotated[float | None, Real(help=f"prob: KL weight. [{ProbSettings.kl_weight:g}]")] = None,
     samples: Samples = None,
     steps: Annotated[
-        int | None, Option(help=f"Updates for each task. [prob {ProbSettings.steps}, surgery {SurgerySettings.steps}]")
+        int | None, Whole(help=f"Updates for each task. [prob {ProbSettings.steps}, surgery {SurgerySettings.steps}]")
     ] = None,
-    batch_size: Annotated[int | None, Option(help=f"Rows in a step. [{ProbSettings.batch_size}]")] = None,
-    lr: Annotated[float | None, Option(help=f"Adam's learning rate. [{ProbSettings.lr:g}]")] = None,
+    batch_size: Annotated[int | None, Whole(help=f"Rows in a step. [{ProbSettings.batch_size}]")] = None,
+    lr: Annotated[float | None, Real(help=f"Adam's learning rate. [{ProbSettings.lr:g}]")] = None,
     loss: Annotated[str | None, Option(help=f"{', '.join(LOSSES)}. [{ProbSettings.loss}]")] = None,
-    penalty: Annotated[float | None, Option(help="ridge: penalty. [by leave-one-out, without labels]")] = None,
+    penalty: Annotated[float | None, Real(help="ridge: penalty. [by leave-one-out, without labels]")] = None,
     shared: Shared = FitConfig.shared,
-    fraction: Annotated[float, Option(help="Share of the rows that the fit may see.")] = FitConfig.fraction,
+    fraction: Annotated[float, Real(help="Share of the rows that the fit may see.")] = FitConfig.fraction,
     holdout: Holdout = FitConfig.holdout,
     fit_split: FitSplit = FitConfig.fit_split,
     online: Online = FitConfig.online,
-    seed: Annotated[int, Option(help="Seed of row order, noise and initial weights.")] = FitConfig.seed,
+    seed: Annotated[int, Whole(help="Seed of row order, noise and initial weights.")] = FitConfig.seed,
     tasks: Tasks = FitConfig.tasks,
     device: Device = FitConfig.device,
     workers: Workers = FitConfig.workers,

@@ -1,13 +1,16 @@
 """Options that several commands share, parsers of their values, and configurations made from them."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from typer import BadParameter, Option
 
 from probsurgery.pipeline.analysis.tables import FORMATS
+from probsurgery.pipeline.config import is_plain
 from probsurgery.pipeline.errors import InputError, unknown
 
 if TYPE_CHECKING:
@@ -22,6 +25,22 @@ _KINDS = {str: ("A,B,...", "a name"), int: ("N,N,...", "a whole number"), float:
 """Types of the values in a comma list, with the metavar in the help and the noun in an error."""
 
 
+def number(kind: type, text: object) -> Any:
+    """A number as it is usually written; Python would also take `1_0`, spaces, and digits of other scripts."""
+    if not isinstance(text, str):  # the default
+        return text
+    with suppress(ValueError):
+        if is_plain(text):
+            return kind(text)
+    raise BadParameter(f"{text[:80]!r} is not {_KINDS[kind][1]}")
+
+
+Whole = partial(Option, parser=partial(number, int), metavar="N")
+"""An option that takes a whole number."""
+Real = partial(Option, parser=partial(number, float), metavar="X")
+"""An option that takes a number."""
+
+
 def comma_list(kind: type, help_text: str) -> Any:
     """Declare an option that takes values separated by commas; the command's parameter is a tuple.
 
@@ -33,11 +52,13 @@ def comma_list(kind: type, help_text: str) -> Any:
         if isinstance(text, tuple):  # the default
             return text
         values = []
-        for item in filter(None, map(str.strip, text.split(","))):
+        for item in map(str.strip, text.split(",")) if text.strip() else ():
+            if not item:
+                raise BadParameter(f"an item of {text[:80]!r} is empty; write {noun}, or several separated by commas")
             try:
-                values.append(kind(item))
-            except ValueError:
-                raise BadParameter(f"{item[:80]!r} is not {noun}; separate several by commas") from None
+                values.append(item if kind is str else number(kind, item))
+            except BadParameter as error:
+                raise BadParameter(f"{error.message}; separate several by commas") from None
         return tuple(values)
 
     return Option(parser=parse, metavar=metavar, help=help_text)

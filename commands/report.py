@@ -37,14 +37,14 @@ def report_command(
     from probsurgery.pipeline.store.cache import Cache
 
     form = "json" if as_json else form
+    if page is not None:  # before the work
+        check_page(page)
     reports = make_reports(caches, results, with_published=with_published, everything=everything)
     for arch, suite in dict.fromkeys((report.arch, report.suite) for report in reports):
         if with_published and not published(arch, suite):
             note(f"no figures were published for {arch} on {suite}")
     if plots is not None:
         prepare(plots)
-    if page is not None:
-        check_page(page)
     summarised = sum(report.others for report in reports)
     if summarised and not everything:
         note(f"{summarised:,} more settings of sweeps are only in the tables by setting; --all gives each a line")

@@ -30,6 +30,11 @@ def number_text(value: float) -> str:
     return short if float(short) == value else repr(value)
 
 
+def is_plain(text: str) -> bool:
+    """Whether a number's text is as usual. Python would also take `1_0`, spaces, and digits of other scripts."""
+    return text.isascii() and text == text.strip() and "_" not in text
+
+
 def _choice(what: str, value: str, allowed: Collection[str]) -> None:
     if value not in allowed:
         raise unknown(what, value, allowed)

@@ -20,7 +20,9 @@ from probsurgery.pipeline.analysis.report import Report
 from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, spread_text
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.heads.uncertainty import COVERAGES
+from probsurgery.pipeline.store.lock import require_writable
 from probsurgery.pipeline.store.results import Spread
+from probsurgery.pipeline.store.target import refuse_own_files
 from probsurgery.pipeline.texts import plain
 
 if TYPE_CHECKING:
@@ -92,6 +94,8 @@ def prepare(folder: Path | None = None) -> None:
     _matplotlib_style()
     try:
         if folder is not None:
+            refuse_own_files(folder, "--plots")
+            require_writable(folder, "--plots")
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write figures to {folder}: {error.strerror}; choose another --plots") from None

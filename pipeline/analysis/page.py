@@ -15,7 +15,9 @@ from probsurgery.pipeline.analysis.report import Report
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.files import write_atomically
 from probsurgery.pipeline.store.cache import Cache
+from probsurgery.pipeline.store.lock import require_writable
 from probsurgery.pipeline.store.manifest import software
+from probsurgery.pipeline.store.target import refuse_own_files
 from probsurgery.pipeline.texts import plain
 
 
@@ -55,8 +57,10 @@ def _plain_text(value: object) -> object:
 def check_page(path: str | Path) -> None:
     """Raise `InputError` without matplotlib, or if there is no folder for the file."""
     prepare()
+    refuse_own_files(Path(path), "--html")
     if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
         raise InputError(f"cannot write a page to {path}; --html takes a file name in a folder that exists")
+    require_writable(Path(path).absolute().parent, "--html")
 
 
 def _provenance(cache: Cache) -> list[tuple[str, str]]:

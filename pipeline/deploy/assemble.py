@@ -27,13 +27,14 @@ def assemble(
     checkpoints: str | None = None,
     merged: Path | None = None,
     results: Path | None = None,
+    task: str | None = None,
 ) -> SurgeryModel:
     """The model that a cache and one of its heads stand for.
 
     A cache keeps features and not weights, so the encoder is merged again from the checkpoints, unless the merge was
     learned, and must have the cache's digest. `head` is a name under heads/ or a folder; `merged` is the checkpoint of
-    a merge that was made elsewhere. Raises `InputError` if the checkpoints are others, or if the head was fitted on
-    other features.
+    a merge that was made elsewhere; `task` is one that the head must have. Raises `InputError` if the checkpoints are
+    others, or if the head was fitted on other features.
     """
     opened = Cache(cache)
     identity = opened.identity
@@ -41,7 +42,10 @@ def assemble(
         preprocessing = decode(architectures.Preprocessing, identity.preprocessing)
     except MalformedError as error:
         raise DamagedCacheError(f"{opened.path} records no preprocessing of images ({error}); extract again") from None
-    fitted, weights = _fitted_head(opened, head, results), Weights(identity.arch, checkpoints)
+    fitted = _fitted_head(opened, head, results)
+    if task is not None and task not in fitted.tasks:  # before the merge, which takes long
+        raise unknown("task", task, fitted.tasks)
+    weights = Weights(identity.arch, checkpoints)
     state = _merged_state(opened, weights, select_tasks(identity.suite, identity.tasks), merged)
     if digest(state) != identity.merge.digest:
         where = merged or weights.folder or "the published place"

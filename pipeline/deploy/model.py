@@ -1,5 +1,6 @@
 """The deployable model: merged encoder, heads and classifiers as one module, and the folder that it is exported to."""
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +22,9 @@ from probsurgery.pipeline.fingerprints import file_digest
 from probsurgery.pipeline.heads.head import Head
 from probsurgery.pipeline.heads.kinds import HEADS, Params, prob_distribution
 from probsurgery.pipeline.models import architectures
+from probsurgery.pipeline.store.lock import require_writable
 from probsurgery.pipeline.store.manifest import Dim, MergeIdentity, TaskName
+from probsurgery.pipeline.store.target import refuse_own_files
 
 SCHEMA = 1
 DESCRIPTION = "model.json"
@@ -119,8 +122,7 @@ class SurgeryModel(nn.Module):
         The folder appears whole or not at all. Raises `InputError` if it exists.
         """
         folder = Path(folder).absolute()
-        if folder.exists():
-            raise InputError(f"{folder} exists; choose another --out, or delete it")
+        require_new(folder)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with files.replaced(folder, shared=True) as partial:
@@ -146,6 +148,14 @@ class SurgeryModel(nn.Module):
             **self.provenance.to_json(),
         )
         files.write_json(folder / DESCRIPTION, description.to_json())
+
+
+def require_new(folder: Path) -> None:
+    """Raise `InputError` unless a model can be written to this folder, which must not exist."""
+    if os.path.lexists(folder):
+        raise InputError(f"{folder} exists; choose another --out, or delete it")
+    refuse_own_files(folder, "--out")
+    require_writable(folder, "--out")
 
 
 def load_model(folder: str | Path) -> SurgeryModel:

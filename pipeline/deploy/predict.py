@@ -1,5 +1,6 @@
 """Image files -> classes, by a model."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor
 from probsurgery.pipeline.datasets.pictures import read_rgb
 from probsurgery.pipeline.deploy.model import SurgeryModel
 from probsurgery.pipeline.errors import InputError, first_line, unknown
+from probsurgery.pipeline.files import file_size
 
 _BATCH_SIZE = 64
 
@@ -22,6 +24,15 @@ class Prediction:
     classes: tuple[tuple[str, float], ...]
     sigma: float | None
     """Of ProbSurgery heads: the correction's predicted standard deviation, root mean square over dimensions."""
+
+
+def check_images(images: Sequence[Path]) -> None:
+    """Raise `InputError` naming the first that is no file, or may not be read, before a model is made for them."""
+    for path in images:
+        if file_size(path) is None:
+            raise InputError(f"{path} is no file; predict takes image files")
+        if not os.access(path, os.R_OK):
+            raise InputError(f"{path} cannot be read: no permission")
 
 
 @torch.inference_mode()

@@ -133,11 +133,18 @@ def _merged_models(plan: RunPlan, progress: Progress) -> list[MergedModel]:
             progress=partial(progress, unit="steps"),
         )
 
+    known = [
+        None if plan.config.fresh else load_learned(request, plan.identity(request.identity), plan.weights)
+        for request in plan.requests
+    ]
+    for request, learned in zip(plan.requests, known, strict=True):
+        if request.learns and learned is None:
+            for task in plan.tasks:  # what is missing is said before the first merge learns
+                open_images(task.name, request.identity.settings["split"])
     models = []
-    for done, request in enumerate(plan.requests):
+    for done, (request, learned) in enumerate(zip(plan.requests, known, strict=True)):
         progress(done, len(plan.requests), f"merging by {request.name}", unit="merges")
-        known = None if plan.config.fresh else load_learned(request, plan.identity(request.identity), plan.weights)
-        model = known or make_merge(request, plan.weights, plan.pretrained, plan.tasks, open_stream)
+        model = learned or make_merge(request, plan.weights, plan.pretrained, plan.tasks, open_stream)
         if model.is_new:
             split = request.identity.settings["split"]
             images = {task.name: open_images(task.name, split).fingerprint for task in plan.tasks}

@@ -22,6 +22,7 @@ from probsurgery.pipeline.merging.coefficients import Coefficients, read_coeffic
 from probsurgery.pipeline.merging.entropy import window
 from probsurgery.pipeline.merging.registry import METHODS, Value, changed, merge
 from probsurgery.pipeline.merging.vectors import ImageStream, Merged
+from probsurgery.pipeline.models import architectures
 from probsurgery.pipeline.models.checkpoints import digest
 from probsurgery.pipeline.models.sources import Weights
 from probsurgery.pipeline.store import manifest as manifests
@@ -83,6 +84,10 @@ def merge_requests(config: ExtractConfig, tasks: Sequence[Task], stem: str, *, w
         able = ", ".join(name for name, row in METHODS.items() if row.takes_coefficients)
         raise InputError(f"--coefficients are for one --merge of: {able}")
     requests = [_merge_request(name, config, tasks, stem, whole_suite) for name in config.merges]
+    names = list(architectures.expected_shapes(config.arch))
+    for request in requests:  # before another merge of this run learns, which takes long
+        if request.coefficients is not None:
+            request.coefficients.table([task.name for task in tasks], names)
     if len({request.path for request in requests}) < len(requests):
         raise InputError("two of the merges would go to one cache; rename one of the checkpoints")
     return requests

@@ -18,6 +18,7 @@ from probsurgery.pipeline.device import choose_device
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.extraction.distributed import Ranks
 from probsurgery.pipeline.extraction.merges import MergeRequest, merge_requests
+from probsurgery.pipeline.merging.registry import METHODS
 from probsurgery.pipeline.models import architectures
 from probsurgery.pipeline.models.checkpoints import StateDict, digest
 from probsurgery.pipeline.models.sources import Weights
@@ -115,6 +116,11 @@ def plan_run(config: ExtractConfig, ranks: Ranks, progress: Progress = no_progre
     weights = Weights(config.arch, config.checkpoints)
     pretrained = weights.pretrained()
     checkpoints = {"pretrained": digest(pretrained)}
+    for request in requests:  # before another merge of this run learns, which takes long
+        if request.name not in METHODS:
+            weights.merged(Path(request.name))
+        elif METHODS[request.name].function is None:
+            weights.own(request.name)
     begin("making classifiers")
     # A merge that learns needs the classifiers of all tasks.
     needed = tasks if any(request.learns for request in requests) else extracted

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -27,15 +27,19 @@ from probsurgery.pipeline.heads.kinds import stack_params
 from probsurgery.pipeline.merging.registry import merge_label
 from probsurgery.pipeline.progress import Progress, no_progress
 from probsurgery.pipeline.store.cache import Cache
+from probsurgery.pipeline.store.claims import claimed
 from probsurgery.pipeline.store.lock import require_writable
 from probsurgery.pipeline.store.manifest import software
-from probsurgery.pipeline.store.results import ResultRow, TrainingPlan, append_results
+from probsurgery.pipeline.store.results import ResultRow, TrainingPlan
 from probsurgery.pipeline.store.scratch import remove_abandoned, scratch_folder
+from probsurgery.pipeline.store.target import refuse_own_files
 from probsurgery.pipeline.training.batches import Job
 from probsurgery.pipeline.training.loop import Fitted
 from probsurgery.pipeline.training.plan import StepCounter, execute, make_plan
 from probsurgery.pipeline.training.workers import Pool
 
+_MOST_CLAIMS = 2_000
+"""Heads that are claimed one by one; those of a larger sweep are claimed by setting."""
 _TrainedHead = tuple[Fitted, list[ResultRow]]
 """A head that was trained, and its row of results for each of its tasks."""
 
@@ -95,23 +99,42 @@ def fit_all(
     device = choose_device(common.device)
     if common.tf32 and device.type != "cuda":
         raise InputError(f"--tf32 is for CUDA devices, and this fit runs on {device}")
-    recorded = RecordedResults(Path(common.results or cache.path))
+    folder = Path(common.results or cache.path)
+    refuse_own_files(folder, "--results")
+    recorded = RecordedResults(folder)
     tasks = chosen_tasks(cache, common)
     fits = [_Fit(replace(config, tasks=tasks), cache, recorded, keep_heads=keep_heads) for config in configs]
-    for each in fits:
-        if not each.missing:
-            finished(each.result())
-    owners = {request: each for each in fits for request in each.missing}
-    if owners:
-        require_writable(recorded.folder / "heads" if keep_heads else recorded.folder, "--results")
-        remove_abandoned()
-        with closing(_train(list(owners), cache, device, progress)) as outcomes:
-            for request, outcome in outcomes:
-                owner = owners[request]
-                owner.take(request, outcome)
-                if not owner.missing:
-                    finished(owner.result())
+    with ExitStack() as claims:
+        if any(each.missing for each in fits):
+            require_writable(recorded.folder / "heads" if keep_heads else recorded.folder, "--results")
+            claims.enter_context(claimed(recorded.folder, _claims(fits, keep_heads=keep_heads)))
+            recorded = RecordedResults(recorded.folder)  # another process may have finished some before the claim
+            fits = [_Fit(each.config, cache, recorded, keep_heads=keep_heads) for each in fits]
+        for each in fits:
+            if not each.missing:
+                finished(each.result())
+        owners = {request: each for each in fits for request in each.missing}
+        if owners:
+            remove_abandoned()
+            with closing(_train(list(owners), cache, device, progress)) as outcomes:
+                for request, outcome in outcomes:
+                    owner = owners[request]
+                    owner.take(request, outcome)
+                    if not owner.missing:
+                        finished(owner.result())
     return [each.result() for each in fits]
+
+
+def _claims(fits: Sequence["_Fit"], *, keep_heads: bool) -> dict[str, str]:
+    """What these fits claim, by what determines it, with what a message calls it."""
+    requests = [request for each in fits for request in each.missing]
+    if len(requests) > _MOST_CLAIMS:  # the time that claims take grows with their square
+        labels = {"".join(r.digest for r in each.missing): each.missing[0].name for each in fits if each.missing}
+    else:
+        labels = {request.digest: request.label for request in requests}
+    if keep_heads:  # a name is taken once, whatever its settings
+        labels |= {f"heads/{request.name}": f"the head {request.name}" for request in requests}
+    return labels
 
 
 def failure_lines(failures: Sequence[tuple[str, str]]) -> list[str]:
@@ -157,7 +180,7 @@ class _Fit:
         _, rows = outcome
         new = [row for row in rows if row.task not in self._rows]
         self._rows |= {row.task: row for row in new}
-        append_results(self._recorded.folder, new)
+        self._recorded.append(new)
         if self._keep_heads:
             self._trained[request] = outcome
             if len(self._trained) == len(self._requests):
@@ -185,9 +208,9 @@ class _Fit:
         )
         params = stack_params([fitted.params for fitted, _ in heads])
         self._trained.clear()
-        self._folder.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with replaced(self._folder, shared=True) as partial:
+            with self._recorded.writing(), replaced(self._folder, shared=True) as partial:
+                self._folder.parent.mkdir(exist_ok=True)
                 partial.mkdir()
                 Head(config.head, tasks, self._cache.dim, params, config.shared, record).save(partial)
         except OSError:

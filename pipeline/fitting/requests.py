@@ -1,18 +1,21 @@
 """From configurations to requests for single heads, and what exists of them already."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from probsurgery.pipeline.config import FitConfig, changed_settings
 from probsurgery.pipeline.datasets.suites import check_names
-from probsurgery.pipeline.errors import InputError
+from probsurgery.pipeline.errors import InputError, ProbsurgeryError
 from probsurgery.pipeline.fingerprints import differences, fingerprint
 from probsurgery.pipeline.fitting.splits import seen_count
 from probsurgery.pipeline.heads.head import FitRecord, load_head
+from probsurgery.pipeline.store import manifest as manifests
 from probsurgery.pipeline.store.cache import Cache
+from probsurgery.pipeline.store.claims import held_open
 from probsurgery.pipeline.store.lock import require_writable
 from probsurgery.pipeline.store.results import ResultRow, append_results, read_results
 from probsurgery.pipeline.training.plan import Workload
@@ -116,10 +119,11 @@ def existing_record(folder: Path, wanted: dict[str, Any]) -> FitRecord:
 
 
 class RecordedResults:
-    """The rows of results.jsonl in a folder, as they were when this was made."""
+    """The rows of results.jsonl in a folder, as they were when this was made, and the way to add some."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._known = [path for path in (folder, folder / manifests.FILE) if path.exists()]
         rows = read_results(folder)
         self._by_request = {(row.request, row.task): row for row in rows}
         self._by_head = {(row.request, row.task, row.head): row for row in rows}
@@ -134,4 +138,31 @@ class RecordedResults:
         missing = [row for row in rows if self._by_head.get((row.request, row.task, row.head)) != row]
         if missing:
             require_writable(self.folder, "--results")
-            append_results(self.folder, missing)
+            self.append(missing)
+
+    def append(self, rows: Sequence[ResultRow]) -> None:
+        """Add rows to results.jsonl. Raises `ProbsurgeryError` as `writing` does."""
+        with self.writing():
+            append_results(self.folder, rows)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Keep the folder as it is while something is written to it.
+
+        Raises `ProbsurgeryError` if it, or the cache that it was, has been removed meanwhile, and does not bring it
+        back.
+        """
+        if not self._known:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._known.append(self.folder)
+        try:
+            with held_open(self.folder):
+                if not all(map(Path.exists, self._known)):
+                    raise FileNotFoundError
+                yield
+        except FileNotFoundError:
+            if all(map(Path.exists, self._known)):
+                raise
+            raise ProbsurgeryError(
+                f"{self.folder} was removed while heads were fitted into it; what was there is gone"
+            ) from None

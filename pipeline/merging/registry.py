@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from probsurgery.pipeline.config import SPLITS, number_text
+from probsurgery.pipeline.config import SPLITS, is_plain, number_text
 from probsurgery.pipeline.errors import InputError, unknown
 from probsurgery.pipeline.merging.adamerging import adamerging
 from probsurgery.pipeline.merging.arithmetic import task_arithmetic, weight_averaging
@@ -43,7 +43,9 @@ class Setting:
         with suppress(ValueError, KeyError):
             if isinstance(value, str) and kind is bool:
                 value = {"true": True, "false": False}[value.lower()]
-            elif isinstance(value, str) or (kind is float and type(value) is int):
+            elif isinstance(value, str):
+                value = kind(value) if kind is str or is_plain(value) else value
+            elif kind is float and type(value) is int:
                 value = kind(value)
         span = "" if math.isinf(self.low) else f" from {number_text(self.low)}"
         span += "" if math.isinf(self.high) else f" to {number_text(self.high)}"

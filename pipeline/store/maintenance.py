@@ -19,9 +19,10 @@ from probsurgery.pipeline.progress import Progress, no_progress
 from probsurgery.pipeline.store import manifest as manifests
 from probsurgery.pipeline.store.arrays import ArraySpec, bad_rows, is_features
 from probsurgery.pipeline.store.cache import Cache
+from probsurgery.pipeline.store.claims import CLAIMS, held_open
 from probsurgery.pipeline.store.lock import LOCK, OWNER, locked
 from probsurgery.pipeline.store.manifest import Conversion, read_manifest
-from probsurgery.pipeline.store.target import is_remains, remove_features
+from probsurgery.pipeline.store.target import is_remains, refuse_own_files, remove_features
 from probsurgery.pipeline.store.writer import CacheWriter
 
 
@@ -143,6 +144,7 @@ def convert(
     out = out or named.with_name("_".join([named.name, *suffixes]))
     if out.resolve() == source.resolve():
         raise InputError(f"--out {out} is the cache itself; choose another place")
+    refuse_own_files(out, "--out")
     specs = cache.manifest.arrays
     arrays = {name: ArraySpec(s.shape, dtype if is_features(name) else s.dtype) for name, s in specs.items()}
     with locked(out, option="--out"):
@@ -251,9 +253,9 @@ def require_removable(path: Path) -> None:
 def remove(path: Path) -> None:
     """Delete a cache, its heads and results; other files stay, and the folder with them."""
     require_removable(path)
-    with locked(path, option=None):
+    with locked(path, option=None), held_open(path):
         remove_features(path, heads=True)
-        for name in (LOCK, OWNER):
+        for name in (LOCK, OWNER, CLAIMS):
             (path / name).unlink(missing_ok=True)
     with suppress(OSError):  # other files are in it
         path.rmdir()

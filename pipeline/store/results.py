@@ -150,8 +150,7 @@ def spreads(figures: Mapping[str, Sequence[float] | Mapping[int, float]]) -> dic
 
 
 def append_results(folder: Path, rows: Sequence[ResultRow]) -> None:
-    """Add rows to results.jsonl in one write; a torn last line, left by a kill, is closed first."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Add rows to results.jsonl in an existing folder, in one write; a torn last line of a kill is closed first."""
     text = "".join(json_text(row.to_json()) + "\n" for row in rows)
     with open_file(folder / FILE, append=True, links=False) as out:
         if out.tell():

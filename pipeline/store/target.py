@@ -1,5 +1,6 @@
 """The folder where a cache is to go: what is there, whether this run may add to it, and removing it."""
 
+import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -11,12 +12,15 @@ from probsurgery.pipeline.files import refuse_links
 from probsurgery.pipeline.fingerprints import differences
 from probsurgery.pipeline.store import manifest as manifests
 from probsurgery.pipeline.store import results
+from probsurgery.pipeline.store.claims import CLAIMS
 from probsurgery.pipeline.store.lock import LOCK, OWNER, require_writable
 from probsurgery.pipeline.store.manifest import COEFFICIENTS, MERGED, Identity, Manifest, read_manifest
 
 JOURNAL = "journal"
 FEATURES = (manifests.FILE, "features.h5", "features.zarr", "shards", JOURNAL, MERGED, COEFFICIENTS)
 HEADS = ("heads", results.FILE)
+OWN = (*FEATURES, *HEADS, LOCK, OWNER, CLAIMS)
+"""Names in a cache's folder that are no user's."""
 
 
 def check_target(path: Path, identity: Identity, store: str, *, fresh: bool = False) -> Manifest | None:
@@ -26,6 +30,7 @@ def check_target(path: Path, identity: Identity, store: str, *, fresh: bool = Fa
     `fresh` is to replace it), if the folder holds something else, or if it cannot be written. The merge's digest is not
     compared where the identity has none yet.
     """
+    refuse_own_files(path, "--root or --out")
     require_writable(path, "--root or --out")
     if not path.exists():
         return None
@@ -53,13 +58,22 @@ def check_target(path: Path, identity: Identity, store: str, *, fresh: bool = Fa
     return manifest
 
 
+def refuse_own_files(path: Path, option: str) -> None:
+    """Raise `InputError` if an output would take the place of a cache's own files, or lie among them."""
+    place = Path(os.path.realpath(path))
+    for folder in place.parents:
+        name = place.relative_to(folder).parts[0].lower().removesuffix(".partial")
+        if name in OWN and any((folder / kept).exists() for kept in (manifests.FILE, results.FILE)):
+            raise InputError(f"{path} is among the files of the cache {folder}; choose another place with {option}")
+
+
 def is_remains(path: Path) -> bool:
     """Whether a folder is what a kill left of a cache: its files without a manifest, and its lock, which is empty.
 
     Other programs' files may have some of these names, but not all of them and nothing else.
     """
     lock = path / LOCK
-    known = all(p.name.removesuffix(".partial") in (*FEATURES, *HEADS, LOCK, OWNER) for p in path.iterdir())
+    known = all(p.name.removesuffix(".partial") in OWN for p in path.iterdir())
     return known and not (path / manifests.FILE).exists() and lock.is_file() and not lock.stat().st_size
 
 

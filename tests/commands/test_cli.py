@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import save_file
 
 import processes
@@ -72,7 +73,11 @@ def test_no_command_shows_the_help(run):
         ),
         (["--arch", "mini", "--merge", "missing.safetensors"], ["'missing.safetensors'"]),
         (["--arch", "mini", "--tasks", "mnist,imagenet"], ["'imagenet'", "mnist"]),
-        (["--arch", "mini", "--tasks", ","], ["no task was named", "mnist"]),
+        (["--arch", "mini", "--tasks", ","], ["--tasks", "an item of ',' is empty"]),
+        (["--arch", "mini", "--tasks", "mnist,"], ["--tasks", "an item of 'mnist,' is empty"]),
+        (["--arch", "mini", "--tasks", ""], ["no task was named", "mnist"]),
+        (["--arch", "mini", "--limit", "1_0"], ["--limit", "'1_0' is not a whole number"]),
+        (["--arch", "mini", "--merge-arg", "scale=0_1"], ["the setting scale is '0_1'", "a number"]),
         (["--arch", "mini", "--tasks", "mnist", "--only", "fruit"], ["'fruit'", "mnist"]),
         (["--arch", "mini", "--tasks", "mnist,mnist"], ["named twice"]),
         (["--arch", "mini", "--split", "val"], ["'val'", "test, train, both"]),
@@ -127,6 +132,10 @@ def test_bad_extract_requests(run, here, arguments, words):
         (["--holdout", 0.2, "--fit-split", "train"], ["--holdout"]),
         (["--fit-split", "val"], ["'val'", "test, train"]),
         (["--seed", -1], ["--seed is -1"]),
+        (["--seed", "1_0"], ["--seed", "'1_0' is not a whole number"]),
+        (["--lr", "1_0"], ["--lr", "'1_0' is not a number"]),
+        (["--tasks", "a,"], ["an item of 'a,' is empty"]),
+        (["--results", "/proc/nothing"], ["cannot write to /proc/nothing", "--results"]),
         (["--tasks", "c"], ["'c'", "a, b"]),
         (["--tasks", ""], ["no task was named", "a, b"]),
         (["--name", "../up"], ["'../up'", "plain folder name"]),
@@ -161,6 +170,56 @@ def test_every_command_refuses_what_is_not_a_cache(run, here, command):
     write_atomically(here / "folder" / "manifest.json", "{")
     refused(run(*command, "folder"), "not valid JSON")
     assert sorted(p.name for p in here.rglob("*")) == ["file", "folder", "manifest.json"]
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (["report", "--cache", "{}", "--html", "{}/manifest.json"], "--html"),
+        (["report", "--cache", "{}", "--html", "{}/results.jsonl"], "--html"),
+        (["report", "--cache", "{}", "--html", "{}/../small/heads/one/head.json"], "--html"),
+        (["report", "--cache", "{}", "--html", "link"], "--html"),
+        (["report", "--cache", "{}", "--plots", "{}/heads/one"], "--plots"),
+        (["report", "--cache", "{}", "--plots", "{}/features.zarr"], "--plots"),
+        (["fit", "--cache", "{}", "--results", "{}/features.zarr"], "--results"),
+        (["sweep", "--cache", "{}", "--results", "{}/heads"], "--results"),
+        (["study", "rank", "--cache", "{}", "--results", "{}/manifest.json"], "--results"),
+        (["export", "--cache", "{}", "--head", "one", "--out", "{}/heads/model"], "--out"),
+        (["cache", "convert", "{}", "--store", "hdf5", "--out", "{}/shards"], "--out"),
+        (["extract", "--arch", "mini", "--tasks", "mnist", "--limit", "2", "--out", "{}/heads/cache"], "--out"),
+        (["extract", "--arch", "mini", "--tasks", "mnist", "--limit", "2", "--root", "{}/features.zarr"], "--root"),
+    ],
+)
+def test_no_output_goes_onto_a_caches_own_files(run, small_cache, here, command, option):
+    run("fit", "--cache", small_cache.path, "--name", "one", "--head", "ridge")
+    (here / "link").symlink_to(small_cache.path / "manifest.json")
+    before = {path: path.is_file() and path.read_bytes() for path in small_cache.path.rglob("*")}
+    refused(run(*(word.format(small_cache.path) for word in command)), "is among the files of the cache", option)
+    assert {path: path.is_file() and path.read_bytes() for path in small_cache.path.rglob("*")} == before
+    assert [path.name for path in here.iterdir()] == ["link"]
+
+
+def test_refusals_come_before_the_work(run, small_cache, here, monkeypatch):
+    from probsurgery.pipeline.deploy import assemble
+    from probsurgery.pipeline.extraction import extract
+    from probsurgery.pipeline.fitting import fit
+
+    def work(*arguments, **options):
+        raise AssertionError("it was begun")
+
+    run("fit", "--cache", small_cache.path, "--name", "one", "--head", "ridge")
+    for module, name in ((assemble, "_merged_state"), (extract, "make_merge"), (fit, "_train")):
+        monkeypatch.setattr(module, name, work)
+    refused(run("export", "--cache", small_cache.path, "--head", "one", "--out", "/proc/x"), "/proc/x", "--out")
+    refused(run("study", "rank", "--cache", small_cache.path, "--results", "/proc/nothing"), "/proc/nothing")
+    predict = ("predict", "--cache", small_cache.path, "--head", "one", "--task")
+    refused(run(*predict, "a", "no.png"), "no.png is no file")
+    (here / "of.json").write_text('{"coefficients": {"mnist": 0.3, "street": 0.3}}')
+    save_file({"a": torch.ones(2)}, here / "other.safetensors")
+    learning = ("extract", "--arch", "mini", "--tasks", "mnist,fruit", "--limit", 4, "--merge", "fisher", "--merge")
+    refused(run(*predict, "c", "of.json"), "unknown task 'c'")
+    refused(run(*learning, "tw-adamerging", "--coefficients", "of.json"), "the coefficients are for mnist, street")
+    refused(run(*learning, "other.safetensors"), "other.safetensors")
 
 
 def test_an_unfinished_cache_is_refused(run, small_cache):

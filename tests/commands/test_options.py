@@ -3,13 +3,15 @@
 import inspect
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import typer
 
+from probsurgery.cli import CACHE_COMMANDS, COMMANDS
 from probsurgery.commands.extract import extract_command
 from probsurgery.commands.fit import fit_command, sweep_command
-from probsurgery.commands.options import comma_list, configured, key_values
+from probsurgery.commands.options import comma_list, configured, key_values, number
 from probsurgery.pipeline.config import HEAD_SETTINGS, ExtractConfig, FitConfig, SweepConfig
 from probsurgery.pipeline.errors import InputError
 
@@ -18,7 +20,7 @@ from probsurgery.pipeline.errors import InputError
     ("kind", "text", "values"),
     [
         (str, "a,b", ("a", "b")),
-        (str, " a , ,b,", ("a", "b")),
+        (str, " a , b", ("a", "b")),
         (str, "", ()),
         (int, "4, 8", (4, 8)),
         (float, "0,1e-4", (0.0, 1e-4)),
@@ -33,6 +35,33 @@ def test_a_comma_list_becomes_a_tuple(kind, text, values):
 def test_a_comma_list_names_the_wrong_value(kind, text):
     with pytest.raises(typer.BadParameter, match=f"'{text.split(',')[-1]}' is not a .*number"):
         comma_list(kind, "").parser(text)
+
+
+@pytest.mark.parametrize("text", ["a,", ",a", "a,,b", " , ", ","])
+@pytest.mark.parametrize("kind", [str, int, float])
+def test_a_comma_list_has_no_empty_item(kind, text):
+    with pytest.raises(typer.BadParameter, match="is empty"):
+        comma_list(kind, "").parser(text if kind is str else text.replace("a", "1").replace("b", "2"))
+
+
+@pytest.mark.parametrize("text", ["1_0", " 1", "1 ", "\u0663", "1_0.5", "x", ""])
+@pytest.mark.parametrize("kind", [int, float])
+def test_a_number_is_written_as_usual(kind, text):
+    with pytest.raises(typer.BadParameter, match="number"):
+        number(kind, text)
+    if text == text.strip() != "":
+        with pytest.raises(typer.BadParameter, match="number"):
+            comma_list(kind, "").parser(f"1,{text}")
+
+
+@pytest.mark.parametrize("command", [*COMMANDS.values(), *CACHE_COMMANDS.values()])
+def test_every_option_with_a_number_is_read_so(command):
+    """Typer's own types take what Python takes."""
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        types = get_args(parameter.annotation)
+        kinds = {types[0], *get_args(types[0])} if types else set()
+        if kinds & {int, float}:
+            assert types[1].parser.func is number, name
 
 
 def test_keys_and_values_are_split_once():

@@ -212,7 +212,7 @@ def test_bad_requests_leave_nothing_behind(cache, run, tmp_path, pictures):
     predict = ("predict", "--cache", cache, "--task", "fruit")
     refused(run(*predict, "--head", "mine", pictures[0]), "unknown head 'mine'", "prob, ridge, shared, surgery")
     refused(run(*predict, "--head", "prob", tmp_path / "text.png"), "text.png is not an image")
-    refused(run(*predict, "--head", "prob", tmp_path / "no.png"), "no.png is not an image")
+    refused(run(*predict, "--head", "prob", tmp_path / "no.png"), "no.png is no file")
     refused(run(*predict[:-1], "cars", "--head", "prob", pictures[0]), "unknown task 'cars'", "mnist, fruit")
     export = ("export", "--cache", cache, "--head", "prob", "--out", out)
     refused(run(*export, "--checkpoints", tmp_path / "nowhere"), "no folder of checkpoints")
