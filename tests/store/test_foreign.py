@@ -157,13 +157,6 @@ def test_a_bad_head_among_several_is_passed_over_with_a_note(fitted, run, comman
     assert err.count("\n") == 1
 
 
-def test_a_head_without_results_is_named(fitted, run):
-    file = fitted.path / "heads" / "mine" / "head.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"results": []}))
-    refused(run("fit", "--cache", fitted.path, "--name", "mine", "--steps", 5, "--hidden", 8), file, "is damaged")
-    assert run("report", "--cache", fitted.path, "--uncertainty")[0] == 0
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.int64, torch.bool])
 def test_a_head_of_another_type_is_one_line(fitted, dtype):
     file = fitted.path / "heads" / "mine" / "head.safetensors"
