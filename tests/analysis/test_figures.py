@@ -191,6 +191,4 @@ def test_without_matplotlib_the_error_says_what_to_install(results, run, tmp_pat
 
 def test_a_folder_that_cannot_be_created_is_refused(results, run, tmp_path):
     (tmp_path / "file").write_text("")
-    refused(
-        run("report", "--cache", results, "--plots", tmp_path / "file"), tmp_path / "file", "choose another --plots"
-    )
+    refused(run("report", "--cache", results, "--plots", tmp_path / "file"), tmp_path / "file", "is a file", "--plots")

@@ -260,7 +260,7 @@ def test_bad_requests_leave_nothing_behind(tmp_path, small_cache):
         ({"holdout": 0.01}, "leaves none to evaluate on"),
         ({"holdout": 0.99}, "leaves none to fit"),
         ({"device": "cuda:99"}, "CUDA devices"),
-        ({"results": small_cache.path / "manifest.json"}, "is a file"),
+        ({"results": small_cache.path / "manifest.json"}, "is among the files of the cache"),
     ]:
         with pytest.raises(InputError, match=words):
             fit(FitConfig(small_cache.path, PROB, **change))

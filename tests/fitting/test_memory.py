@@ -13,10 +13,10 @@ from probsurgery.pipeline.device import available_memory
 from probsurgery.pipeline.fitting import fit, sweep
 from support import write_cache
 
-ROWS, DIM = 50_000, 128
+ROWS, DIM = 75_000, 128
 MEBIBYTE = 2**20
-ROOM = 64 * MEBIBYTE
-"""Memory for a fit; one task's merged, expert and pre-trained features have 73 MiB, both tasks' twice as much."""
+ROOM = 96 * MEBIBYTE
+"""Memory for a fit; one task's merged, expert and pre-trained features have 110 MiB, both tasks' twice as much."""
 
 SCRIPT = textwrap.dedent(
     """

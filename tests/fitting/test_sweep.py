@@ -286,9 +286,9 @@ def test_several_kinds_of_head_in_one_table(small_cache, run):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--hidden", ","), ["--hidden is empty"]),
+        (("--hidden", ","), ["--hidden", "an item of ',' is empty"]),
         (("--seed", ""), ["--seed is empty"]),
-        (("--head", ","), ["--head is empty"]),
+        (("--head", ","), ["--head", "an item of ',' is empty"]),
         (("--hidden", "64,32,64"), ["--hidden names 64 2 times"]),
         (("--kl-weight", "1e-4,0.0001"), ["--kl-weight names 0.0001 2 times"]),
         (("--tasks", "a,a"), ["a task is named twice"]),
