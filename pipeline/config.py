@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields
 from itertools import product
 from numbers import Real
@@ -178,14 +178,6 @@ def head_settings(head: str, **given: Any) -> HeadSettings:
             allowed = ", ".join(map(_option, _names(head)))
             raise InputError(f"{_option(name)} is not a setting of {head} heads; they take: {allowed}")
     return HEAD_SETTINGS[head](**given)
-
-
-def stored_settings(head: str, settings: Mapping[str, Any]) -> HeadSettings:
-    """Settings of a head as a file has them. Raises `ValueError` where `head_settings` raises `InputError`."""
-    try:
-        return head_settings(head, **settings)
-    except (InputError, TypeError) as error:
-        raise ValueError(str(error)) from None
 
 
 def changed_settings(head: HeadSettings, **changed: Any) -> HeadSettings:

@@ -15,11 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from probsurgery.pipeline import files
-from probsurgery.pipeline.config import stored_settings
 from probsurgery.pipeline.errors import InputError, first_line, unknown
 from probsurgery.pipeline.files import Digest, Name, Record, Settings, Text
 from probsurgery.pipeline.fingerprints import file_digest
-from probsurgery.pipeline.heads.head import Head
+from probsurgery.pipeline.heads.head import Head, stored_settings
 from probsurgery.pipeline.heads.kinds import HEADS, Params, prob_distribution
 from probsurgery.pipeline.models import architectures
 from probsurgery.pipeline.store.lock import require_writable

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from probsurgery.pipeline.config import HeadSettings, stored_settings
+from probsurgery.pipeline.config import HeadSettings, head_settings
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError, first_line
 from probsurgery.pipeline.files import (
     Count,
@@ -125,6 +125,14 @@ class Head:
         settings = self.settings
         description = HeadDescription(SCHEMA, settings.kind, asdict(settings), self.tasks, self.shared, self.dim)
         write_json(folder / "head.json", description.to_json() | (self.record.to_json() if self.record else {}))
+
+
+def stored_settings(head: str, settings: Mapping[str, Any]) -> HeadSettings:
+    """Settings of a head as a file has them. Raises `ValueError` where `head_settings` raises `InputError`."""
+    try:
+        return head_settings(head, **settings)
+    except (InputError, TypeError) as error:
+        raise ValueError(str(error)) from None
 
 
 def load_head(path: str | Path) -> Head:
