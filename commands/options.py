@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from typer import BadParameter, Option
 
 from probsurgery.pipeline.analysis.tables import FORMATS
-from probsurgery.pipeline.config import is_plain
+from probsurgery.pipeline.config import PLAIN_NUMBER
 from probsurgery.pipeline.errors import InputError, unknown
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def number(kind: type, text: object) -> Any:
     if not isinstance(text, str):  # the default
         return text
     with suppress(ValueError):
-        if is_plain(text):
+        if PLAIN_NUMBER.fullmatch(text):
             return kind(text)
     raise BadParameter(f"{text[:80]!r} is not {_KINDS[kind][1]}")
 

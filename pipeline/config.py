@@ -20,6 +20,8 @@ STORES = ("zarr", "hdf5")
 SPLITS = ("test", "train")
 SUITES = ("mini", "clip8", "clip14", "clip20")
 """`mini` is in the package and needs no network; the others are the papers' 8, 14 and 20 tasks."""
+PLAIN_NUMBER = re.compile(r"[!-^`-~]+")
+"""Text that is a number as usual if Python takes it: not `1_0`, with spaces, or in digits of other scripts."""
 CACHES = Path("cache")
 """Folder in which caches get their default names."""
 
@@ -28,11 +30,6 @@ def number_text(value: float) -> str:
     """The shortest text of a number that is read back as the same number."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
-
-
-def is_plain(text: str) -> bool:
-    """Whether a number's text is as usual. Python would also take `1_0`, spaces, and digits of other scripts."""
-    return text.isascii() and text == text.strip() and "_" not in text
 
 
 def _choice(what: str, value: str, allowed: Collection[str]) -> None:

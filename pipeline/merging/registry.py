@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from probsurgery.pipeline.config import SPLITS, is_plain, number_text
+from probsurgery.pipeline.config import PLAIN_NUMBER, SPLITS, number_text
 from probsurgery.pipeline.errors import InputError, unknown
 from probsurgery.pipeline.merging.adamerging import adamerging
 from probsurgery.pipeline.merging.arithmetic import task_arithmetic, weight_averaging
@@ -44,7 +44,7 @@ class Setting:
             if isinstance(value, str) and kind is bool:
                 value = {"true": True, "false": False}[value.lower()]
             elif isinstance(value, str):
-                value = kind(value) if kind is str or is_plain(value) else value
+                value = kind(value) if kind is str or PLAIN_NUMBER.fullmatch(value) else value
             elif kind is float and type(value) is int:
                 value = kind(value)
         span = "" if math.isinf(self.low) else f" from {number_text(self.low)}"
