@@ -18,12 +18,10 @@ DTYPES = ("float32", "float16")
 PRECISIONS = ("fp32", "bf16", "fp16")
 STORES = ("zarr", "hdf5")
 SPLITS = ("test", "train")
-SUITES = ("mini", "clip8", "clip14", "clip20")
-"""`mini` is in the package and needs no network; the others are the papers' 8, 14 and 20 tasks."""
+SUITES = ("mini", "clip8", "clip14", "clip20")  # built in, and the papers' 8, 14 and 20 tasks
 PLAIN_NUMBER = re.compile(r"[!-^`-~]+")
 """Text that is a number as usual if Python takes it: not `1_0`, with spaces, or in digits of other scripts."""
-CACHES = Path("cache")
-"""Folder in which caches get their default names."""
+CACHES = Path("cache")  # folder in which caches get their default names
 
 
 def number_text(value: float) -> str:

@@ -37,13 +37,14 @@ def assemble(
     others, or if the head was fitted on other features.
     """
     opened = Cache(cache)
-    identity, fitted = opened.identity, _fitted_head(opened, head, results)
-    if task is not None and task not in fitted.tasks:  # before the merge, which takes long
-        raise unknown("task", task, fitted.tasks)
+    identity = opened.identity
     try:
         preprocessing = decode(architectures.Preprocessing, identity.preprocessing)
     except MalformedError as error:
         raise DamagedCacheError(f"{opened.path} records no preprocessing of images ({error}); extract again") from None
+    fitted = _fitted_head(opened, head, results)
+    if task is not None and task not in fitted.tasks:  # before the merge, which takes long
+        raise unknown("task", task, fitted.tasks)
     weights = Weights(identity.arch, checkpoints)
     state = _merged_state(opened, weights, select_tasks(identity.suite, identity.tasks), merged)
     if digest(state) != identity.merge.digest:
