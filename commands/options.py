@@ -35,9 +35,20 @@ def number(kind: type, text: object) -> Any:
     raise BadParameter(f"{text[:80]!r} is not {_KINDS[kind][1]}")
 
 
-Whole = partial(Option, parser=partial(number, int), metavar="N")
+def whole(text: object) -> Any:
+    """A whole number from the command line."""
+    return number(int, text)
+
+
+def real(text: object) -> Any:
+    """A number from the command line."""
+    return number(float, text)
+
+
+# Functions with names, which older releases of click ask for.
+Whole = partial(Option, parser=whole, metavar="N")
 """An option that takes a whole number."""
-Real = partial(Option, parser=partial(number, float), metavar="X")
+Real = partial(Option, parser=real, metavar="X")
 """An option that takes a number."""
 
 
