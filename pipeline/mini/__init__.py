@@ -17,7 +17,7 @@ from probsurgery.pipeline.config import SPLITS
 from probsurgery.pipeline.errors import InputError, first_line, unknown
 from probsurgery.pipeline.mini import readers
 
-PILLOW = "pillow>=10.0,<=13.0"
+PILLOW = "pillow>=11.2.1,<=13.0"
 """Releases of Pillow that are known to decode the images alike."""
 
 
@@ -152,7 +152,7 @@ def load(task: str, split: str) -> tuple[list[Image.Image], np.ndarray]:
 
     Raises `InputError` for an unknown task or split, and if the package is missing or does not hold the images that
     the weights were trained on. The images are compared as decoded, so another JPEG decoder could be refused too; the
-    libjpeg-turbo of Pillow's own wheels, 10.0 to 13.0, decodes them alike."""
+    libjpeg-turbo of Pillow's own wheels, 11.2 to 13.0, decodes them alike."""
     if task not in MINI_TASKS:
         raise unknown("task", task, MINI_TASKS)
     if split not in SPLITS:
