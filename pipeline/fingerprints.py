@@ -4,12 +4,25 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def fingerprint(value: object) -> str:
     """SHA-256 of a JSON-able value, the same on every machine."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def state_digest(state: Mapping[str, "Tensor"]) -> str:
+    """SHA-256 of names, shapes, types and values of tensors, whatever file they were read from."""
+    total = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].cpu().contiguous()
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        total.update(tensor.numpy().data)
+    return total.hexdigest()
 
 
 def file_digest(path: Path) -> str:

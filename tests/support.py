@@ -120,17 +120,25 @@ def write_cache(
         for seed, (task, rows) in enumerate(sizes.items()):
             for split in splits:
                 arrays = change(task, synthetic(rows, dim, seed=seed + 100 * (split == "train")))
-                classifier = arrays.pop("classifier")
+                own = {
+                    f"classifiers/{task}": arrays.pop("classifier", None),
+                    f"biases/{task}": arrays.pop("bias", None),
+                }
+                own = {name: values for name, values in own.items() if values is not None}
+                normalise = arrays.pop("normalise", True)
                 named = {f"{split}/{task}/{kind}": a for kind, a in arrays.items()}
                 named = {n: a if n.endswith("labels") else a.astype(dtype) for n, a in named.items()}
-                writer.declare(specs(named) | specs({f"classifiers/{task}": classifier}))
-                writer.write(0, {f"classifiers/{task}": classifier})
+                writer.declare(specs(named) | specs(own))
+                for name, values in own.items():
+                    writer.write(0, {name: values})
                 for number in range(arrays_module.shard_count(rows)):
                     window = arrays_module.shard_rows(number, rows)
                     writer.write(number, {n: a[window.start : window.stop] for n, a in named.items()})
                 tasks = dict(writer.manifest.tasks)
-                record = tasks.get(task) or TaskRecord(classes=3, classifier="0", splits={})
-                tasks[task] = replace(record, splits={**record.splits, split: SplitRecord(rows, "0")})
+                digest = "0" if f"classifiers/{task}" in own else ""
+                record = tasks.get(task) or TaskRecord(classes=3, classifier=digest, normalise=normalise, splits={})
+                images = SplitRecord(rows, "0", labels="labels" in arrays)
+                tasks[task] = replace(record, splits={**record.splits, split: images})
                 writer.update(tasks=tasks)
     return path
 

@@ -129,7 +129,8 @@ def _figures(
             yield f"{axis.replace('_', '-')}{suffix}", _curves(report, curves)
         yield from _numbered("hidden-kl-weight", report.grids, _heat_map, suffix)
     yield from _numbered("calibration", uncertainties, _calibration)
-    yield from _numbered("coverage", uncertainties, _coverage)
+    judged = [head for head in uncertainties if any(measured.by_sigma for measured in head.tasks.values())]
+    yield from _numbered("coverage", judged, _coverage)
     yield from _numbered("projection", projections, _projection)
 
 
@@ -181,6 +182,8 @@ def _curves(report: Report, curves: Sequence[Curve]) -> Figure:
         for curve, style in zip(curves, cycle(_LINE_STYLES), strict=False):
             points = {v: s for v, point in curve.points.items() if (s := getattr(point, measure).get(AVERAGE))}
             x: Sequence[float] = range(len(points)) if is_categorical else list(points)
+            if not points:  # no accuracy, or not of every task
+                continue
             means, deviations = _means_and_deviations(points.values())
             axes.plot(x, means, markersize=4, linestyle=line_style, label=curve.label, **style)
             if is_categorical:
@@ -278,8 +281,9 @@ def _calibration(head: HeadUncertainty) -> Figure:
 
 def _coverage(head: HeadUncertainty) -> Figure:
     """Accuracy of the most certain images, by predicted sigma and by the classifier's confidence."""
-    figure, panels = _panel_for_each(head.tasks, 1.7, sharex=True)
-    for axes, measured in zip(panels.flat, head.tasks.values(), strict=False):
+    tasks = {task: measured for task, measured in head.tasks.items() if measured.by_sigma}
+    figure, panels = _panel_for_each(tasks, 1.7, sharex=True)
+    for axes, measured in zip(panels.flat, tasks.values(), strict=False):
         orders = {"least sigma first": measured.by_sigma, "most confident first": measured.by_confidence}
         for (label, accuracy), style in zip(orders.items(), _LINE_STYLES, strict=False):
             axes.plot(100 * np.array(COVERAGES), 100 * np.array(accuracy), markersize=3, label=label, **style)

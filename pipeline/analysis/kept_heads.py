@@ -1,7 +1,7 @@
 """The heads kept with a cache, and how uncertain they are."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -85,7 +85,8 @@ def uncertainties(cache: Cache, results: Path | None = None) -> list[HeadUncerta
 def _measured(head: Head, cache: Cache, task: str) -> Uncertainty:
     merged, expert = cache.features(task), cache.features(task, "expert")
     with one_thread_if_small(merged):
-        return measure(head.params_of(task), merged, expert, cache.classifier(task), cache.labels(task))
+        labels = cache.labels(task) if cache.has_labels(task) else None
+        return measure(head.params_of(task), merged, expert, cache.linear_classifier(task), labels)
 
 
 def uncertainty_table(head: HeadUncertainty) -> Table:
@@ -106,9 +107,13 @@ def _uncertainty_figures(measured: Uncertainty) -> dict[str, float | None]:
         "in 2 sigma, %": 100 * measured.within[2],
         "sigma": fmean(sigmas),
         "residual": fmean(residuals),
-        "acc. at 100%": 100 * measured.by_sigma[COVERAGES.index(1.0)],
+        "acc. at 100%": _at(measured.by_sigma, 1.0),
     }
     for share in (0.9, 0.8, 0.5):
         for order, accuracies in (("sigma", measured.by_sigma), ("doubt", measured.by_confidence)):
-            figures[f"at {share:.0%} by {order}"] = 100 * accuracies[COVERAGES.index(share)]
+            figures[f"at {share:.0%} by {order}"] = _at(accuracies, share)
     return figures
+
+
+def _at(accuracies: Sequence[float] | None, coverage: float) -> float | None:
+    return None if accuracies is None else 100 * accuracies[COVERAGES.index(coverage)]

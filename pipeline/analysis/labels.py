@@ -90,14 +90,13 @@ class HeadFigures:
 
 def head_figures(rows: Sequence[ResultRow], tasks: Sequence[str]) -> HeadFigures:
     """Figures of the heads of one setting."""
-    accuracy = _over_seeds(rows, tasks, lambda row: 100 * row.accuracy.head)
+    accuracy = _over_seeds(rows, tasks, lambda row: row.accuracy.percent("head"))
     return HeadFigures(accuracy, _over_seeds(rows, tasks, lambda row: row.bias.after))
 
 
 def encoder_accuracy(rows: Sequence[ResultRow], tasks: Sequence[str], encoder: str) -> dict[str, Spread]:
     """Accuracy in percent of the `pretrained`, `individual` or `merged` encoder on the rows of evaluation, if known."""
-    known = [row for row in rows if getattr(row.accuracy, encoder) is not None]
-    return _without_equal_seeds(_over_seeds(known, tasks, lambda row: 100 * getattr(row.accuracy, encoder)))
+    return _without_equal_seeds(_over_seeds(rows, tasks, lambda row: row.accuracy.percent(encoder)))
 
 
 def merged_bias(rows: Sequence[ResultRow], tasks: Sequence[str]) -> dict[str, Spread]:
@@ -117,15 +116,17 @@ def training_seconds(rows: Sequence[ResultRow]) -> float:
 
 
 def _over_seeds(
-    rows: Sequence[ResultRow], tasks: Sequence[str], figure: Callable[[ResultRow], float]
+    rows: Sequence[ResultRow], tasks: Sequence[str], figure: Callable[[ResultRow], float | None]
 ) -> dict[str, Spread]:
     """A figure for each task over seeds, and its average over tasks for the seeds that have every task.
 
+    A task without the figure, as without labels, has none, and so has the average.
     An encoder's figure of one task and seed is the mean over the heads that were evaluated.
     """
     by_seed: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        by_seed[row.seed][row.task].append(figure(row))
+        if (value := figure(row)) is not None:
+            by_seed[row.seed][row.task].append(value)
     means = {seed: {task: fmean(values) for task, values in by_task.items()} for seed, by_task in by_seed.items()}
     columns = {task: {seed: of[task] for seed, of in means.items() if task in of} for task in tasks}
     columns[AVERAGE] = {s: fmean(of[task] for task in tasks) for s, of in means.items() if of.keys() >= set(tasks)}

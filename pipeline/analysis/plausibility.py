@@ -16,6 +16,8 @@ def implausible_experts(rows: Iterable[ResultRow], cache: Cache) -> list[str]:
     for row in rows:
         classes = cache.manifest.tasks[row.task].classes
         chance, expert, merged = 1 / max(1, classes), row.accuracy.individual, row.accuracy.merged
+        if expert is None or merged is None:
+            continue
         error = math.sqrt(chance * (1 - chance) / (row.eval_rows or cache.rows(row.task)))
         if expert <= chance + 2 * error < 1:
             by_chance[row.task] = f"{row.task} ({100 * expert:.1f} % of {classes} classes)"

@@ -5,21 +5,20 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 
 from probsurgery.pipeline.analysis import labels
 from probsurgery.pipeline.analysis.curves import Curve, Grid, curve_table, find_curves, find_grids
 from probsurgery.pipeline.analysis.kept_heads import current_rows
 from probsurgery.pipeline.analysis.plausibility import implausible_experts
 from probsurgery.pipeline.analysis.published import published_lines, published_name
-from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, Line, Table
+from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, PUBLISHED, Line, Table
 from probsurgery.pipeline.config import HEAD_SETTINGS
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.files import folders_in
 from probsurgery.pipeline.merging.registry import merge_label
 from probsurgery.pipeline.models import architectures
 from probsurgery.pipeline.store.cache import Cache
-from probsurgery.pipeline.store.results import ResultRow, Spread, read_results, spread
+from probsurgery.pipeline.store.results import ResultRow, Spread, mean_if_known, read_results, spread
 
 _COSTS = {"won back, %": ".0f", "parameters": ",", "of the encoder, %": ".2f", "all heads": ",", "fit, s": ".1f"}
 """Columns of the costs, and their formats."""
@@ -138,8 +137,10 @@ def _report(protocol: str, sources: Sequence[_Source], with_published: bool, eve
     corrupted = [f"images corrupted by {kind}" for kind in corruptions if kind and len(corruptions) == 1]
     where = ", ".join([identity.arch, *corrupted, protocol])
     over_seeds = any(isinstance(v, Spread) and v.sd is not None for line in accuracy for v in line.values.values())
+    lacking = [task for task in tasks if not any(task in line.values for line in accuracy if line.kind != PUBLISHED)]
     notes = ("Mean and standard deviation over seeds where there are several.",) if over_seeds else ()
-    doubts = dict.fromkeys(text for source in sources for text in implausible_experts(source.rows, source.cache))
+    doubts = [f"No accuracy, and so no average: {', '.join(lacking)} without classifier or labels."] if lacking else []
+    doubts += dict.fromkeys(text for source in sources for text in implausible_experts(source.rows, source.cache))
     percents, biases = (dict.fromkeys([*tasks, AVERAGE], spec) for spec in (".1f", ".3f"))
     bias_title = f"Bias, mean absolute difference to the expert's features ({where})"
     cost_title = f"Heads: share of the average loss to the experts won back, and what they cost ({where})"
@@ -218,9 +219,8 @@ def _costs(rows: Sequence[ResultRow], tasks: Sequence[str], encoder: int | None)
 
 def _won_back(rows: Sequence[ResultRow], tasks: Sequence[str]) -> float | None:
     """Share of merging's loss of accuracy that one seed's heads win back; None without every task, or without loss."""
-    if len(rows) < len(tasks):
+    means = [mean_if_known(getattr(row.accuracy, name) for row in rows) for name in ("merged", "head", "individual")]
+    merged, head, individual = means
+    if len(rows) < len(tasks) or merged is None or head is None or individual is None or individual <= merged:
         return None
-    merged, head, individual = (
-        fmean(getattr(row.accuracy, name) for row in rows) for name in ("merged", "head", "individual")
-    )
-    return (head - merged) / (individual - merged) if individual > merged else None
+    return (head - merged) / (individual - merged)

@@ -15,7 +15,7 @@ def fit_table(rows: Sequence[ResultRow], folder: Path | None = None) -> Table:
     columns = {"merged": ".1f", "with head": ".1f", "expert": ".1f", "bias before": ".3f", "after": ".3f"}
     lines = []
     for row in rows:
-        accuracy = [100 * share for share in (row.accuracy.merged, row.accuracy.head, row.accuracy.individual)]
+        accuracy = map(row.accuracy.percent, ("merged", "head", "individual"))
         lines.append(Line(row.task, dict(zip(columns, [*accuracy, row.bias.before, row.bias.after], strict=True))))
     averages = {column: mean_of(lines, column) for column in columns}
     heads = "1 head" if head_count(rows) == 1 else f"{head_count(rows)} heads"

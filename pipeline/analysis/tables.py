@@ -6,9 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from statistics import fmean
 
-from probsurgery.pipeline.store.results import Spread, spread
+from probsurgery.pipeline.store.results import Spread, mean_if_known, spread
 from probsurgery.pipeline.texts import plain
 
 AVERAGE = "Avg"
@@ -63,9 +62,7 @@ def _known(value: Value | None) -> Value | None:
 
 def mean_of(lines: Iterable[Line], column: str) -> float | None:
     """The mean of a column; None unless every line has a number there."""
-    numbers = [line.number(column) for line in lines]
-    known = [number for number in numbers if number is not None]
-    return fmean(known) if known and len(known) == len(numbers) else None
+    return mean_if_known(line.number(column) for line in lines)
 
 
 @dataclass(frozen=True)
@@ -138,10 +135,11 @@ class Table:
         return spread_text(value, spec) + (f" (n={len(value.by_seed)})" if lacks_seeds else "")
 
     def to_json(self) -> dict[str, object]:
-        """Figures in full; a figure over seeds is `{"mean", "sd", "seeds", "by_seed"}`."""
+        """Figures in full, null where there is none; one over seeds is `{"mean", "sd", "seeds", "by_seed"}`."""
         lines = []
         for line in self.lines:
-            values = {column: asdict(v) if isinstance(v, Spread) else v for column, v in line.values.items()}
+            known = {**dict.fromkeys(self.columns), **line.values}
+            values = {column: asdict(v) if isinstance(v, Spread) else v for column, v in known.items()}
             best = [column for column in self.columns if self.is_best(line, column)]
             described = {"label": line.label, "kind": line.kind, "method": line.method}
             lines.append(described | {"values": values, "best": best})

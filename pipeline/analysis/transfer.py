@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from statistics import fmean
 
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.fingerprints import shortened
 from probsurgery.pipeline.heads.metrics import accuracy
 from probsurgery.pipeline.store.cache import Cache
+from probsurgery.pipeline.store.results import mean_if_known
 
 
 def transfer(cache: str | Path, on: Sequence[str | Path] = (), results: Path | None = None) -> list[Table]:
@@ -36,16 +36,19 @@ def transfer(cache: str | Path, on: Sequence[str | Path] = (), results: Path | N
     return [_across_tasks(source, head) for head in heads] + [_on_cache(cache, source, heads) for cache in targets]
 
 
-def _percent(features: Tensor, cache: Cache, task: str) -> float:
+def _percent(features: Tensor, cache: Cache, task: str) -> float | None:
+    truth = cache.truth(task)
+    if truth is None:
+        return None
     with one_thread_if_small(features):
-        return 100 * accuracy(features, cache.classifier(task), cache.labels(task))
+        return 100 * accuracy(features, *truth)
 
 
 def _encoders(cache: Cache, tasks: Sequence[str]) -> list[Line]:
     lines = []
     for label, kind in (("individual experts", "expert"), ("merged", "merged")):
         values = {task: _percent(cache.features(task, kind), cache, task) for task in tasks}
-        lines.append(Line(label, values | {AVERAGE: fmean(values.values())}, BASELINE))
+        lines.append(Line(label, values | {AVERAGE: mean_if_known(values.values())}, BASELINE))
     return lines
 
 
@@ -56,7 +59,7 @@ def _across_tasks(cache: Cache, kept: KeptHead) -> Table:
     for fitted_on in [head.tasks] if head.shared else [(task,) for task in head.tasks]:
         values = {task: _percent(head(cache.features(task), fitted_on[0]), cache, task) for task in tasks}
         if elsewhere := [value for task, value in values.items() if task not in fitted_on]:
-            values["elsewhere"] = fmean(elsewhere)
+            values["elsewhere"] = mean_if_known(elsewhere)
         lines.append(Line(f"fitted on {'+'.join(fitted_on)}", values))
     fitted = f"{kept.label} ({cache.path}: fitted {kept.protocol}, evaluated on all test images)"
     columns = dict.fromkeys([*tasks, AVERAGE, "elsewhere"], ".1f")
@@ -73,7 +76,7 @@ def _on_cache(target: Cache, source: Cache, heads: Sequence[KeptHead]) -> Table:
             fitted = [task for task in tasks if task in kept.head.tasks]
             values = {task: _percent(kept.head(target.features(task), task), target, task) for task in fitted}
             if len(values) == len(tasks):
-                values[AVERAGE] = fmean(values.values())
+                values[AVERAGE] = mean_if_known(values.values())
             lines.append(Line(f"{kept.label}, fitted on {origin.path.name} ({kept.protocol})", values))
     title = f"Accuracy in %. On {target.path}, all test images: heads of {source.path.name}, and those fitted there"
     return Table(title, dict.fromkeys([*tasks, AVERAGE], ".1f"), tuple(lines), max, first="head")

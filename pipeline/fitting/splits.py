@@ -1,12 +1,13 @@
 """Which rows each head is fitted and evaluated on, and its accuracy and bias on them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from probsurgery.pipeline.classifier import Classifier
 from probsurgery.pipeline.config import FitConfig
 from probsurgery.pipeline.device import one_thread_if_small
 from probsurgery.pipeline.errors import InputError
@@ -24,6 +25,16 @@ EVALUATION_ROWS = 4096
 """Rows evaluated at a time. Larger temporary tensors are slow: their memory is returned to the system each time."""
 
 
+@dataclass(frozen=True)
+class _TestData:
+    """What heads of a task are evaluated on."""
+
+    features: dict[str, Tensor]
+    """By kind, each (N, d)."""
+    truth: tuple[Classifier, Tensor] | None
+    """Classifier and labels (N,), if the task has both."""
+
+
 class LoadedTasks:
     """Tasks read from a cache. Features are held once: in memory or, mapped, as files in `scratch`.
 
@@ -32,17 +43,17 @@ class LoadedTasks:
 
     def __init__(self, cache: Cache, tasks: Sequence[str], fit_split: str, scratch: Path | None = None) -> None:
         self.cache = cache
-        self._test: dict[str, dict[str, Tensor]] = {}
+        self._test: dict[str, _TestData] = {}
         self._fitted: dict[str, Rows] = {}
         for task in tasks:
             features, files = _features(cache, task, "test", KINDS, scratch)
-            self._test[task] = features | {"labels": cache.labels(task), "classifier": cache.classifier(task)}
+            self._test[task] = _TestData(features, cache.truth(task))
             if fit_split != "test":
                 features, files = _features(cache, task, fit_split, FITTED_KINDS, scratch)
             pair = (files["merged"], files["expert"]) if files else None
             self._fitted[task] = Rows(task, features["merged"], features["expert"], files=pair)
         self._seen: dict[tuple[str, int, float, float], Rows] = {}
-        self._baselines: dict[tuple[object, ...], tuple[Tensor, dict[str, tuple[float, float]]]] = {}
+        self._baselines: dict[tuple[object, ...], tuple[Tensor, dict[str, tuple[float | None, float]]]] = {}
 
     def rows(self, config: FitConfig, task: str) -> Rows:
         """What the fit may see: merged and expert features only. Heads that see the same rows share one object."""
@@ -55,21 +66,22 @@ class LoadedTasks:
     def evaluate(self, config: FitConfig, head: Head, task: str) -> tuple[int, Accuracy, Bias]:
         """Evaluate a head, and the encoders beside it, on the test rows that its configuration evaluates on.
 
-        Returns the number of these rows, and the figures on them.
+        Returns the number of these rows, and the figures on them; no accuracy without labels or a classifier.
         """
-        with one_thread_if_small(self._test[task]["merged"]):
+        with one_thread_if_small(self._test[task].features["merged"]):
             return self._evaluate(config, head, task)
 
     def _evaluate(self, config: FitConfig, head: Head, task: str) -> tuple[int, Accuracy, Bias]:
         data = self._test[task]
         key = (task, config.seed, config.holdout) if config.holdout else (task,)
         if key not in self._baselines:
-            _, rows = split_rows(config, task, len(data["merged"]))
-            features = {encoder: data[kind] for encoder, kind in ENCODERS.items() if kind in data}
+            _, rows = split_rows(config, task, len(data.features["merged"]))
+            features = {encoder: data.features[kind] for encoder, kind in ENCODERS.items() if kind in data.features}
             figures = {name: _accuracy_and_bias(data, rows, values.__getitem__) for name, values in features.items()}
             self._baselines[key] = rows, figures
         rows, baselines = self._baselines[key]
-        head_accuracy, head_bias = _accuracy_and_bias(data, rows, lambda block: head(data["merged"][block], task))
+        merged = data.features["merged"]
+        head_accuracy, head_bias = _accuracy_and_bias(data, rows, lambda block: head(merged[block], task))
         shares = {encoder: share for encoder, (share, _) in baselines.items()}
         return len(rows), Accuracy(**shares, head=head_accuracy), Bias(baselines["merged"][1], head_bias)
 
@@ -84,15 +96,17 @@ def _features(
 
 
 def _accuracy_and_bias(
-    data: dict[str, Tensor], rows: Tensor, features: Callable[[Tensor], Tensor]
-) -> tuple[float, float]:
-    """Accuracy in [0, 1] and bias on some rows; `features` maps row numbers to features."""
+    data: _TestData, rows: Tensor, features: Callable[[Tensor], Tensor]
+) -> tuple[float | None, float]:
+    """Accuracy in [0, 1], if it can be told, and bias on some rows; `features` maps row numbers to features."""
     correct, bias = 0, 0.0
     for block in rows.split(EVALUATION_ROWS):
         values = features(block)
-        correct += round(accuracy(values, data["classifier"], data["labels"][block]) * len(block))
-        bias += representation_bias(values, data["expert"][block]) * len(block)
-    return correct / len(rows), bias / len(rows)
+        if data.truth is not None:
+            classifier, labels = data.truth
+            correct += round(accuracy(values, classifier, labels[block]) * len(block))
+        bias += representation_bias(values, data.features["expert"][block]) * len(block)
+    return correct / len(rows) if data.truth else None, bias / len(rows)
 
 
 def split_rows(config: FitConfig, task: str, rows: int) -> tuple[Tensor, Tensor]:

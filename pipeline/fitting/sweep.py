@@ -13,7 +13,7 @@ from probsurgery.pipeline.device import available_memory, choose_device
 from probsurgery.pipeline.fitting.fit import FitResult, fit_all
 from probsurgery.pipeline.progress import Progress, no_progress
 from probsurgery.pipeline.store.cache import Cache
-from probsurgery.pipeline.store.results import ResultRow, Spread, spread, spreads
+from probsurgery.pipeline.store.results import ResultRow, Spread, mean_if_known, spread, spreads
 from probsurgery.pipeline.training.plan import HEAD_BYTES, too_large
 
 
@@ -30,7 +30,7 @@ class SettingLine:
     bias: dict[str, Spread]
     """Mean absolute difference to the expert's features after the head, for each task."""
     average_accuracy: Spread | None
-    """Over tasks, then over seeds; None if a task is missing."""
+    """Over tasks, then over seeds; None if a task is missing, or has no accuracy."""
     average_bias: Spread | None
 
 
@@ -124,13 +124,15 @@ def _line(results: Sequence[FitResult], tasks: Sequence[str], varied: Sequence[s
         seeds=len(whole),
         accuracy=spreads(_by_task(results, tasks, _percent)),
         bias=spreads(_by_task(results, tasks, _bias)),
-        average_accuracy=spread({rows[0].seed: fmean(map(_percent, rows)) for rows in whole}),
+        average_accuracy=spread(
+            {rows[0].seed: mean for rows in whole if (mean := mean_if_known(map(_percent, rows))) is not None}
+        ),
         average_bias=spread({rows[0].seed: fmean(map(_bias, rows)) for rows in whole}),
     )
 
 
-def _percent(row: ResultRow, encoder: str = "head") -> float:
-    return 100 * getattr(row.accuracy, encoder)
+def _percent(row: ResultRow, encoder: str = "head") -> float | None:
+    return row.accuracy.percent(encoder)
 
 
 def _bias(row: ResultRow) -> float:
@@ -138,9 +140,10 @@ def _bias(row: ResultRow) -> float:
 
 
 def _by_task(
-    results: Sequence[FitResult], tasks: Sequence[str], figure: Callable[[ResultRow], float]
+    results: Sequence[FitResult], tasks: Sequence[str], figure: Callable[[ResultRow], float | None]
 ) -> dict[str, dict[int, float]]:
-    """A figure by seed, for each task that has results; of several results of a seed, the last."""
+    """A figure by seed, for each task that has it; of several results of a seed, the last."""
     rows = [row for result in results for row in result.rows]
-    figures = {task: {row.seed: figure(row) for row in rows if row.task == task} for task in tasks}
+    known = [(row, value) for row in rows if (value := figure(row)) is not None]
+    figures = {task: {row.seed: value for row, value in known if row.task == task} for task in tasks}
     return {task: by_seed for task, by_seed in figures.items() if by_seed}

@@ -1,18 +1,22 @@
 """Quality of features: accuracy under the frozen classifier, and distance to the expert's features."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from probsurgery.pipeline.classifier import Classifier
 
-def accuracy(features: Float[Tensor, "N d"], classifier: Float[Tensor, "C d"], labels: Int[Tensor, " N"]) -> float:
-    """Share in [0, 1] of rows that the zero-shot classifier assigns to their label.
 
-    Features are L2-normalised here; the classifier's rows include the logit scale.
+def accuracy(
+    features: Float[Tensor, "N d"], classifier: Classifier | Float[Tensor, "C d"], labels: Int[Tensor, " N"]
+) -> float:
+    """Share in [0, 1] of rows that the classifier assigns to their label.
+
+    A tensor stands for a zero-shot classifier, for which features are L2-normalised here.
     """
-    logits = F.normalize(features.float(), dim=-1) @ classifier.float().T
-    return (logits.argmax(-1) == labels).double().mean().item()
+    if isinstance(classifier, Tensor):
+        classifier = Classifier(classifier)
+    return (classifier.logits(features).argmax(-1) == labels).double().mean().item()
 
 
 def representation_bias(features: Float[Tensor, "N d"], expert: Float[Tensor, "N d"]) -> float:

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from probsurgery.pipeline.classifier import Classifier
 from probsurgery.pipeline.heads.kinds import Params, prob_distribution
 
 COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
@@ -27,14 +27,15 @@ class Uncertainty:
     """Spearman's, of predicted spread and residual, over rows; None if either is constant. It does not depend on
     labels."""
     confidence_correlation: float | None
-    """The same with 1 - the classifier's largest probability instead of the spread: a baseline."""
+    """The same with 1 - the classifier's largest probability instead of the spread: a baseline. None without one."""
     within: dict[int, float]
     """Share of the residuals, per dimension, within 1 and 2 sigma; for a normal distribution 0.683 and 0.954."""
     bins: tuple[tuple[float, float], ...]
     """Rows in `BINS` groups of increasing predicted spread: (spread, residual), both root mean squares."""
-    by_sigma: tuple[float, ...]
-    """Accuracy in [0, 1] of the most certain rows by predicted spread, for each of `COVERAGES`."""
-    by_confidence: tuple[float, ...]
+    by_sigma: tuple[float, ...] | None
+    """Accuracy in [0, 1] of the most certain rows by predicted spread, for each of `COVERAGES`; None without labels or
+    a classifier."""
+    by_confidence: tuple[float, ...] | None
     """The same by the classifier's largest probability."""
 
 
@@ -43,8 +44,8 @@ def measure(
     params: Params,
     merged: Float[Tensor, "N d"],
     expert: Float[Tensor, "N d"],
-    classifier: Float[Tensor, "C d"],
-    labels: Int[Tensor, " N"],
+    classifier: Classifier | None = None,
+    labels: Int[Tensor, " N"] | None = None,
 ) -> Uncertainty:
     """Compare the variance that a ProbSurgery head (a stack of one) predicts with the residuals that it leaves."""
     spread, residual, doubt, correct = (torch.empty(len(merged)) for _ in range(4))
@@ -57,16 +58,19 @@ def measure(
         spread[rows], residual[rows] = (x.square().mean(-1).sqrt() for x in (sigma, error))
         for k in inside:
             inside[k] += int((error.abs() <= k * sigma).sum())
-        probabilities = (F.normalize(z - mu, dim=-1) @ classifier.float().T).softmax(-1)
-        doubt[rows] = 1 - probabilities.amax(-1)
-        correct[rows] = (probabilities.argmax(-1) == labels[rows]).float()
+        if classifier is not None:
+            probabilities = classifier.logits(z - mu).softmax(-1)
+            doubt[rows] = 1 - probabilities.amax(-1)
+            if labels is not None:
+                correct[rows] = (probabilities.argmax(-1) == labels[rows]).float()
+    has_accuracy = classifier is not None and labels is not None
     groups = [rows for rows in spread.argsort(stable=True).tensor_split(BINS) if len(rows)]
     return Uncertainty(
         spearman(spread, residual),
-        spearman(doubt, residual),
+        None if classifier is None else spearman(doubt, residual),
         {k: count / merged.numel() for k, count in inside.items()},
         tuple((_root_mean_square(spread[rows]), _root_mean_square(residual[rows])) for rows in groups),
-        *(_accuracy_by(uncertainty, correct) for uncertainty in (spread, doubt)),
+        *(_accuracy_by(uncertainty, correct) if has_accuracy else None for uncertainty in (spread, doubt)),
     )
 
 

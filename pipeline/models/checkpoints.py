@@ -1,6 +1,5 @@
 """Reads published checkpoint formats as state dicts with open_clip's names. Nothing in the files is executed."""
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,10 +13,12 @@ from torch import Tensor
 
 from probsurgery.pipeline.errors import InputError, first_line
 from probsurgery.pipeline.files import MalformedError, read_json
+from probsurgery.pipeline.fingerprints import state_digest
 from probsurgery.pipeline.models.pickles import named_tensors, read_zip
 from probsurgery.pipeline.models.unpickler import CutOffError, UnreadableError, load_stream
 
 StateDict = dict[str, Tensor]
+digest = state_digest
 
 _HF_NAMES = {
     "embeddings.class_embedding": "class_embedding",
@@ -333,13 +334,3 @@ def describe(state: Mapping[str, Tensor]) -> str:
         return f"a classification head {tuple(state['weight'].shape) if 'weight' in state else ''}".strip()
     names = list(state)
     return f"tensors named {', '.join(map(repr, names[:3]))}{', ...' if len(names) > 3 else ''}"
-
-
-def digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, shapes, types and values, whatever file they were read from."""
-    total = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].contiguous()
-        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        total.update(tensor.numpy().data)
-    return total.hexdigest()

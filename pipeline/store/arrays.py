@@ -39,20 +39,32 @@ def values_digest(values: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
 
 
+def array_kind(name: str) -> str:
+    """What an array holds: one of `KINDS`, `labels`, `classifiers` or `biases`; tasks may have these names too."""
+    parts = name.split("/")
+    return parts[2] if len(parts) == 3 else parts[0]
+
+
 def is_features(name: str) -> bool:
     """Whether an array holds features, in the cache's type, and not labels or a classifier."""
-    return name.count("/") == 2 and name.endswith(KINDS)
+    return array_kind(name) in KINDS
+
+
+def has_columns(name: str) -> bool:
+    """Whether an array has d columns, and not one number for each row."""
+    return array_kind(name) not in ("labels", "biases")
 
 
 def bad_rows(name: str, values: np.ndarray, classes: int) -> tuple[np.ndarray, str]:
     """Rows of an array that no computation may use, and what is wrong with them: labels that are no class, features
-    that are not finite or out of range, and rows of a classifier that are zero as well.
+    that are not finite or out of range, biases as well, and rows of a classifier that are zero too.
     """
-    if name.endswith("/labels"):
+    if array_kind(name) == "labels":
         return np.flatnonzero((values < 0) | (values >= classes)), f"not classes (0 to {classes - 1})"
-    is_bad = ~(np.abs(values.astype(np.float32, copy=False)) <= LARGEST_VALUE).all(-1)
+    is_good = np.abs(values.astype(np.float32, copy=False)) <= LARGEST_VALUE
+    is_bad = ~(is_good.all(-1) if has_columns(name) else is_good)
     wrong = f"NaN, infinite or beyond {LARGEST_VALUE:.0e}"
-    if name.startswith("classifiers/"):
+    if array_kind(name) == "classifiers":
         return np.flatnonzero(is_bad | ~values.any(-1)), f"{wrong}, or zero"
     return np.flatnonzero(is_bad), wrong
 

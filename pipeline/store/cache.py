@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from probsurgery.pipeline.classifier import Classifier
 from probsurgery.pipeline.errors import DamagedCacheError, InputError, first_line
 from probsurgery.pipeline.files import SYSTEM_ERRORS, broken_seal, file_size
 from probsurgery.pipeline.fingerprints import fingerprint
@@ -59,6 +60,11 @@ class Cache:
             self._fingerprints[task, split] = fingerprint(parts)
         return self._fingerprints[task, split]
 
+    def title(self, task: str) -> str:
+        """A task's name in tables."""
+        record = self.manifest.tasks.get(task)
+        return (record.title if record else "") or task
+
     @property
     def dim(self) -> int:
         """d, the features' width."""
@@ -98,10 +104,14 @@ class Cache:
         if missing or not total:
             state = f"{missing} of {total} shards are missing" if total else "it was not begun"
             raise InputError(f"{self.path} is unfinished: {task} ({split}): {state}; {again}")
-        arrays = self.manifest.arrays
-        needed = [*(f"{split}/{task}/{kind}" for kind in ("merged", "expert", "labels")), f"classifiers/{task}"]
+        arrays, record = self.manifest.arrays, self.manifest.tasks.get(task)
+        data = self.manifest.split_record(task, split)
+        kinds = ("merged", "expert", "labels") if data is None or data.labels else ("merged", "expert")
+        needed = [f"{split}/{task}/{kind}" for kind in kinds]
+        needed += [f"classifiers/{task}"] if record is None or record.classifier else []
+        needed += [name for name in (f"biases/{task}",) if name in arrays]
         lacking = [name for name in needed if name not in arrays or arrays[name].missing]
-        if not self.manifest.split_record(task, split):
+        if data is None:
             lacking.append(f"the description of {task} ({split})")
         if lacking:
             raise DamagedCacheError(f"{self.path} lacks {lacking[0]}; {again}")
@@ -116,7 +126,7 @@ class Cache:
         Raises `InputError` if none is left.
         """
         self.require(task, split)
-        rows = self.manifest.arrays[f"{split}/{task}/labels"].shape[0] - len(self.skipped(task, split))
+        rows = self.manifest.arrays[f"{split}/{task}/merged"].shape[0] - len(self.skipped(task, split))
         if not rows:
             raise InputError(f"{self.path}: no image of {task} ({split}) could be decoded; give --tasks without it")
         return rows
@@ -146,14 +156,48 @@ class Cache:
             row += len(block)
         return values
 
+    def has_labels(self, task: str, split: str = "test") -> bool:
+        """Whether a task's images have labels."""
+        return self.has(task, "labels", split)
+
     def labels(self, task: str, split: str = "test") -> Tensor:
-        """Labels (N,), for evaluation only."""
+        """Labels (N,), for evaluation only. Raises `InputError` if there are none."""
         self.require(task, split)
+        if not self.has_labels(task, split):
+            raise InputError(f"{self.path} holds no labels of {task} ({split}), so there is no accuracy on it")
         return torch.from_numpy(np.concatenate([*self._checked_blocks(f"{split}/{task}/labels")]))
 
     def classifier(self, task: str) -> Tensor:
-        """Zero-shot classifier (C, d), rows unit-norm times the logit scale."""
-        return torch.from_numpy(np.concatenate([*self._checked_blocks(f"classifiers/{task}")])).float()
+        """The weight (C, d) of a task's classifier; of a zero-shot one, unit-norm rows times the logit scale.
+
+        Raises `InputError` if the task has none. `linear_classifier` has its bias, and whether it normalises, too.
+        """
+        found = self.linear_classifier(task)
+        if found is None:
+            raise InputError(f"{self.path} holds no classifier of {task}")
+        return found.weight
+
+    def linear_classifier(self, task: str) -> Classifier | None:
+        """A task's classifier; None if the cache has none of it."""
+        if task not in self.manifest.tasks:
+            raise InputError(f"{self.path} does not describe the task {task!r}")
+        if not self.manifest.tasks[task].classifier:
+            return None
+        weight, bias = (self._whole(f"{array}/{task}") for array in ("classifiers", "biases"))
+        if weight is None:
+            raise DamagedCacheError(f"{self.path} lacks classifiers/{task}; extract again with --fresh")
+        return Classifier(weight, bias, self.manifest.tasks[task].normalise)
+
+    def truth(self, task: str, split: str = "test") -> tuple[Classifier, Tensor] | None:
+        """What accuracy needs: classifier and labels (N,); None for a task that lacks either."""
+        classifier = self.linear_classifier(task)
+        return (classifier, self.labels(task, split)) if classifier and self.has_labels(task, split) else None
+
+    def _whole(self, name: str) -> Tensor | None:
+        """A small array, if the cache has it."""
+        if name not in self.manifest.arrays:
+            return None
+        return torch.from_numpy(np.concatenate([*self._checked_blocks(name)])).float()
 
     def _checked_blocks(self, name: str) -> Iterator[np.ndarray]:
         """The decoded rows of each shard. Raises `InputError` at the end if `bad_rows` has found some."""

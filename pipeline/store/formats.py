@@ -113,7 +113,7 @@ class ZarrFormat(Format):
         return np.asarray(array[rows.start : rows.stop])
 
     def file(self, name: str, number: int) -> Path:
-        columns = ("0",) if not name.endswith("labels") else ()
+        columns = ("0",) if arrays.has_columns(name) else ()
         return self.root.joinpath(name, "c", str(number), *columns)
 
     def _open(self, name: str, mode: Literal["r", "r+"]) -> "zarr.Array[Any]":

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from msgspec import Meta
@@ -34,9 +34,10 @@ from probsurgery.pipeline.files import (
     refuse_links,
 )
 from probsurgery.pipeline.fingerprints import fingerprint
-from probsurgery.pipeline.store.arrays import KINDS, ArraySpec, Rows, shard_count, shard_shape
+from probsurgery.pipeline.store.arrays import KINDS, ArraySpec, Rows, has_columns, shard_count, shard_shape
 
-SCHEMA = 1
+SCHEMA = 2
+"""The newest that is read. Caches that version 1 describes rightly are written as such: see `_schema`."""
 FILE = "manifest.json"
 MERGED, COEFFICIENTS = "merged.safetensors", "coefficients.json"
 """Files that keep what a merge has learned."""
@@ -44,7 +45,7 @@ LearnedFile = Annotated[str, Meta(pattern=rf"\A(?:{re.escape(MERGED)}|{re.escape
 MOST_BYTES = 2**28
 """Of a manifest; a cache of the papers' eight tasks has some 100 KB."""
 _TASK = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}"
-_ARRAY = re.compile(rf"(?:({'|'.join(SPLITS)})/({_TASK})/({'|'.join(KINDS)}|labels)|classifiers/({_TASK}))")
+_ARRAY = re.compile(rf"(?:({'|'.join(SPLITS)})/({_TASK})/({'|'.join(KINDS)}|labels)|(?:classifiers|biases)/({_TASK}))")
 
 TaskName = Annotated[str, Meta(pattern=rf"\A{_TASK}\Z")]
 Split = Annotated[str, Meta(pattern=rf"\A(?:{'|'.join(SPLITS)})\Z")]
@@ -64,6 +65,8 @@ class SplitRecord(Record, frozen=True):
     """Images that could not be decoded: row -> why. Their features are NaN, their labels -1."""
     decoding: Count = 0
     """Version of the decoding of image files; 0 for the mini suite's images, and in caches from before it had one."""
+    labels: bool = True
+    """Whether there are labels."""
 
 
 class Origin(Record, frozen=True):
@@ -74,13 +77,18 @@ class Origin(Record, frozen=True):
     """Whether the source's list of class names agrees with the task's."""
 
 
-class TaskRecord(Record, frozen=True, kw_only=True, omit_defaults=False):
+class TaskRecord(Record, frozen=True, kw_only=True):
     """One task of a cache."""
 
+    title: Text = ""
+    """Its name in tables, if it has another there."""
     classes: Count
+    """C; 0 if it is not known."""
     class_names: tuple[str, ...] = ()
     classifier: str
-    """Digest of the classifier's weights."""
+    """Digest of the classifier; "" for a task without one."""
+    normalise: bool = True
+    """Whether the classifier takes L2-normalised features."""
     splits: Mapping[Split, SplitRecord]
     origins: Mapping[Split, Origin] = {}
 
@@ -101,6 +109,9 @@ class Identity(Record, frozen=True, kw_only=True):
 
     corruption: str | None = None
     arch: str
+    """Name of the encoder."""
+    encoder: Mapping[str, Any] = {}
+    """What rebuilds an encoder that its name alone does not: its `library` and `config`."""
     suite: str
     dim: Dim
     """d, the features' width."""
@@ -179,7 +190,7 @@ class Manifest(Record, frozen=True, kw_only=True):
 def new_manifest(identity: Identity, store: str) -> Manifest:
     """The manifest of a cache that holds nothing yet."""
     return Manifest(
-        schema=SCHEMA,
+        schema=1,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         software=software(),
         store=store,
@@ -199,9 +210,20 @@ def software() -> dict[str, str]:
     return versions
 
 
+def _schema(manifest: Manifest) -> int:
+    """The oldest version of the format whose readers read this cache rightly."""
+    new = (
+        bool(manifest.identity.encoder),
+        any(name.startswith("biases/") for name in manifest.arrays),
+        any(not task.normalise or not task.classifier for task in manifest.tasks.values()),
+        any(not split.labels for task in manifest.tasks.values() for split in task.splits.values()),
+    )
+    return 2 if any(new) else 1
+
+
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Replace a cache's manifest, with a digest of itself."""
-    plain = manifest.to_json()
+    plain = manifest.to_json() | {"schema": _schema(manifest)}
     files.write_json(path / FILE, plain | {"digest": fingerprint(plain)})
 
 
@@ -275,10 +297,13 @@ def _array_disagreements(name: str, spec: ArraySpec, manifest: Manifest) -> Iter
     if (task or classifier) not in manifest.identity.tasks:
         yield f"the array {name} is of a task that is not merged"
     dtype = "int64" if kind == "labels" else "float32" if classifier else manifest.identity.dtype
-    columns = () if kind == "labels" else (manifest.identity.dim,)
+    columns = (manifest.identity.dim,) if has_columns(name) else ()
     if spec.dtype != dtype or not spec.shape or spec.shape[0] == 0 or spec.shape[1:] != columns:
         yield f"{name} is {spec.dtype} of shape {spec.shape}, which is not its kind's type and width"
         return
+    weights = manifest.arrays.get(f"classifiers/{classifier}")
+    if name.startswith("biases/") and (weights is None or weights.shape[:1] != spec.shape):
+        yield f"{name} has {spec.shape[0]} rows, and its classifier has not"
     data = manifest.split_record(task, split)
     if data and spec.shape[0] != data.rows:
         yield f"{name} has {spec.shape[0]} rows, but its task {data.rows}"

@@ -38,12 +38,20 @@ Seconds = Annotated[float, Meta(ge=0, le=1e12)]
 
 
 class Accuracy(Record, frozen=True, kw_only=True):
-    """Share in [0, 1] of the evaluated rows that the frozen classifier gets right, by the features it is given."""
+    """Share in [0, 1] of the evaluated rows that the frozen classifier gets right, by the features it is given.
+
+    None for a task without a classifier or labels; `pretrained` also where the cache lacks its features.
+    """
 
     pretrained: Share | None = None
-    individual: Share
-    merged: Share
-    head: Share
+    individual: Share | None
+    merged: Share | None
+    head: Share | None
+
+    def percent(self, features: str) -> float | None:
+        """One of these in percent, if it is known."""
+        share = getattr(self, features)
+        return None if share is None else 100 * share
 
 
 class Bias(Record, frozen=True):
@@ -133,6 +141,13 @@ class Spread:
     seeds: int = 1
     by_seed: Mapping[int, float] = field(default_factory=dict, compare=False)
     """The value of each seed, if the figure depends on it and they are known."""
+
+
+def mean_if_known(values: Iterable[float | None]) -> float | None:
+    """The mean; None if one of the values is not known, or without any: a mean over fewer would be another figure."""
+    values = list(values)
+    known = [value for value in values if value is not None]
+    return fmean(known) if known and len(known) == len(values) else None
 
 
 def spread(values: Iterable[float] | Mapping[int, float]) -> Spread | None:

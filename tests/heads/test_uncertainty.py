@@ -4,6 +4,7 @@ import pytest
 import scipy.stats
 import torch
 
+from probsurgery.pipeline.classifier import Classifier
 from probsurgery.pipeline.heads.uncertainty import BINS, COVERAGES, measure, spearman
 
 ROWS, DIM = 3_000, 8
@@ -27,7 +28,7 @@ def data(scale=1.0):
 
 @pytest.fixture
 def rest():
-    return torch.randn(3, DIM), torch.randint(0, 3, (ROWS,))
+    return Classifier(torch.randn(3, DIM)), torch.randint(0, 3, (ROWS,))
 
 
 def test_a_calibrated_head_is_on_the_diagonal(rest):
@@ -60,7 +61,7 @@ def test_accuracy_rises_as_the_uncertain_are_left_out():
     labels = (merged @ classifier.T).argmax(-1)
     wrong = merged[:, 0] > 1.5  # the quarter of the rows with the largest sigma
     labels[wrong] = (labels[wrong] + 1) % 3
-    measured = measure(head_of(1), merged, expert, classifier, labels)
+    measured = measure(head_of(1), merged, expert, Classifier(classifier), labels)
     at = dict(zip(COVERAGES, measured.by_sigma, strict=True))
     assert at[1.0] == pytest.approx(1 - wrong.double().mean().item())
     assert at[0.7] == at[0.1] == 1
@@ -81,6 +82,6 @@ def test_rank_correlation_is_scipys(ties):
 def test_constants_have_no_rank_correlation(rows):
     assert spearman(torch.ones(rows), torch.rand(rows)) is None
     same = torch.ones(rows, DIM)
-    measured = measure(head_of(0), same, same * 0, torch.zeros(3, DIM), torch.zeros(rows, dtype=torch.long))
+    measured = measure(head_of(0), same, same * 0, Classifier(torch.zeros(3, DIM)), torch.zeros(rows, dtype=torch.long))
     assert measured.rank_correlation is None
     assert measured.confidence_correlation is None
