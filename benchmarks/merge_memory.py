@@ -42,6 +42,7 @@ def measure(folder: Path, method: str, count: int) -> float:
     """The peak memory of one merge in models, in this process."""
     import torch
 
+    from probsurgery.pipeline.classifier import Classifier
     from probsurgery.pipeline.merging.registry import METHODS, merge
     from probsurgery.pipeline.merging.vectors import ImageStream
     from probsurgery.pipeline.models.architectures import functional
@@ -59,7 +60,7 @@ def measure(folder: Path, method: str, count: int) -> float:
     row = METHODS[method]
     pretrained = {name: tensor.clone() for name, tensor in opened(0).items()}
     experts = LazyMapping({f"task{i}": (lambda i=i: opened(i)) for i in range(1, count + 1)})
-    stream = ImageStream(functional("vitb32"), {task: torch.randn(10, 512) for task in experts}, batches)
+    stream = ImageStream(functional("vitb32"), {task: Classifier(torch.randn(10, 512)) for task in experts}, batches)
     settings = {name: value for name, value in BRIEF.items() if name in row.settings}
     with torch.no_grad():
         stream.forward(pretrained, next(batches("", "", 2, 0))[0])  # loads libraries

@@ -38,10 +38,8 @@ class Classifier:
         object.__setattr__(self, "bias", bias.detach().float().contiguous() if bias is not None and has_bias else None)
 
     def logits(self, features: Float[Tensor, "N d"]) -> Float[Tensor, "N C"]:
-        """Logits in float32."""
-        features = features.float()
-        features = F.normalize(features, dim=-1) if self.normalise else features
-        return F.linear(features, self.weight, self.bias)
+        """Logits in float32, or in float64 of such features."""
+        return linear_logits(features, self.weight, self.bias, normalise=self.normalise)
 
     def to(self, device: torch.device | str) -> Self:
         """The same on a device."""
@@ -53,6 +51,15 @@ class Classifier:
         """Digest of its values; of a zero-shot classifier, that of its weight alone."""
         own = state_digest({"": self.weight} | ({} if self.bias is None else {"bias": self.bias}))
         return own if self.normalise else fingerprint([own, "plain features"])
+
+
+def linear_logits(
+    features: Float[Tensor, "N d"], weight: Float[Tensor, "C d"], bias: Float[Tensor, " C"] | None, *, normalise: bool
+) -> Float[Tensor, "N C"]:
+    """Logits of a classifier with these parts. Nothing depends on values, so that it can be exported."""
+    kind = torch.promote_types(features.dtype, torch.float32)
+    features = F.normalize(features.to(kind), dim=-1) if normalise else features.to(kind)
+    return F.linear(features, weight.to(kind), None if bias is None else bias.to(kind))
 
 
 def _described(tensor: Tensor) -> str:

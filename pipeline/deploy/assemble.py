@@ -18,7 +18,7 @@ from probsurgery.pipeline.models import architectures
 from probsurgery.pipeline.models.checkpoints import digest
 from probsurgery.pipeline.models.sources import Weights
 from probsurgery.pipeline.store.cache import Cache
-from probsurgery.pipeline.store.manifest import COEFFICIENTS, MERGED, software
+from probsurgery.pipeline.store.manifest import COEFFICIENTS, IMPORTED, MERGED, software
 
 
 def assemble(
@@ -38,6 +38,8 @@ def assemble(
     """
     opened = Cache(cache)
     identity = opened.identity
+    if identity.merge.method == IMPORTED:
+        raise InputError(f"{opened.path} holds features that were imported, and no encoder to encode images with")
     try:
         preprocessing = decode(architectures.Preprocessing, identity.preprocessing)
     except MalformedError as error:
@@ -45,6 +47,9 @@ def assemble(
     fitted = _fitted_head(opened, head, results)
     if task is not None and task not in fitted.tasks:  # before the merge, which takes long
         raise unknown("task", task, fitted.tasks)
+    for name in fitted.tasks if task is None else [task]:
+        if not opened.manifest.tasks[name].classifier:
+            raise InputError(f"{opened.path} holds no classifier of {name}, so there are no classes to predict")
     weights = Weights(identity.arch, checkpoints)
     state = _merged_state(opened, weights, select_tasks(identity.suite, identity.tasks), merged)
     if digest(state) != identity.merge.digest:
@@ -53,8 +58,11 @@ def assemble(
         raise InputError(f"the checkpoints in {where} do not merge to what {opened.path} was made from; {advice}")
     origin = {name: getattr(identity, name) for name in ("arch", "dim", "merge")}
     provenance = Provenance(cache=opened.fingerprint, software=software(), preprocessing=preprocessing, **origin)
-    classifiers = {task: opened.classifier(task) for task in fitted.tasks}
-    class_names = {task: opened.manifest.tasks[task].class_names for task in fitted.tasks}
+    classifiers = {task: classifier for task in fitted.tasks if (classifier := opened.linear_classifier(task))}
+    class_names = {
+        task: opened.manifest.tasks[task].class_names or tuple(map(str, range(len(classifier.weight))))
+        for task, classifier in classifiers.items()
+    }
     encoder = architectures.build_visual(identity.arch, state)
     return SurgeryModel(encoder, fitted, classifiers, class_names, provenance).eval()
 

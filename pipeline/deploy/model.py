@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from msgspec import Meta
 from safetensors import SafetensorError
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from probsurgery.pipeline import files
+from probsurgery.pipeline.classifier import Classifier, linear_logits
 from probsurgery.pipeline.errors import InputError, first_line, unknown
 from probsurgery.pipeline.files import Digest, Name, Record, Settings, Text
 from probsurgery.pipeline.fingerprints import file_digest
@@ -25,7 +25,8 @@ from probsurgery.pipeline.store.lock import require_writable
 from probsurgery.pipeline.store.manifest import Dim, MergeIdentity, TaskName
 from probsurgery.pipeline.store.target import refuse_own_files
 
-SCHEMA = 1
+SCHEMA = 2
+"""The newest that is read; written where a classifier has a bias or takes plain features."""
 DESCRIPTION = "model.json"
 FILES = ("merged.safetensors", "heads.safetensors", "classifiers.safetensors")
 _MOST_BYTES = 2**24  # of model.json
@@ -42,7 +43,7 @@ class Provenance(Record, frozen=True, kw_only=True, omit_defaults=False):
     software: Mapping[Text, Text]
 
 
-class ModelDescription(Provenance, frozen=True, kw_only=True, omit_defaults=False):
+class ModelDescription(Provenance, frozen=True, kw_only=True, omit_defaults=True):
     """What model.json holds. `head` is the kind of head, `files` has the files' digests."""
 
     schema: int
@@ -51,6 +52,8 @@ class ModelDescription(Provenance, frozen=True, kw_only=True, omit_defaults=Fals
     tasks: Annotated[tuple[TaskName, ...], Meta(min_length=1)]
     shared: bool
     class_names: Mapping[TaskName, tuple[Text, ...]]
+    plain: tuple[TaskName, ...] = ()
+    """Tasks whose classifiers take features that are not normalised."""
     files: Mapping[Name, Digest]
 
 
@@ -64,19 +67,23 @@ class SurgeryModel(nn.Module):
         self,
         encoder: nn.Module,
         head: Head,
-        classifiers: Mapping[str, Tensor],
+        classifiers: Mapping[str, Classifier],
         class_names: Mapping[str, Sequence[str]],
         provenance: Provenance,
     ) -> None:
         super().__init__()
         self.encoder, self.settings, self.tasks, self.shared = encoder, head.settings, head.tasks, head.shared
-        self.class_names = {task: tuple(class_names[task]) for task in head.tasks}
+        self.class_names = {task: tuple(names) for task, names in class_names.items()}
         self.provenance, self._head_names = provenance, tuple(head.params)
         self.transform = architectures.transform_of(provenance.preprocessing)
         for name, values in head.params.items():
             self.register_buffer(f"head_{name}", values)
         for number, task in enumerate(head.tasks):  # not every task's name can be a buffer's
-            self.register_buffer(f"classifier_{number}", classifiers[task])
+            own = classifiers.get(task)
+            self.register_buffer(f"classifier_{number}", own.weight if own else None)
+            self.register_buffer(f"bias_{number}", own.bias if own else None)
+        self.plain = tuple(task for task, classifier in classifiers.items() if not classifier.normalise)
+        """Tasks whose classifiers take features that are not normalised."""
 
     def forward(self, images: Float[Tensor, "B 3 s s"], task: str) -> Float[Tensor, "B C"]:
         """Logits of the task's classes."""
@@ -92,8 +99,12 @@ class SurgeryModel(nn.Module):
         return (z - HEADS[self.settings.kind].correction(self._params(task), z))[0]
 
     def classify(self, corrected: Float[Tensor, "B d"], task: str) -> Float[Tensor, "B C"]:
-        """Logits from corrected features."""
-        return F.normalize(corrected, dim=-1) @ getattr(self, f"classifier_{self._index(task)}").T
+        """Logits from corrected features. Raises `InputError` for a task without a classifier."""
+        index = self._index(task)
+        weight, bias = getattr(self, f"classifier_{index}"), getattr(self, f"bias_{index}")
+        if weight is None:
+            raise InputError(f"the model has no classifier of {task}; `correct` corrects its features")
+        return linear_logits(corrected, weight, bias, normalise=task not in self.plain)
 
     def sigma(self, merged: Float[Tensor, "B d"], task: str) -> Float[Tensor, " B"]:
         """The correction's predicted standard deviation, root mean square over dimensions, from merged features.
@@ -134,10 +145,13 @@ class SurgeryModel(nn.Module):
     def _write(self, folder: Path) -> None:
         params = {name: getattr(self, f"head_{name}") for name in self._head_names}
         classifiers = {task: getattr(self, f"classifier_{i}") for i, task in enumerate(self.tasks)}
+        biases = {f"biases/{task}": getattr(self, f"bias_{i}") for i, task in enumerate(self.tasks)}
+        classifiers |= {name: bias for name, bias in biases.items() if bias is not None}
         for file, named in zip(FILES, (self.encoder.state_dict(), params, classifiers), strict=True):
             save_file({name: value.detach().cpu().contiguous() for name, value in named.items()}, folder / file)
         description = ModelDescription(
-            schema=SCHEMA,
+            schema=2 if self.plain or len(classifiers) > len(self.tasks) else 1,
+            plain=self.plain,
             head=self.settings.kind,
             settings=asdict(self.settings),
             tasks=self.tasks,
@@ -174,7 +188,9 @@ def load_model(folder: str | Path) -> SurgeryModel:
         stack = 1 if head.shared else len(head.tasks)
         shapes = HEADS[settings.kind].shapes(settings, head.dim)
         expected = {name: (stack, *shape) for name, shape in shapes.items()}
-        expected |= {task: (len(description.class_names[task]), head.dim) for task in head.tasks}
+        counts = {task: len(description.class_names[task]) for task in head.tasks}
+        expected |= {task: (count, head.dim) for task, count in counts.items()}
+        expected |= {n: (counts[task],) for task in head.tasks if (n := f"biases/{task}") in classifiers}
         if {name: tuple(values.shape) for name, values in (params | classifiers).items()} != expected:
             raise InputError(f"{folder} does not hold the heads and classifiers of model.json; export it again")
         for name, tensors in zip(FILES, (encoder, params, classifiers), strict=True):
@@ -184,7 +200,9 @@ def load_model(folder: str | Path) -> SurgeryModel:
             given = description.preprocessing.image_size
             raise InputError(f"{folder / DESCRIPTION} has image_size {given}, but {description.arch} takes {size}")
         tower = architectures.build_visual(description.arch, encoder)
-        return SurgeryModel(tower, head, classifiers, description.class_names, description).eval()
+        plain = {task: task not in description.plain for task in head.tasks}
+        built = {t: Classifier(classifiers[t], classifiers.get(f"biases/{t}"), n) for t, n in plain.items()}
+        return SurgeryModel(tower, head, built, description.class_names, description).eval()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{folder} lacks a file: {error.strerror or error}; export the model again") from None
     except OSError as error:

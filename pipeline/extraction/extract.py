@@ -14,6 +14,7 @@ from itertools import accumulate, product
 from pathlib import Path
 
 import msgspec.structs
+import numpy as np
 import torch
 from torch import nn
 
@@ -29,11 +30,10 @@ from probsurgery.pipeline.extraction.merges import MergedModel, has_no_features,
 from probsurgery.pipeline.extraction.run_plan import RunPlan, decoding_workers, plan_run
 from probsurgery.pipeline.merging.vectors import ImageStream
 from probsurgery.pipeline.models import architectures
-from probsurgery.pipeline.models.checkpoints import digest
 from probsurgery.pipeline.progress import Progress, no_progress
-from probsurgery.pipeline.store.arrays import ArraySpec, shard_rows
+from probsurgery.pipeline.store.arrays import shard_rows
 from probsurgery.pipeline.store.lock import locked
-from probsurgery.pipeline.store.manifest import Manifest, Origin, Run, SplitRecord, TaskRecord
+from probsurgery.pipeline.store.manifest import Manifest, Origin, Run, SplitRecord, described
 from probsurgery.pipeline.store.siblings import take_from_siblings
 from probsurgery.pipeline.store.target import check_target
 from probsurgery.pipeline.store.writer import CacheWriter
@@ -126,7 +126,7 @@ def _merged_models(plan: RunPlan, progress: Progress) -> list[MergedModel]:
         return image_stream(
             plan.config.arch,
             open_images,
-            {task.name: plan.classifiers[task.name] for task in plan.tasks},
+            {task.name: plan.classifiers[task.name] for task in plan.tasks if task.name in plan.classifiers},
             plan.device,
             decoding_workers(plan.config),  # the other ranks wait meanwhile
             skip_bad=plan.config.skip_bad,
@@ -168,9 +168,10 @@ def _join_caches(plan: RunPlan, ranks: Ranks) -> Opened:
 def _register(writer: CacheWriter, plan: RunPlan) -> None:
     """Note in the manifest what this run adds and what it is made from, and store the classifiers."""
     tasks = dict(writer.manifest.tasks)
+    own: dict[str, np.ndarray] = {}
     for task in plan.extracted:
-        names, classifier = task.class_names, digest({"": plan.classifiers[task.name]})
-        new = TaskRecord(classes=len(names), class_names=names, classifier=classifier, splits={})
+        new, arrays = described(plan.classifiers.get(task.name), task.name, task.class_names, task.title)
+        own |= arrays
         record = tasks.get(task.name, new)
         images = {split: plan.images[split, task.name] for split in plan.config.splits}
         splits = {s: SplitRecord(len(i), i.fingerprint, decoding=i.decoding) for s, i in images.items()}
@@ -179,11 +180,7 @@ def _register(writer: CacheWriter, plan: RunPlan) -> None:
         tasks[task.name] = msgspec.structs.replace(record, **merged)
     writer.update(files={**writer.manifest.files, **plan.weights.files}, tasks=tasks)
     writer.request([f"{split}/{name}" for split, name in plan.images])
-    arrays = {f"classifiers/{task.name}": plan.classifiers[task.name].numpy() for task in plan.extracted}
-    writer.declare({name: ArraySpec(values.shape, "float32") for name, values in arrays.items()})
-    for name, values in arrays.items():
-        if writer.missing(name):
-            writer.write(0, {name: values})
+    writer.add_whole(own)
 
 
 def _fill_caches(plan: RunPlan, opened: Opened, ranks: Ranks, result: Extraction, progress: Progress) -> None:

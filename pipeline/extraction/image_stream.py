@@ -7,6 +7,7 @@ from itertools import tee
 import torch
 from torch import Tensor
 
+from probsurgery.pipeline.classifier import Classifier
 from probsurgery.pipeline.datasets.tasks import Images
 from probsurgery.pipeline.extraction.loading import read_batches, refuse_undecoded
 from probsurgery.pipeline.merging.vectors import ImageStream
@@ -22,7 +23,7 @@ _AT_ONCE = 256
 def image_stream(
     arch: str,
     open_task: Callable[[str, str], Images],
-    classifiers: Mapping[str, Tensor],
+    classifiers: Mapping[str, Classifier],
     device: torch.device,
     workers: int,
     *,
@@ -33,7 +34,7 @@ def image_stream(
 
     The batches of all tasks are read side by side, and share the workers.
     """
-    decoder = _Decoder(arch, device, max(1, workers // len(classifiers)) if workers else 0, skip_bad)
+    decoder = _Decoder(arch, device, max(1, workers // max(1, len(classifiers))) if workers else 0, skip_bad)
     size = preprocessing(arch)["image_size"]
     decoded: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
 

@@ -7,8 +7,8 @@ from itertools import count, product
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from probsurgery.pipeline.classifier import Classifier
 from probsurgery.pipeline.config import ExtractConfig
 from probsurgery.pipeline.datasets.corruptions import corrupt_images
 from probsurgery.pipeline.datasets.pictures import DECODING
@@ -47,7 +47,8 @@ class RunPlan:
     """Processes that decode images."""
     weights: Weights
     pretrained: StateDict
-    classifiers: Mapping[str, Tensor]
+    classifiers: Mapping[str, Classifier]
+    """Without those of tasks that have none."""
     checkpoints: Mapping[str, str]
     """Digests of the encoders' weights: `pretrained`, and each expert by its task."""
 
@@ -125,6 +126,10 @@ def plan_run(config: ExtractConfig, ranks: Ranks, progress: Progress = no_progre
     # A merge that learns needs the classifiers of all tasks.
     needed = tasks if any(request.learns for request in requests) else extracted
     classifiers = load_classifiers(weights, needed, device)
+    for request, task in product(requests, needed):
+        if request.learns and METHODS[request.name].classifies and task.name not in classifiers:
+            advice = "choose another --merge, or --tasks without it"
+            raise InputError(f"{request.name} learns from predictions, and {task.name} has no classifier; {advice}")
     for task in tasks:
         begin(f"reading the expert of {task.name}")
         checkpoints[task.name] = digest(weights.expert(task))
@@ -168,7 +173,8 @@ def _check_data(path: Path, known: Mapping[str, TaskRecord], plan: RunPlan) -> N
         recorded = known[name].splits.get(split)
         if recorded and (recorded.rows, recorded.fingerprint) != (len(images), images.fingerprint):
             raise InputError(f"{path} was written from other images of {name} ({split}); use --fresh or --out")
-        if known[name].classifier != digest({"": plan.classifiers[name]}):
+        classifier = plan.classifiers.get(name)
+        if known[name].classifier != (classifier.digest if classifier else ""):
             raise InputError(f"{path} was written with another classifier of {name}; use --fresh or --out")
 
 

@@ -71,6 +71,8 @@ class Method:
     settings: dict[str, Setting] = field(default_factory=dict)
     learns: bool = False
     """Whether it learns from images."""
+    classifies: bool = True
+    """Whether, if it learns, it does so from predictions, which need a classifier of each task."""
 
     @property
     def takes_coefficients(self) -> bool:
@@ -152,7 +154,9 @@ METHODS: dict[str, Method] = {
     "fisher": Method(
         "Fisher merging", "Matena and Raffel, NeurIPS 2022, arxiv.org/abs/2111.09832", fisher, _FISHER, learns=True
     ),
-    "regmean": Method("RegMean", "Jin et al., ICLR 2023, arxiv.org/abs/2212.09849", regmean, _REGMEAN, learns=True),
+    "regmean": Method(
+        "RegMean", "Jin et al., ICLR 2023, arxiv.org/abs/2212.09849", regmean, _REGMEAN, learns=True, classifies=False
+    ),
     "tw-adamerging": Method("task-wise AdaMerging", _ADA, _TASK_WISE, _COEFFICIENTS, learns=True),
     "lw-adamerging": Method("layer-wise AdaMerging", _ADA, _LAYER_WISE, _COEFFICIENTS, learns=True),
     "tw-adamerging++": Method("task-wise AdaMerging of TIES vectors", _ADA, _TASK_WISE, _PROCESSED, learns=True),

@@ -11,8 +11,8 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from probsurgery.pipeline.classifier import Classifier
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.merging.coefficients import Coefficients
 from probsurgery.pipeline.progress import Progress, no_progress
@@ -30,8 +30,8 @@ class ImageStream:
 
     forward: Callable[[Mapping[str, Tensor], Tensor], Tensor]
     """Maps weights and images (B, 3, size, size) to features (B, d)."""
-    classifiers: Mapping[str, Tensor]
-    """Zero-shot classifiers (C, d) by task, on the device."""
+    classifiers: Mapping[str, Classifier]
+    """By task, on the device."""
     batches: Callable[[str, str, int, int], Iterator[tuple[Tensor, Tensor]]]
     """Maps task, split, batch size B and seed to endless batches in random order: images on the device, labels (B,)."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -55,7 +55,7 @@ class ImageStream:
 
     def logits_of(self, features: Tensor, task: str) -> Tensor:
         """Logits (B, C) of features (B, d)."""
-        return F.normalize(features, dim=-1) @ self.classifiers[task].T
+        return self.classifiers[task].logits(features)
 
 
 @dataclass(frozen=True)

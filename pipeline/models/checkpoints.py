@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from probsurgery.pipeline.classifier import Classifier
 from probsurgery.pipeline.errors import InputError, first_line
 from probsurgery.pipeline.files import MalformedError, read_json
 from probsurgery.pipeline.fingerprints import state_digest
@@ -218,14 +219,17 @@ def to_text(state: Mapping[str, Tensor]) -> StateDict | None:
     return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(tuple(prefix + name for name in names))}
 
 
-def to_classifier(state: Mapping[str, Tensor], path: Path) -> Tensor:
-    """Weights (C, d) of a pickled `ClassificationHead`. Raises `InputError` for anything else, or a non-zero bias."""
-    weight, bias = state.get("weight"), state.get("bias")
-    if weight is None or weight.ndim != 2 or state.keys() - {"weight", "bias"}:
+def to_classifier(state: Mapping[str, Tensor], path: Path, *, normalise: bool = True) -> Classifier:
+    """A linear layer's weight and bias as a classifier. Raises `InputError` if there is anything else.
+
+    A pickled `ClassificationHead` of the task-vectors code normalises its features.
+    """
+    if "weight" not in state or state.keys() - {"weight", "bias"}:
         raise InputError(f"{path} is not a classification head; it looks like {describe(state)}")
-    if bias is not None and bias.any():
-        raise InputError(f"the bias of {path} is not zero, so it is not a zero-shot classifier")
-    return weight.float()
+    try:
+        return Classifier(state["weight"], state.get("bias"), normalise)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _visual_sources(names: Iterable[str]) -> dict[str, tuple[str, ...]]:

@@ -1,7 +1,7 @@
 """Zero-shot classifiers: a checkpoint folder's own, or made from the pre-trained text tower and cached for the user."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from probsurgery.pipeline import hub
+from probsurgery.pipeline.classifier import Classifier
 from probsurgery.pipeline.datasets.tasks import Task
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.files import SourceFile, replaced
@@ -18,12 +19,14 @@ from probsurgery.pipeline.models.architectures import model_config
 from probsurgery.pipeline.models.checkpoints import StateDict, check_state, digest, read_tensors, to_classifier, to_text
 from probsurgery.pipeline.models.sources import Weights
 from probsurgery.pipeline.store.arrays import bad_rows
+from probsurgery.pipeline.store.manifest import described
 
 
-def load_classifiers(weights: Weights, tasks: Sequence[Task], device: torch.device) -> dict[str, Tensor]:
-    """Zero-shot classifiers (C, d) by task: the folder's if it has them, else from the pre-trained text tower.
+def load_classifiers(weights: Weights, tasks: Sequence[Task], device: torch.device) -> dict[str, Classifier]:
+    """Classifiers by task: the folder's if it has them, else zero-shot ones from the pre-trained text tower.
 
-    A folder holds them as `classifiers.safetensors`, or as the task-vectors code's `head_<Task>.pt`.
+    A folder holds them as `classifiers.safetensors` (`<task>`, and `<task>.bias` if there is one), or as the
+    task-vectors code's `head_<Task>.pt`. They take normalised features.
     """
     classifiers, missing = {}, []
     for task in tasks:
@@ -32,28 +35,37 @@ def load_classifiers(weights: Weights, tasks: Sequence[Task], device: torch.devi
             missing.append(task)
             continue
         shape = (len(task.class_names), model_config(weights.arch)["embed_dim"])
-        if classifier.shape != shape:
+        if classifier.weight.shape != shape:
             raise InputError(
                 f"{weights.files[f'classifier {task.name}'].source}: the classifier of {task.name!r} has shape "
-                f"{tuple(classifier.shape)}, not (C, d) = {shape}"
+                f"{tuple(classifier.weight.shape)}, not (C, d) = {shape}"
             )
-        classifiers[task.name] = classifier.float().contiguous()
-        bad, wrong = bad_rows(f"classifiers/{task.name}", classifiers[task.name].numpy(), 0)
-        if len(bad):
-            where = f"the classifier of {task.name!r} in {weights.folder}"
-            raise InputError(f"{where} has rows that are {wrong}, the first is {task.class_names[bad[0]]!r}'s")
-    return classifiers | (_from_text_tower(weights, missing, device) if missing else {})
+        classifiers[task.name] = classifier
+        for name, values in described(classifier, task.name)[1].items():
+            bad, wrong = bad_rows(name, values, 0)
+            if len(bad):
+                where = f"the classifier of {task.name!r} in {weights.folder}"
+                raise InputError(f"{where} has rows that are {wrong}, the first is {task.class_names[bad[0]]!r}'s")
+    built = _from_text_tower(weights, missing, device) if missing else {}
+    return classifiers | {name: Classifier(weight) for name, weight in built.items()}
 
 
-def _from_folder(weights: Weights, task: Task) -> Tensor | None:
+def _from_folder(weights: Weights, task: Task) -> Classifier | None:
     for place in weights.places:
         heads = [place / f"head_{title}.pt" for title in (task.title, f"{task.title}Val") if task.title]
         for path in filter(Path.is_file, (place / "classifiers.safetensors", *heads)):
             tensors = read_tensors(path)
             if path in heads or task.name in tensors:
                 weights.record(f"classifier {task.name}", path, str(path.relative_to(weights.places[0])))
-                return to_classifier(tensors, path) if path in heads else tensors[task.name]
+                if path in heads:
+                    return to_classifier(tensors, path)
+                return to_classifier(_of_task(tensors, task.name), path)
     return None
+
+
+def _of_task(tensors: Mapping[str, Tensor], task: str) -> dict[str, Tensor]:
+    names = {"weight": task, "bias": f"{task}.bias"}
+    return {part: tensors[name] for part, name in names.items() if name in tensors}
 
 
 def _from_text_tower(weights: Weights, tasks: Sequence[Task], device: torch.device) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import datetime
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 from msgspec import Meta
 
 from probsurgery.pipeline import files
+from probsurgery.pipeline.classifier import Classifier
 from probsurgery.pipeline.config import DTYPES, SPLITS, STORES
 from probsurgery.pipeline.errors import DamagedCacheError, InputError
 from probsurgery.pipeline.files import (
@@ -41,6 +42,8 @@ SCHEMA = 2
 FILE = "manifest.json"
 MERGED, COEFFICIENTS = "merged.safetensors", "coefficients.json"
 """Files that keep what a merge has learned."""
+IMPORTED = "imported"
+"""The method of a cache whose features were made elsewhere."""
 LearnedFile = Annotated[str, Meta(pattern=rf"\A(?:{re.escape(MERGED)}|{re.escape(COEFFICIENTS)})\Z")]
 MOST_BYTES = 2**28
 """Of a manifest; a cache of the papers' eight tasks has some 100 KB."""
@@ -185,6 +188,26 @@ class Manifest(Record, frozen=True, kw_only=True):
     def split_record(self, task: str, split: str) -> SplitRecord | None:
         """The images of one split of a task, if they are described."""
         return self.tasks[task].splits.get(split) if task in self.tasks else None
+
+
+def described(
+    classifier: Classifier | None, name: str, class_names: Sequence[str] = (), title: str = ""
+) -> tuple[TaskRecord, dict[str, np.ndarray]]:
+    """A new task's record, without splits, and the arrays of its classifier."""
+    arrays = {}
+    if classifier is not None:
+        arrays[f"classifiers/{name}"] = classifier.weight.cpu().numpy()
+        if classifier.bias is not None:
+            arrays[f"biases/{name}"] = classifier.bias.cpu().numpy()
+    record = TaskRecord(
+        title="" if title == name else title,
+        classes=len(class_names) or (len(classifier.weight) if classifier else 0),
+        class_names=tuple(class_names),
+        classifier=classifier.digest if classifier else "",
+        normalise=classifier.normalise if classifier else True,
+        splits={},
+    )
+    return record, arrays
 
 
 def new_manifest(identity: Identity, store: str) -> Manifest:

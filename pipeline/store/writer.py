@@ -158,6 +158,13 @@ class CacheWriter:
         if new:
             self.update(arrays={**self.manifest.arrays, **new})
 
+    def add_whole(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Declare and write small arrays, as a classifier's, where the cache lacks them."""
+        self.declare({name: ArraySpec(values.shape, str(values.dtype)) for name, values in arrays.items()})
+        for name, values in arrays.items():
+            if self.missing(name):
+                self.write(0, {name: values})
+
     def missing(self, name: str) -> set[int]:
         """Numbers of the shards that an array lacks."""
         return self.manifest.arrays[name].missing

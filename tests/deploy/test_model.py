@@ -26,6 +26,9 @@ from probsurgery.pipeline.heads.head import load_head
 from probsurgery.pipeline.heads.kinds import prob_distribution
 from probsurgery.pipeline.models.architectures import MINI
 from probsurgery.pipeline.store.cache import Cache
+from probsurgery.pipeline.store.lock import locked
+from probsurgery.pipeline.store.manifest import read_manifest
+from probsurgery.pipeline.store.writer import CacheWriter
 from support import edit_manifest, refused
 
 TASKS, ROWS = ("mnist", "fruit"), 40
@@ -86,6 +89,55 @@ def test_from_images_it_gives_what_the_cache_gives(cache, images, tmp_path, name
             right = (logits.argmax(-1) == opened.labels(task)).double().mean().item()
             assert right == probsurgery.accuracy(expected, opened.classifier(task), opened.labels(task))
             assert not torch.allclose(features, opened.features(task), atol=1e-2, rtol=0)
+
+
+@pytest.fixture
+def other_classifiers(cache, tmp_path):
+    """The cache with a classifier of plain features and a bias for fruit, and none for mnist."""
+    path = shutil.copytree(cache, tmp_path / "other")
+    bias = torch.linspace(-20, 20, len(Cache(path).classifier("fruit")))
+    with locked(path):
+        writer = CacheWriter(path, read_manifest(path))
+        writer.add_whole({"biases/fruit": bias.numpy()})
+
+    def change(manifest):
+        manifest["tasks"]["fruit"] |= {"normalise": False, "classifier": "another"}
+        rows = manifest["arrays"].pop("classifiers/mnist")
+        assert rows
+        manifest["tasks"]["mnist"]["classifier"] = ""
+
+    edit_manifest(path, change)
+    return path, bias
+
+
+def test_bias_and_plain_features_are_heeded(other_classifiers, images, pictures, run, tmp_path):
+    path, bias = other_classifiers
+    command = ("fit", "--cache", path, "--head", "ridge", "--name", "alone", "--tasks", "fruit")
+    assert run(*command)[0] == 0
+    opened = Cache(path)
+    corrected = load_head(path / "heads" / "alone")(opened.features("fruit"), "fruit")
+    expected = corrected @ opened.classifier("fruit").T + bias
+    right = (expected.argmax(-1) == opened.labels("fruit")).double().mean()
+    assert right == load_head(path / "heads" / "alone").record.results[0].accuracy.head
+    found = json.loads(run("predict", "--cache", path, "--head", "alone", "--task", "fruit", *pictures, "--json")[1])
+    for one, chances in zip(found, expected.softmax(-1), strict=False):
+        assert [p for _, p in one["classes"]] == pytest.approx(chances.topk(3).values.tolist(), abs=1e-4)
+    status, _, err = run("export", "--cache", path, "--head", "alone", "--out", tmp_path / "model", "--onnx")
+    assert status == 0, err
+    with torch.inference_mode():
+        logits = load_model(tmp_path / "model")(batch(load_model(tmp_path / "model"), images, "fruit"), "fruit")
+    assert torch.allclose(logits, expected, atol=1e-2)
+    assert json.loads((tmp_path / "model" / "model.json").read_text())["schema"] == 2
+
+
+def test_a_task_without_a_classifier_is_not_predicted(other_classifiers, pictures, run, tmp_path):
+    path, _ = other_classifiers
+    assert run("fit", "--cache", path, "--head", "ridge", "--name", "both")[0] == 0
+    words = (f"{path} holds no classifier of mnist",)
+    refused(run("predict", "--cache", path, "--head", "both", "--task", "mnist", *pictures), *words)
+    refused(run("export", "--cache", path, "--head", "both", "--out", tmp_path / "model"), *words)
+    assert not (tmp_path / "model").exists()
+    assert run("predict", "--cache", path, "--head", "both", "--task", "fruit", *pictures)[0] == 0
 
 
 @pytest.mark.parametrize("name", ["prob", "shared"])
@@ -253,7 +305,7 @@ def test_a_changed_file_is_found(model, name):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda plain: plain | {"schema": 2}, "has schema 2; this version reads up to 1"),
+        (lambda plain: plain | {"schema": 3}, "has schema 3; this version reads up to 2"),
         (lambda plain: plain | {"schema": "1"}, "does not describe a model"),
         (lambda plain: [plain], "does not describe a model"),
         (lambda plain: plain | {"arch": "vitb64"}, "unknown arch 'vitb64'"),

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import processes
 from probsurgery.pipeline.analysis.report import report
+from probsurgery.pipeline.classifier import Classifier
 from probsurgery.pipeline.config import ExtractConfig, FitConfig, SurgerySettings
 from probsurgery.pipeline.datasets.suites import select_tasks
 from probsurgery.pipeline.datasets.tasks import Images, open_images
@@ -499,7 +500,7 @@ def test_samples_are_the_images_with_their_labels(monkeypatch, held):
 
     images = Images(torch.arange(30).numpy(), "", broken)
     transform = architectures.image_transform("mini")
-    classifiers = {"texture": torch.zeros(7, 64)}
+    classifiers = {"texture": Classifier(torch.zeros(7, 64))}
 
     def given(skip_bad):
         return image_stream("mini", lambda t, s: images, classifiers, CPU, 0, skip_bad=skip_bad, progress=Steps())

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from probsurgery.pipeline.classifier import Classifier
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
 from probsurgery.pipeline.merging.adamerging import blend
 from probsurgery.pipeline.merging.concrete import Mask
@@ -65,8 +66,9 @@ def batches(task, split, size, seed):
 
 def make_stream(tasks=EXPERTS, run=forward, dtype=torch.float32, progress=no_progress):
     g = torch.Generator().manual_seed(99)
-    classifiers = {task: 4 * F.normalize(torch.randn(CLASSES, D, generator=g), dim=-1).to(dtype) for task in EXPERTS}
-    return ImageStream(run, {task: classifiers[task] for task in tasks}, batches, torch.device("cpu"), progress)
+    weights = {task: 4 * F.normalize(torch.randn(CLASSES, D, generator=g), dim=-1).to(dtype) for task in EXPERTS}
+    classifiers = {task: Classifier(weights[task]) for task in tasks}
+    return ImageStream(run, classifiers, batches, torch.device("cpu"), progress)
 
 
 def merged(method, base, experts, **settings):

@@ -74,7 +74,7 @@ def test_the_task_vectors_layout_is_read_whole(tmp_path, tiny, clip, expert, inn
     weights = Weights("tiny", tmp_path)
     assert digest(weights.pretrained()) == digest(to_visual(clip.state_dict()))
     assert digest(weights.expert(EUROSAT)) == digest(state)
-    assert torch.equal(load_classifiers(weights, [EUROSAT], CPU)["eurosat"], head)
+    assert torch.equal(load_classifiers(weights, [EUROSAT], CPU)["eurosat"].weight, head)
     assert weights.files["classifier eurosat"].source.endswith("head_EuroSAT.pt")
     monkeypatch.setitem(architectures.ARCHS, "tiny", replace(TINY, pretrained_repo=None))
     weights = Weights("tiny", tmp_path)

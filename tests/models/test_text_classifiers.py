@@ -46,7 +46,7 @@ def test_heads_that_are_not_classifiers_are_refused(tmp_path, tiny, clip):
     dim = model_config("tiny")["embed_dim"]
     path = tmp_path / "head_EuroSAT.pt"
     for value, words in [
-        ({"weight": torch.zeros(10, dim), "bias": torch.ones(10)}, "the bias of .* is not zero"),
+        ({"weight": torch.ones(10, dim), "bias": torch.ones(9)}, r"bias is of shape \(C,\) = \(10,\), not .*\(9,\)"),
         ({"weight": torch.zeros(9, dim)}, rf"has shape \(9, {dim}\), not \(C, d\) = \(10, {dim}\)"),
         ({"conv1.weight": torch.zeros(3)}, "is not a classification head; it looks like tensors named 'conv1.weight'"),
     ]:
@@ -54,13 +54,29 @@ def test_heads_that_are_not_classifiers_are_refused(tmp_path, tiny, clip):
         with pytest.raises(InputError, match=words) as caught:
             load_classifiers(Weights("tiny", tmp_path), [EUROSAT], CPU)
         assert "head_EuroSAT.pt" in str(caught.value)
+    torch.save({"weight": torch.ones(10, dim), "bias": torch.full((10,), torch.nan)}, path)
+    with pytest.raises(InputError, match="the classifier of 'eurosat' in .* has rows that are NaN"):
+        load_classifiers(Weights("tiny", tmp_path), [EUROSAT], CPU)
+
+
+@pytest.mark.parametrize("name", ["head_EuroSAT.pt", "classifiers.safetensors"])
+def test_a_bias_is_read(tmp_path, tiny, clip, name):
+    clip.save_pretrained(tmp_path / "pretrained")
+    weight, bias = torch.ones(10, model_config("tiny")["embed_dim"]), torch.arange(10.0)
+    if name.endswith(".pt"):
+        torch.save({"weight": weight, "bias": bias}, tmp_path / name)
+    else:
+        save_file({"eurosat": weight, "eurosat.bias": bias}, tmp_path / name)
+    classifier = load_classifiers(Weights("tiny", tmp_path), [EUROSAT], CPU)["eurosat"]
+    assert torch.equal(classifier.bias, bias)
+    assert classifier.normalise
 
 
 def test_classifiers_are_built_from_the_pretrained_text_tower_once(tmp_path, tiny, clip, monkeypatch):
     clip.save_pretrained(tmp_path / "pretrained")
     expected = build_classifiers("tiny", to_text(clip.state_dict()), [EUROSAT, SVHN], CPU)
     first = load_classifiers(Weights("tiny", tmp_path), [EUROSAT, SVHN], CPU)
-    assert all(torch.equal(first[name], expected[name]) for name in expected)
+    assert all(torch.equal(first[name].weight, expected[name]) for name in expected)
     built = []
     monkeypatch.setattr(
         text_classifiers,
@@ -69,12 +85,12 @@ def test_classifiers_are_built_from_the_pretrained_text_tower_once(tmp_path, tin
     )
     again = load_classifiers(Weights("tiny", tmp_path), [EUROSAT, SVHN], CPU)
     assert built == []
-    assert all(torch.equal(again[name], expected[name]) for name in expected)
+    assert all(torch.equal(again[name].weight, expected[name]) for name in expected)
     files = sorted((text_classifiers.user_cache() / "classifiers").iterdir())
     assert len(files) == 2
     files[0].write_bytes(b"torn")
     files[1].unlink()
-    assert torch.equal(load_classifiers(Weights("tiny", tmp_path), [SVHN], CPU)["svhn"], expected["svhn"])
+    assert torch.equal(load_classifiers(Weights("tiny", tmp_path), [SVHN], CPU)["svhn"].weight, expected["svhn"])
     assert len(built) == 1
 
 
@@ -82,7 +98,7 @@ def test_classifiers_are_built_even_if_the_users_cache_is_not_writable(tmp_path,
     clip.save_pretrained(tmp_path / "pretrained")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert load_classifiers(Weights("tiny", tmp_path), [SVHN], CPU)["svhn"].shape[0] == 10
+    assert load_classifiers(Weights("tiny", tmp_path), [SVHN], CPU)["svhn"].weight.shape[0] == 10
 
 
 def test_classifiers_are_built_for_a_user_without_a_home(tmp_path, tiny, clip, monkeypatch):
@@ -94,7 +110,7 @@ def test_classifiers_are_built_for_a_user_without_a_home(tmp_path, tiny, clip, m
     clip.save_pretrained(tmp_path / "pretrained")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", no_home)
-    assert load_classifiers(Weights("tiny", tmp_path), [SVHN], CPU)["svhn"].shape[0] == 10
+    assert load_classifiers(Weights("tiny", tmp_path), [SVHN], CPU)["svhn"].weight.shape[0] == 10
 
 
 def test_classifiers_come_from_the_folder_if_it_has_them(tmp_path):
@@ -112,4 +128,4 @@ def test_classifiers_come_from_the_folder_if_it_has_them(tmp_path):
         with pytest.raises(InputError, match=words):
             load_classifiers(Weights("mini", tmp_path), tasks, CPU)
     save_file({"mnist": torch.ones(10, dim).half()}, tmp_path / "classifiers.safetensors")
-    assert load_classifiers(Weights("mini", tmp_path), tasks, CPU)["mnist"].dtype == torch.float32
+    assert load_classifiers(Weights("mini", tmp_path), tasks, CPU)["mnist"].weight.dtype == torch.float32
