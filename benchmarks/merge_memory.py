@@ -28,10 +28,10 @@ def write_checkpoints(folder: Path, count: int) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from probsurgery.pipeline.models.architectures import expected_shapes
+    from probsurgery.pipeline.models.encoders import get_encoder
 
     generator = torch.Generator().manual_seed(0)
-    base = {n: 0.02 * torch.randn(s, generator=generator) for n, s in expected_shapes("vitb32").items()}
+    base = {n: 0.02 * torch.randn(s, generator=generator) for n, s in get_encoder("vitb32").shapes.items()}
     save_file(base, folder / "0.safetensors")
     for index in range(1, count + 1):
         near = {n: t + 0.002 * torch.randn(t.shape, generator=generator) for n, t in base.items()}
@@ -45,8 +45,8 @@ def measure(folder: Path, method: str, count: int) -> float:
     from probsurgery.pipeline.classifier import Classifier
     from probsurgery.pipeline.merging.registry import METHODS, merge
     from probsurgery.pipeline.merging.vectors import ImageStream
-    from probsurgery.pipeline.models.architectures import functional
     from probsurgery.pipeline.models.checkpoints import VisualState, read_tensors
+    from probsurgery.pipeline.models.encoders import get_encoder
     from probsurgery.pipeline.models.sources import LazyMapping
 
     def opened(index: int) -> VisualState:
@@ -60,7 +60,9 @@ def measure(folder: Path, method: str, count: int) -> float:
     row = METHODS[method]
     pretrained = {name: tensor.clone() for name, tensor in opened(0).items()}
     experts = LazyMapping({f"task{i}": (lambda i=i: opened(i)) for i in range(1, count + 1)})
-    stream = ImageStream(functional("vitb32"), {task: Classifier(torch.randn(10, 512)) for task in experts}, batches)
+    stream = ImageStream(
+        get_encoder("vitb32").functional(), {task: Classifier(torch.randn(10, 512)) for task in experts}, batches
+    )
     settings = {name: value for name, value in BRIEF.items() if name in row.settings}
     with torch.no_grad():
         stream.forward(pretrained, next(batches("", "", 2, 0))[0])  # loads libraries

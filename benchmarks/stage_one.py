@@ -32,7 +32,7 @@ from probsurgery.pipeline.datasets.tasks import Task
 from probsurgery.pipeline.device import choose_device
 from probsurgery.pipeline.extraction import extract
 from probsurgery.pipeline.extraction.encode import encode
-from probsurgery.pipeline.models import architectures
+from probsurgery.pipeline.models.encoders import get_encoder
 from probsurgery.pipeline.models.sources import Weights
 
 ROUNDS = 3
@@ -54,9 +54,9 @@ def write_images(folder: Path, count: int, classes: tuple[str, ...]) -> None:
 def write_checkpoints(folder: Path, arch: str, tasks: Sequence[Task]) -> None:
     """Write a random pre-trained model, and a random expert and classifier for each task."""
     for name in ("pretrained", *(task.name for task in tasks)):
-        state = open_clip.CLIP(**architectures.model_config(arch)).visual.state_dict()
+        state = open_clip.CLIP(**get_encoder(arch).config).visual.state_dict()
         save_file({n: t.contiguous() for n, t in state.items()}, folder / f"{name}.safetensors")
-    dim = architectures.model_config(arch)["embed_dim"]
+    dim = get_encoder(arch).dim
     classifiers = {task.name: torch.randn(len(task.class_names), dim) for task in tasks}
     save_file(classifiers, folder / "classifiers.safetensors")
 
@@ -64,8 +64,8 @@ def write_checkpoints(folder: Path, arch: str, tasks: Sequence[Task]) -> None:
 def bare(args: argparse.Namespace, device: torch.device, checkpoints: Path) -> float:
     """Images per second of three encoders on tensors that are already on the device."""
     state = Weights(args.arch, checkpoints).pretrained()
-    towers = [architectures.build_visual(args.arch, state).to(device) for _ in range(3)]
-    size = architectures.preprocessing(args.arch)["image_size"]
+    towers = [get_encoder(args.arch).build(state).to(device) for _ in range(3)]
+    size = get_encoder(args.arch).preprocessing.image_size
     batch = torch.randn(args.batch_size, 3, size, size, device=device)
     batches = max(1, args.images // args.batch_size)
     for tower in towers:

@@ -18,8 +18,9 @@ from PIL import Image
 
 from probsurgery.pipeline.files import write_json
 from probsurgery.pipeline.fingerprints import fingerprint
-from probsurgery.pipeline.models.architectures import Arch, model_config
+from probsurgery.pipeline.models.architectures import Arch
 from probsurgery.pipeline.models.checkpoints import VisualState
+from probsurgery.pipeline.models.encoders import get_encoder
 from probsurgery.pipeline.store import arrays as arrays_module
 from probsurgery.pipeline.store.arrays import ArraySpec
 from probsurgery.pipeline.store.lock import locked
@@ -158,7 +159,7 @@ def refused(result, *words, status=2):
 
 def hugging_face_config(hidden_act="quick_gelu", arch="mini"):
     """An architecture as transformers describes it."""
-    config, vision = model_config(arch), model_config(arch)["vision_cfg"]
+    config, vision = get_encoder(arch).config, get_encoder(arch).config["vision_cfg"]
     return transformers.CLIPVisionConfig(
         hidden_size=vision["width"],
         intermediate_size=int(vision["width"] * vision.get("mlp_ratio", 4)),
@@ -204,7 +205,7 @@ def tiny_clip():
     config = transformers.CLIPTextConfig(
         hidden_size=text["width"],
         intermediate_size=4 * text["width"],
-        projection_dim=model_config("mini")["embed_dim"],
+        projection_dim=get_encoder("mini").dim,
         num_hidden_layers=text["layers"],
         num_attention_heads=text["heads"],
         max_position_embeddings=text["context_length"],
@@ -216,7 +217,7 @@ def tiny_clip():
         transformers.CLIPConfig(
             text_config=config.to_dict(),
             vision_config=hugging_face_config().to_dict(),
-            projection_dim=model_config("mini")["embed_dim"],
+            projection_dim=get_encoder("mini").dim,
         )
     ).eval()
     for parameter in model.parameters():

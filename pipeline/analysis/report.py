@@ -16,8 +16,9 @@ from probsurgery.pipeline.config import HEAD_SETTINGS
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.files import folders_in
 from probsurgery.pipeline.merging.registry import merge_label
-from probsurgery.pipeline.models import architectures
+from probsurgery.pipeline.models.encoders import encoder_of
 from probsurgery.pipeline.store.cache import Cache
+from probsurgery.pipeline.store.manifest import Identity
 from probsurgery.pipeline.store.results import ResultRow, Spread, mean_if_known, read_results, spread
 
 _COSTS = {"won back, %": ".0f", "parameters": ",", "of the encoder, %": ".2f", "all heads": ",", "fit, s": ".1f"}
@@ -113,7 +114,7 @@ def _report(protocol: str, sources: Sequence[_Source], with_published: bool, eve
     counts = Counter(source.merge for source in sources)
     names = [s.merge + (f", {s.cache.path.name}" if counts[s.merge] > 1 else "") for s in sources]
     accuracy, bias, costs = _baselines(sources, names, tasks), [], []
-    curves, grids, others, encoder = [], [], 0, _encoder_parameters(identity.arch)
+    curves, grids, others, encoder = [], [], 0, _encoder_parameters(identity)
     for name, source in zip(names, sources, strict=True):
         prefix = f"{name} + " if len(sources) > 1 else ""
         merged = f"merged ({name})"
@@ -196,10 +197,10 @@ def _is_main(rows: Sequence[ResultRow], saved: Collection[str]) -> bool:
     return is_default or any(row.head in saved for row in rows)
 
 
-def _encoder_parameters(arch: str) -> int | None:
-    """Parameters of the image tower; None if the architecture is not known here."""
+def _encoder_parameters(identity: Identity) -> int | None:
+    """Parameters of the image tower; None if the encoder cannot be built here."""
     with suppress(InputError):
-        return sum(shape.numel() for shape in architectures.expected_shapes(arch).values())
+        return sum(shape.numel() for shape in encoder_of(identity).shapes.values())
     return None
 
 

@@ -14,8 +14,9 @@ from probsurgery.pipeline.extraction.merges import MergeRequest, load_learned, m
 from probsurgery.pipeline.files import MalformedError, decode, folders_in, is_folder
 from probsurgery.pipeline.heads.head import Head, load_head
 from probsurgery.pipeline.merging.coefficients import read_coefficients
-from probsurgery.pipeline.models import architectures
 from probsurgery.pipeline.models.checkpoints import digest
+from probsurgery.pipeline.models.encoders import encoder_of
+from probsurgery.pipeline.models.preprocessing import Preprocessing
 from probsurgery.pipeline.models.sources import Weights
 from probsurgery.pipeline.store.cache import Cache
 from probsurgery.pipeline.store.manifest import COEFFICIENTS, IMPORTED, MERGED, software
@@ -41,7 +42,7 @@ def assemble(
     if identity.merge.method == IMPORTED:
         raise InputError(f"{opened.path} holds features that were imported, and no encoder to encode images with")
     try:
-        preprocessing = decode(architectures.Preprocessing, identity.preprocessing)
+        preprocessing = decode(Preprocessing, identity.preprocessing)
     except MalformedError as error:
         raise DamagedCacheError(f"{opened.path} records no preprocessing of images ({error}); extract again") from None
     fitted = _fitted_head(opened, head, results)
@@ -50,20 +51,20 @@ def assemble(
     for name in fitted.tasks if task is None else [task]:
         if not opened.manifest.tasks[name].classifier:
             raise InputError(f"{opened.path} holds no classifier of {name}, so there are no classes to predict")
-    weights = Weights(identity.arch, checkpoints)
+    weights = Weights(encoder_of(identity), checkpoints)
     state = _merged_state(opened, weights, select_tasks(identity.suite, identity.tasks), merged)
     if digest(state) != identity.merge.digest:
         where = merged or weights.folder or "the published place"
         advice = "give --checkpoints as for its `probsurgery extract`"
         raise InputError(f"the checkpoints in {where} do not merge to what {opened.path} was made from; {advice}")
-    origin = {name: getattr(identity, name) for name in ("arch", "dim", "merge")}
+    origin = {name: getattr(identity, name) for name in ("arch", "dim", "merge", "encoder")}
     provenance = Provenance(cache=opened.fingerprint, software=software(), preprocessing=preprocessing, **origin)
     classifiers = {task: classifier for task in fitted.tasks if (classifier := opened.linear_classifier(task))}
     class_names = {
         task: opened.manifest.tasks[task].class_names or tuple(map(str, range(len(classifier.weight))))
         for task, classifier in classifiers.items()
     }
-    encoder = architectures.build_visual(identity.arch, state)
+    encoder = weights.encoder.build(state)
     return SurgeryModel(encoder, fitted, classifiers, class_names, provenance).eval()
 
 

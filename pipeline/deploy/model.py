@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
@@ -20,7 +20,8 @@ from probsurgery.pipeline.files import Digest, Name, Record, Settings, Text
 from probsurgery.pipeline.fingerprints import file_digest
 from probsurgery.pipeline.heads.head import Head, stored_settings
 from probsurgery.pipeline.heads.kinds import HEADS, Params, prob_distribution
-from probsurgery.pipeline.models import architectures
+from probsurgery.pipeline.models.encoders import described_encoder
+from probsurgery.pipeline.models.preprocessing import Preprocessing
 from probsurgery.pipeline.store.lock import require_writable
 from probsurgery.pipeline.store.manifest import Dim, MergeIdentity, TaskName
 from probsurgery.pipeline.store.target import refuse_own_files
@@ -37,10 +38,11 @@ class Provenance(Record, frozen=True, kw_only=True, omit_defaults=False):
 
     arch: Text
     dim: Dim
-    preprocessing: architectures.Preprocessing
+    preprocessing: Preprocessing
     merge: MergeIdentity
     cache: Text
     software: Mapping[Text, Text]
+    encoder: Mapping[str, Any] = {}
 
 
 class ModelDescription(Provenance, frozen=True, kw_only=True, omit_defaults=True):
@@ -75,7 +77,7 @@ class SurgeryModel(nn.Module):
         self.encoder, self.settings, self.tasks, self.shared = encoder, head.settings, head.tasks, head.shared
         self.class_names = {task: tuple(names) for task, names in class_names.items()}
         self.provenance, self._head_names = provenance, tuple(head.params)
-        self.transform = architectures.transform_of(provenance.preprocessing)
+        self.transform = provenance.preprocessing.transform
         for name, values in head.params.items():
             self.register_buffer(f"head_{name}", values)
         for number, task in enumerate(head.tasks):  # not every task's name can be a buffer's
@@ -182,7 +184,7 @@ def load_model(folder: str | Path) -> SurgeryModel:
         for name in FILES:
             if file_digest(folder / name) != description.files.get(name):
                 raise InputError(f"{folder / name} is not as it was written; export the model again")
-        encoder, params, classifiers = (load_file(folder / name) for name in FILES)
+        weights, params, classifiers = (load_file(folder / name) for name in FILES)
         settings = stored_settings(description.head, description.settings)
         head = Head(settings, description.tasks, description.dim, params, description.shared)
         stack = 1 if head.shared else len(head.tasks)
@@ -193,16 +195,16 @@ def load_model(folder: str | Path) -> SurgeryModel:
         expected |= {n: (counts[task],) for task in head.tasks if (n := f"biases/{task}") in classifiers}
         if {name: tuple(values.shape) for name, values in (params | classifiers).items()} != expected:
             raise InputError(f"{folder} does not hold the heads and classifiers of model.json; export it again")
-        for name, tensors in zip(FILES, (encoder, params, classifiers), strict=True):
+        for name, tensors in zip(FILES, (weights, params, classifiers), strict=True):
             _check_values(folder / name, tensors.values())
-        size = architectures.preprocessing(description.arch)["image_size"]
+        encoder = described_encoder(description.arch, description.encoder, description.preprocessing)
+        size = encoder.preprocessing.image_size
         if description.preprocessing.image_size != size:
             given = description.preprocessing.image_size
             raise InputError(f"{folder / DESCRIPTION} has image_size {given}, but {description.arch} takes {size}")
-        tower = architectures.build_visual(description.arch, encoder)
         plain = {task: task not in description.plain for task in head.tasks}
         built = {t: Classifier(classifiers[t], classifiers.get(f"biases/{t}"), n) for t, n in plain.items()}
-        return SurgeryModel(tower, head, built, description.class_names, description).eval()
+        return SurgeryModel(encoder.build(weights), head, built, description.class_names, description).eval()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{folder} lacks a file: {error.strerror or error}; export the model again") from None
     except OSError as error:

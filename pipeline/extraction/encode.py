@@ -85,7 +85,7 @@ def fill(
     config, shards = plan.config, shards_of(targets)
     batch_rows = _batch_rows(shards, len(images), config.batch_size)
     _check_precision(plan, images, batch_rows[:1], targets, towers)
-    batches = read_batches(images, config.arch, batch_rows, plan.workers, plan.device)
+    batches = read_batches(images, plan.encoder, batch_rows, plan.workers, plan.device)
     with ThreadPoolExecutor(max_workers=1) as thread:
         writing: Future[None] | None = None
         for number in shards:
@@ -162,7 +162,7 @@ def _check_precision(
     precision = plan.config.precision
     if precision == "fp32":
         return
-    batch, _ = next(read_batches(images, plan.config.arch, first, 0, plan.device))
+    batch, _ = next(read_batches(images, plan.encoder, first, 0, plan.device))
     for target in targets:
         if target.encoder == "labels":
             continue

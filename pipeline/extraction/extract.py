@@ -29,7 +29,6 @@ from probsurgery.pipeline.extraction.loading import lost_workers
 from probsurgery.pipeline.extraction.merges import MergedModel, has_no_features, load_learned, make_merge, store_learned
 from probsurgery.pipeline.extraction.run_plan import RunPlan, decoding_workers, plan_run
 from probsurgery.pipeline.merging.vectors import ImageStream
-from probsurgery.pipeline.models import architectures
 from probsurgery.pipeline.progress import Progress, no_progress
 from probsurgery.pipeline.store.arrays import shard_rows
 from probsurgery.pipeline.store.lock import locked
@@ -124,11 +123,11 @@ def _merged_models(plan: RunPlan, progress: Progress) -> list[MergedModel]:
 
     def open_stream() -> ImageStream:
         return image_stream(
-            plan.config.arch,
+            plan.encoder,
             open_images,
             {task.name: plan.classifiers[task.name] for task in plan.tasks if task.name in plan.classifiers},
             plan.device,
-            decoding_workers(plan.config),  # the other ranks wait meanwhile
+            decoding_workers(plan.config, plan.images.values()),  # the other ranks wait meanwhile
             skip_bad=plan.config.skip_bad,
             progress=partial(progress, unit="steps"),
         )
@@ -275,7 +274,7 @@ def _load_towers(towers: dict[str, nn.Module], item: _Work, plan: RunPlan, opene
     states = {"pretrained": plan.pretrained} | {f"merged {model.request.name}": model.state for model, _ in opened}
     for name in {target.encoder for target in item.targets} - {"labels"} - towers.keys():
         state = plan.weights.expert(item.task) if name == "expert" else states[name]
-        towers[name] = architectures.build_visual(plan.config.arch, state).to(plan.device)
+        towers[name] = plan.encoder.build(state).to(plan.device)
 
 
 def _notes(manifest: Manifest) -> list[str]:

@@ -11,7 +11,7 @@ from probsurgery.pipeline.classifier import Classifier
 from probsurgery.pipeline.datasets.tasks import Images
 from probsurgery.pipeline.extraction.loading import read_batches, refuse_undecoded
 from probsurgery.pipeline.merging.vectors import ImageStream
-from probsurgery.pipeline.models.architectures import functional, preprocessing
+from probsurgery.pipeline.models.encoders import Encoder
 from probsurgery.pipeline.progress import Progress
 
 _HELD_BYTES = 2**28
@@ -21,7 +21,7 @@ _AT_ONCE = 256
 
 
 def image_stream(
-    arch: str,
+    encoder: Encoder,
     open_task: Callable[[str, str], Images],
     classifiers: Mapping[str, Classifier],
     device: torch.device,
@@ -34,8 +34,8 @@ def image_stream(
 
     The batches of all tasks are read side by side, and share the workers.
     """
-    decoder = _Decoder(arch, device, max(1, workers // max(1, len(classifiers))) if workers else 0, skip_bad)
-    size = preprocessing(arch)["image_size"]
+    decoder = _Decoder(encoder, device, max(1, workers // max(1, len(classifiers))) if workers else 0, skip_bad)
+    size = encoder.preprocessing.image_size
     decoded: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
 
     def batches(task: str, split: str, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -51,7 +51,7 @@ def image_stream(
             yield pixels[rows], labels[rows]
 
     moved = {task: classifier.to(device) for task, classifier in classifiers.items()}
-    return ImageStream(functional(arch), moved, batches, device, progress)
+    return ImageStream(encoder.functional(), moved, batches, device, progress)
 
 
 def shuffled(count: int, batch_size: int, seed: int) -> Iterator[list[int]]:
@@ -67,7 +67,7 @@ def shuffled(count: int, batch_size: int, seed: int) -> Iterator[list[int]]:
 
 @dataclass(frozen=True)
 class _Decoder:
-    arch: str
+    encoder: Encoder
     device: torch.device
     workers: int
     skip_bad: bool
@@ -76,7 +76,7 @@ class _Decoder:
         """Batches of these rows with their labels, without the images that cannot be decoded."""
         labels = torch.from_numpy(images.labels)
         to_read, batch_rows = tee(batch_rows)  # the workers read ahead
-        batches = read_batches(images, self.arch, to_read, self.workers, self.device)
+        batches = read_batches(images, self.encoder, to_read, self.workers, self.device)
         for (pixels, undecoded), rows in zip(batches, batch_rows, strict=True):
             if not self.skip_bad:
                 refuse_undecoded(undecoded, task)

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from probsurgery.pipeline.datasets.tasks import Images
 from probsurgery.pipeline.errors import ProbsurgeryError, first_line
-from probsurgery.pipeline.models.architectures import Transform, image_transform, preprocessing
+from probsurgery.pipeline.models.encoders import Encoder
+from probsurgery.pipeline.models.preprocessing import Preprocessing
 
 Batch = tuple[Tensor, dict[int, str]]
 """Images (B, 3, size, size), and the rows among them that could not be decoded, each with the reason."""
@@ -21,11 +22,11 @@ _LOST = ("DataLoader worker", "Communication with the workers", "items of ancdat
 
 
 def read_batches(
-    images: Images, arch: str, rows: Iterable[Sequence[int]], workers: int, device: torch.device
+    images: Images, encoder: Encoder, rows: Iterable[Sequence[int]], workers: int, device: torch.device
 ) -> Iterator[Batch]:
-    """Batches of these rows on the device, in order, preprocessed for the architecture."""
+    """Batches of these rows on the device, in order, preprocessed for the encoder."""
     batches = DataLoader(
-        _Decoded(images, image_transform(arch), preprocessing(arch)["image_size"]),
+        _Decoded(images, encoder.preprocessing),
         batch_sampler=cast("Iterable[list[int]]", rows),
         num_workers=workers,
         collate_fn=_collate,
@@ -100,8 +101,8 @@ def _copied(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
 class _Decoded(Dataset[tuple[Tensor, tuple[int, str] | None]]):
     """Images as the encoder takes them. An image that cannot be decoded becomes zeros, with the text of the error."""
 
-    def __init__(self, images: Images, transform: Transform, size: int) -> None:
-        self.images, self.transform, self.size = images, transform, size
+    def __init__(self, images: Images, preprocessing: Preprocessing) -> None:
+        self.images, self.transform, self.size = images, preprocessing.transform, preprocessing.image_size
 
     def __len__(self) -> int:
         return len(self.images)

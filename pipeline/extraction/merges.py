@@ -22,8 +22,8 @@ from probsurgery.pipeline.merging.coefficients import Coefficients, read_coeffic
 from probsurgery.pipeline.merging.entropy import window
 from probsurgery.pipeline.merging.registry import METHODS, Value, changed, merge
 from probsurgery.pipeline.merging.vectors import ImageStream, Merged
-from probsurgery.pipeline.models import architectures
 from probsurgery.pipeline.models.checkpoints import digest
+from probsurgery.pipeline.models.encoders import Encoder
 from probsurgery.pipeline.models.sources import Weights
 from probsurgery.pipeline.store import manifest as manifests
 from probsurgery.pipeline.store.manifest import COEFFICIENTS, MERGED, Identity, Manifest, MergeIdentity, MergeRecord
@@ -63,7 +63,9 @@ class MergedModel:
     """Whether it was learned by this run, so that its weights have to be written to the cache."""
 
 
-def merge_requests(config: ExtractConfig, tasks: Sequence[Task], stem: str, *, whole_suite: bool) -> list[MergeRequest]:
+def merge_requests(
+    config: ExtractConfig, encoder: Encoder, tasks: Sequence[Task], stem: str, *, whole_suite: bool
+) -> list[MergeRequest]:
     """The merges of a run, in caches whose default names begin with `stem`.
 
     Raises `InputError` for an unknown one, or for settings that none of them takes.
@@ -84,7 +86,7 @@ def merge_requests(config: ExtractConfig, tasks: Sequence[Task], stem: str, *, w
         able = ", ".join(name for name, row in METHODS.items() if row.takes_coefficients)
         raise InputError(f"--coefficients are for one --merge of: {able}")
     requests = [_merge_request(name, config, tasks, stem, whole_suite) for name in config.merges]
-    names = list(architectures.expected_shapes(config.arch))
+    names = list(encoder.shapes)
     for request in requests:  # before another merge of this run learns, which takes long
         if request.coefficients is not None:
             request.coefficients.table([task.name for task in tasks], names)

@@ -1,7 +1,7 @@
 """What a run of stage one works on: the request checked, models and images opened, before anything is written."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count, product
 from pathlib import Path
@@ -19,8 +19,8 @@ from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.extraction.distributed import Ranks
 from probsurgery.pipeline.extraction.merges import MergeRequest, merge_requests
 from probsurgery.pipeline.merging.registry import METHODS
-from probsurgery.pipeline.models import architectures
 from probsurgery.pipeline.models.checkpoints import StateDict, digest
+from probsurgery.pipeline.models.encoders import Encoder, get_encoder
 from probsurgery.pipeline.models.sources import Weights
 from probsurgery.pipeline.models.text_classifiers import load_classifiers
 from probsurgery.pipeline.progress import Progress, no_progress
@@ -57,7 +57,7 @@ class RunPlan:
         config = self.config
         return Identity(
             corruption=config.corrupt,
-            arch=config.arch,
+            arch=self.encoder.name,
             suite=self.suite,
             dim=self.dim,
             dtype=config.dtype,
@@ -65,14 +65,20 @@ class RunPlan:
             limit=config.limit,
             tasks=tuple(task.name for task in self.tasks),
             checkpoints=self.checkpoints,
-            preprocessing=architectures.preprocessing(config.arch),
+            preprocessing=self.encoder.preprocessing.to_json(),
+            encoder=self.encoder.description,
             merge=merge,
         )
 
     @property
+    def encoder(self) -> Encoder:
+        """What encodes the images, with each of the models' weights."""
+        return self.weights.encoder
+
+    @property
     def dim(self) -> int:
         """d, the features' width."""
-        return architectures.model_config(self.config.arch)["embed_dim"]
+        return self.encoder.dim
 
     @property
     def arrays(self) -> dict[str, ArraySpec]:
@@ -96,14 +102,15 @@ def plan_run(config: ExtractConfig, ranks: Ranks, progress: Progress = no_progre
 
     Of several ranks, the first alone compares it with the caches that are there. `progress` is told what is read.
     """
-    own_suite = architectures.get_arch(config.arch).suite
+    encoder = get_encoder(config.arch)
+    own_suite = encoder.arch.suite
     suite = config.suite or own_suite
     tasks = select_tasks(suite, config.tasks)
     if config.only is not None:
         check_names(config.only, [task.name for task in tasks])
     extracted = tuple(task for task in tasks if config.only is None or task.name in config.only)
-    stem = config.arch if suite == own_suite else f"{config.arch}-{suite}"
-    requests = merge_requests(config, tasks, stem, whole_suite=len(tasks) == len(select_tasks(suite, None)))
+    stem = encoder.name if suite == own_suite else f"{encoder.name}-{suite}"
+    requests = merge_requests(config, encoder, tasks, stem, whole_suite=len(tasks) == len(select_tasks(suite, None)))
     device = choose_device(config.device, ranks.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # otherwise every rank's pinned memory would take room on the first GPU
@@ -114,7 +121,7 @@ def plan_run(config: ExtractConfig, ranks: Ranks, progress: Progress = no_progre
         progress(next(done), total, what, unit="files")
 
     begin("reading the pre-trained encoder")
-    weights = Weights(config.arch, config.checkpoints)
+    weights = Weights(encoder, config.checkpoints)
     pretrained = weights.pretrained()
     checkpoints = {"pretrained": digest(pretrained)}
     for request in requests:  # before another merge of this run learns, which takes long
@@ -137,7 +144,7 @@ def plan_run(config: ExtractConfig, ranks: Ranks, progress: Progress = no_progre
     for split, task in splits:
         begin(f"opening {task.name} ({split})")
         images[split, task.name] = _open(config, task, split)
-    workers = decoding_workers(config, ranks.local_size)
+    workers = decoding_workers(config, images.values(), ranks.local_size)
     models = (weights, pretrained, classifiers, checkpoints)
     plan = RunPlan(config, suite, tasks, extracted, requests, images, device, workers, *models)
     for request in requests if ranks.leads else ():
@@ -148,15 +155,15 @@ def plan_run(config: ExtractConfig, ranks: Ranks, progress: Progress = no_progre
     return plan
 
 
-def decoding_workers(config: ExtractConfig, ranks: int = 1) -> int:
+def decoding_workers(config: ExtractConfig, images: Iterable[Images], ranks: int = 1) -> int:
     """Processes that decode for each of the ranks on this machine.
 
-    The mini suite's images are small and in memory: starting workers would take longer than decoding.
+    Images that are pixels in memory need none: starting workers would take longer than preparing the images.
     """
     if config.workers is not None:
         return config.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 0 if config.arch == "mini" else max(1, cores // ranks)
+    return max(1, cores // ranks) if any(opened.decoding for opened in images) else 0
 
 
 def _open(config: ExtractConfig, task: Task, split: str) -> Images:

@@ -23,11 +23,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from probsurgery.pipeline.files import seal
+from probsurgery.pipeline.files import read_json, seal
 from probsurgery.pipeline.heads import metrics
 from probsurgery.pipeline.merging.registry import merge
 from probsurgery.pipeline.mini import MINI_TASKS, load
-from probsurgery.pipeline.models import architectures
+from probsurgery.pipeline.models.encoders import get_encoder
 
 HERE = Path(__file__).parent
 State = dict[str, Tensor]
@@ -78,12 +78,12 @@ class Recipe:
 
 def build_tower() -> nn.Module:
     """The visual tower of `mini.json`, newly initialised."""
-    return open_clip.CLIP(**architectures.model_config("mini")).visual
+    return open_clip.CLIP(**read_json(HERE / "mini.json", 2**20)).visual
 
 
 def read_split(split: str) -> dict[str, tuple[Tensor, Tensor]]:
     """Preprocessed images (N, 3, S, S) and labels (N,) by task."""
-    transform, data = architectures.image_transform("mini"), {}
+    transform, data = get_encoder("mini").preprocessing.transform, {}
     for task in MINI_TASKS:
         images, labels = load(task, split)
         data[task] = torch.stack([transform(image) for image in images]), torch.from_numpy(labels)

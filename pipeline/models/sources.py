@@ -11,17 +11,16 @@ from probsurgery.pipeline import hub
 from probsurgery.pipeline.datasets.tasks import Task
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.files import MalformedError, SourceFile, read_json
-from probsurgery.pipeline.models import architectures
 from probsurgery.pipeline.models.checkpoints import (
     INDEX,
     LazyMapping,
     StateDict,
-    VisualState,
     check_state,
     read_tensors,
     refuse_adapter,
     shards,
 )
+from probsurgery.pipeline.models.encoders import MAX_CONFIG_BYTES, Encoder, get_encoder
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", f".safetensors{INDEX}", f".bin{INDEX}")
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -34,27 +33,27 @@ def weights_in(path: Path) -> Path:
 
 
 class Weights:
-    """The checkpoints of an architecture: the pre-trained tower and an expert for each task.
+    """The checkpoints of an encoder: the pre-trained tower and an expert for each task.
 
     `folder` can have these layouts, also mixed, at its top or under the model's name (`ViT-B-32`): plain names
     (`pretrained.safetensors`, `<task>.pt`, ...); folders as the Hub's client writes them, or its cache; the
     task-vectors code's `zeroshot.pt` and `<Task>/finetuned.pt`. Without a folder, the published weights are used.
-    Every state dict returned has been checked against the architecture; `InputError` names the first key that differs.
+    Every state dict returned has been checked against the encoder; `InputError` names the first key that differs.
     """
 
-    def __init__(self, arch: str, folder: str | Path | None = None) -> None:
-        self.arch = arch
-        self.row = architectures.get_arch(arch)
+    def __init__(self, encoder: Encoder | str, folder: str | Path | None = None) -> None:
+        self.encoder = get_encoder(encoder) if isinstance(encoder, str) else encoder
+        self.row = self.encoder.arch
         self.folder = Path(folder) if folder is not None else self.row.folder
         if self.folder is None and self.row.expert_repo is None:
-            raise InputError(f"no experts of {arch} are published; give --checkpoints FOLDER")
+            raise InputError(f"no experts of {self.encoder.name} are published; give --checkpoints FOLDER")
         if self.folder is not None and not self.folder.is_dir():
             raise InputError(f"no folder of checkpoints at {self.folder}; --checkpoints takes a folder")
         self.files: dict[str, SourceFile] = {}
         """Every file read so far, by its content: `pretrained`, a task, `classifier <task>`, `merged <name>`."""
         self._paths: dict[str, Path] = {}
         self._checked: set[Path] = set()
-        self._shapes = architectures.expected_shapes(arch)
+        self._shapes = self.encoder.shapes
 
         model = self.row.open_clip.removesuffix("-quickgelu")
         self.places: tuple[Path, ...] = (self.folder, self.folder / model) if self.folder else ()
@@ -85,8 +84,8 @@ class Weights:
     def own(self, name: str) -> Mapping[str, Tensor]:
         """Another tower of the folder, such as `traditional-mtl`."""
         if self.folder is None:
-            message = f"no {name} checkpoint of {self.arch} is published; put {name}.safetensors in --checkpoints"
-            raise InputError(message)
+            problem = f"no {name} checkpoint of {self.encoder.name} is published"
+            raise InputError(f"{problem}; put {name}.safetensors in --checkpoints")
         return self.load(self._file(name, [name], None))
 
     def merged(self, path: Path) -> Mapping[str, Tensor]:
@@ -96,14 +95,14 @@ class Weights:
         return state
 
     def load(self, path: Path) -> Mapping[str, Tensor]:
-        """Any checkpoint of this architecture, in open_clip's names and float32, read tensor by tensor if possible."""
+        """Any checkpoint of this encoder, in its own names and float32, read tensor by tensor if possible."""
         path = weights_in(path)
         tensors = read_tensors(path)
         refuse_adapter(tensors, path)
-        state = VisualState(tensors, lambda: self._projection)
+        state = self.encoder.state(tensors, lambda: self._projection)
         if path not in self._checked:
-            check_state(state, self._shapes, str(path), self.arch)
-            self._check_activation(path)
+            check_state(state, self._shapes, str(path), self.encoder.name)
+            self._check_config(path)
             self._checked.add(path)
         return state
 
@@ -116,22 +115,19 @@ class Weights:
     @cached_property
     def _projection(self) -> Tensor:
         """The pre-trained visual projection (width, d)."""
-        state = VisualState(read_tensors(self.pretrained_file))
+        state = self.encoder.state(read_tensors(self.pretrained_file))
         if "proj" not in state:
             raise InputError(f"{self.pretrained_file} lacks the visual projection, and so do the experts' checkpoints")
         return state["proj"]
 
-    def _check_activation(self, path: Path) -> None:
-        """A wrong activation loads without an error and gives wrong features; transformers records the right one."""
+    def _check_config(self, path: Path) -> None:
+        """Compare the config.json beside a checkpoint, if there is one that can be read."""
         try:
-            config = read_json(path.parent / "config.json", architectures.MAX_CONFIG_BYTES)
-            activation = config.get("vision_config", config).get("hidden_act")
-        except (OSError, MalformedError, AttributeError):
+            config = read_json(path.parent / "config.json", MAX_CONFIG_BYTES)
+        except (OSError, MalformedError):
             return
-        quick = architectures.model_config(self.arch).get("quick_gelu", False)
-        if activation in ("quick_gelu", "gelu") and quick != (activation == "quick_gelu"):
-            right = "a -quickgelu architecture" if activation == "quick_gelu" else "an architecture without QuickGELU"
-            raise InputError(f"{path} was trained with {activation}, which {self.arch} does not have; choose {right}")
+        if isinstance(config, dict):
+            self.encoder.check_config(config, path)
 
     def _file(self, content: str, stems: Sequence[str], repo: str | None) -> Path:
         if content not in self._paths:

@@ -15,8 +15,9 @@ from probsurgery.pipeline.datasets.tasks import Task
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.files import SourceFile, replaced
 from probsurgery.pipeline.fingerprints import fingerprint
-from probsurgery.pipeline.models.architectures import model_config
 from probsurgery.pipeline.models.checkpoints import StateDict, check_state, digest, read_tensors, to_classifier, to_text
+from probsurgery.pipeline.models.encoders import Encoder
+from probsurgery.pipeline.models.open_clip_encoder import OpenClipEncoder
 from probsurgery.pipeline.models.sources import Weights
 from probsurgery.pipeline.store.arrays import bad_rows
 from probsurgery.pipeline.store.manifest import described
@@ -34,7 +35,7 @@ def load_classifiers(weights: Weights, tasks: Sequence[Task], device: torch.devi
         if classifier is None:
             missing.append(task)
             continue
-        shape = (len(task.class_names), model_config(weights.arch)["embed_dim"])
+        shape = (len(task.class_names), weights.encoder.dim)
         if classifier.weight.shape != shape:
             raise InputError(
                 f"{weights.files[f'classifier {task.name}'].source}: the classifier of {task.name!r} has shape "
@@ -85,7 +86,7 @@ def _from_text_tower(weights: Weights, tasks: Sequence[Task], device: torch.devi
             f"{path} has no text tower, and {weights.folder} holds neither classifiers.safetensors nor "
             f"head_{tasks[0].title}.pt; put one of them there"
         )
-    check_state(text, text_shapes(weights.arch), f"the text tower of {path}", weights.arch)
+    check_state(text, text_shapes(weights.encoder), f"the text tower of {path}", weights.encoder.name)
     text = {name: tensor.float() for name, tensor in text.items()}
     tower, dim = digest(text), text["text_projection"].shape[1]
     files: dict[str, Path] = {}
@@ -99,7 +100,7 @@ def _from_text_tower(weights: Weights, tasks: Sequence[Task], device: torch.devi
         if (classifier := _read_cached(files[task.name], (len(task.class_names), dim))) is not None:
             kept[task.name] = classifier
     missing = [task for task in tasks if task.name not in kept]
-    built = build_classifiers(weights.arch, text, missing, device) if missing else {}
+    built = build_classifiers(weights.encoder, text, missing, device) if missing else {}
     for name, file in files.items():
         if name in built:
             with suppress(OSError):  # on a full disk or in a read-only home, it is built again next time
@@ -125,14 +126,16 @@ def _read_cached(path: Path, shape: tuple[int, int]) -> Tensor | None:
     return classifier if classifier.shape == shape and classifier.isfinite().all() else None
 
 
-def text_shapes(arch: str) -> dict[str, torch.Size]:
+def text_shapes(encoder: Encoder) -> dict[str, torch.Size]:
     """Names and shapes of the text tower's parameters, including the logit scale."""
     with torch.device("meta"):
-        return {n: t.shape for n, t in _clip(arch).state_dict().items() if not n.startswith("visual.")}
+        return {n: t.shape for n, t in _clip(encoder).state_dict().items() if not n.startswith("visual.")}
 
 
 @torch.no_grad()
-def build_classifiers(arch: str, text: StateDict, tasks: Sequence[Task], device: torch.device) -> dict[str, Tensor]:
+def build_classifiers(
+    encoder: Encoder, text: StateDict, tasks: Sequence[Task], device: torch.device
+) -> dict[str, Tensor]:
     """Zero-shot classifiers (C, d) from a text tower with the shapes of `text_shapes`.
 
     Each class name in each of the task's templates is embedded and normalised; the mean over templates is normalised
@@ -140,13 +143,14 @@ def build_classifiers(arch: str, text: StateDict, tasks: Sequence[Task], device:
     """
     import open_clip
 
-    model = _clip(arch)
+    model = _clip(encoder)
     missing, unexpected = model.load_state_dict(text, strict=False)  # of the whole model, only the text tower is used
     assert not unexpected
     assert all(name.startswith("visual.") for name in missing)
     model.to(device).eval()
-    length = model_config(arch)["text_cfg"].get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
-    tokenizer = open_clip.SimpleTokenizer(context_length=length)  # OpenAI's, which every `CLIP` was trained with
+    tokenizer = open_clip.SimpleTokenizer(
+        context_length=model.context_length
+    )  # OpenAI's, which every `CLIP` was trained with
     scale = text["logit_scale"].to(device).exp()
     classifiers = {}
     for task in tasks:
@@ -156,10 +160,12 @@ def build_classifiers(arch: str, text: StateDict, tasks: Sequence[Task], device:
     return classifiers
 
 
-def _clip(arch: str) -> nn.Module:
+def _clip(encoder: Encoder) -> nn.Module:
     import open_clip
 
-    config = model_config(arch)
-    if "hf_model_name" in config["text_cfg"] or config.get("custom_text"):
-        raise InputError(f"classifiers of {arch} cannot be made here; put classifiers.safetensors into --checkpoints")
+    config = encoder.config if isinstance(encoder, OpenClipEncoder) else {}
+    if "text_cfg" not in config or "hf_model_name" in config["text_cfg"] or config.get("custom_text"):
+        raise InputError(
+            f"classifiers of {encoder.name} cannot be made here; put classifiers.safetensors into --checkpoints"
+        )
     return open_clip.CLIP(**config)

@@ -126,7 +126,7 @@ class Identity(Record, frozen=True, kw_only=True):
     checkpoints: Mapping[str, str]
     """Digests of the encoders' weights: `pretrained`, and each expert by its task."""
     preprocessing: Mapping[Name, Setting | list[Number]]
-    """Of images, as `models.architectures.Preprocessing`."""
+    """Of images, as `models.preprocessing.Preprocessing`."""
     merge: MergeIdentity
 
 

@@ -30,8 +30,8 @@ def origin(manifest: Manifest, name: str) -> list[object] | None:
     weights["pretrained"] = identity.checkpoints.get("pretrained")
     if is_features(name) and weights[kind] is None:
         return None
-    settings = [identity.arch, identity.dim, identity.dtype, identity.precision, identity.preprocessing]
-    return [*settings, weights.get(kind), data.rows, data.fingerprint, data.decoding]
+    encoder = [identity.arch, identity.encoder, identity.dim, identity.preprocessing]
+    return [*encoder, identity.dtype, identity.precision, weights.get(kind), data.rows, data.fingerprint, data.decoding]
 
 
 def take_from_siblings(writer: CacheWriter, names: Sequence[str], *, skip_bad: bool) -> tuple[TakenRows, list[str]]:

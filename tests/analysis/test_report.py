@@ -13,8 +13,9 @@ from probsurgery.pipeline.config import FitConfig, ProbSettings, SurgerySettings
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.fitting.fit import fit
 from probsurgery.pipeline.fitting.sweep import sweep
-from probsurgery.pipeline.models import architectures
 from probsurgery.pipeline.models.architectures import MINI
+from probsurgery.pipeline.models.encoders import get_encoder
+from probsurgery.pipeline.models.open_clip_encoder import OpenClipEncoder
 from probsurgery.pipeline.store.results import Spread
 from support import edit_manifest, refused, write_cache
 
@@ -272,9 +273,9 @@ def test_bad_report_requests(run, small_cache, tmp_path):
 def test_a_report_of_many_settings_builds_one_encoder_and_takes_linear_time(small_cache, monkeypatch):
     """Time is counted in calls of functions: four times the settings take four times as many, and some to begin."""
     row = fit(FitConfig(small_cache.path, PROB)).rows[0].to_json()
-    built, shapes = [], architectures.expected_shapes
-    monkeypatch.setattr(architectures, "expected_shapes", lambda arch: built.append(arch) or shapes(arch))
-    shapes("mini")
+    built, empty = [], OpenClipEncoder.empty
+    monkeypatch.setattr(OpenClipEncoder, "empty", lambda self: built.append(self.name) or empty(self))
+    empty(get_encoder("mini"))
     calls = []
     for count in (50, 200):
         rows = [row | {"settings": row["settings"] | {"hidden": 9 + n}, "request": str(n)} for n in range(count)]

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import processes
 from probsurgery.pipeline.files import write_atomically
-from probsurgery.pipeline.models.architectures import preprocessing
+from probsurgery.pipeline.models.encoders import get_encoder
 from probsurgery.pipeline.store import lock
 from probsurgery.pipeline.store.cache import Cache
 from support import drop_seal, edit_manifest, refused, write_cache
@@ -208,7 +208,9 @@ def test_refusals_come_before_the_work(run, small_cache, here, monkeypatch):
     def work(*arguments, **options):
         raise AssertionError("it was begun")
 
-    edit_manifest(small_cache.path, lambda m: m["identity"].update(preprocessing=preprocessing("mini")))
+    edit_manifest(
+        small_cache.path, lambda m: m["identity"].update(preprocessing=get_encoder("mini").preprocessing.to_json())
+    )
     run("fit", "--cache", small_cache.path, "--name", "one", "--head", "ridge")
     for module, name in ((assemble, "_merged_state"), (extract, "make_merge"), (fit, "_train")):
         monkeypatch.setattr(module, name, work)

@@ -15,11 +15,11 @@ from probsurgery.pipeline.datasets.corruptions import corrupted
 from probsurgery.pipeline.datasets.pictures import read_rgb, to_rgb
 from probsurgery.pipeline.datasets.suites import select_tasks
 from probsurgery.pipeline.datasets.tasks import open_images
-from probsurgery.pipeline.models.architectures import image_transform, preprocessing
+from probsurgery.pipeline.models.encoders import get_encoder
 from support import parquet
 
 (EUROSAT,) = select_tasks("clip8", ["eurosat"])
-SIZE = preprocessing("mini")["image_size"]
+SIZE = get_encoder("mini").preprocessing.image_size
 MEAN_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -73,7 +73,7 @@ def folder(tmp_path_factory):
 def test_every_route_gives_the_tensor_of_the_reference_loader(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
     root, paths = folder
-    transform = image_transform("mini")
+    transform = get_encoder("mini").preprocessing.transform
     routes = [open_images(EUROSAT, "test", str(root / kind), any_rows=True) for kind in ("folders", "table")]
     rows = {label: row for row, label in enumerate(routes[0].labels.tolist())}
     for label, path in enumerate(paths):
@@ -90,7 +90,7 @@ def test_every_route_gives_the_tensor_of_the_reference_loader(folder, tmp_path, 
 @pytest.mark.parametrize("size", [(70, 50), (31, 200), (SIZE, SIZE), (5, 3)])
 def test_plain_pictures_are_preprocessed_as_openai_does(mode, size):
     image = photograph(mode, size)
-    assert torch.equal(image_transform("mini")(image), openais(image))
+    assert torch.equal(get_encoder("mini").preprocessing.transform(image), openais(image))
 
 
 LEVELS = np.tile(np.arange(256, dtype=np.uint16) * 257, (64, 1))
@@ -147,7 +147,7 @@ def white_is_zero(content):
 def test_16_bits_are_scaled_to_8(content, expected):
     assert np.array_equal(np.asarray(read_rgb(content)), np.asarray(expected.convert("RGB")))
     with Image.open(io.BytesIO(content)) as image:
-        assert torch.equal(image_transform("mini")(image), openais(expected))
+        assert torch.equal(get_encoder("mini").preprocessing.transform(image), openais(expected))
 
 
 def test_16_bits_are_rounded():
@@ -165,7 +165,7 @@ def test_16_bits_are_rounded():
 )
 def test_what_has_no_known_black_and_white_is_refused(values, words):
     for image in (Image.fromarray(values), Image.open(io.BytesIO(encoded(Image.fromarray(values), "TIFF")))):
-        for decode in (to_rgb, image_transform("mini"), lambda i: corrupted(i, "noise:1", 0)):
+        for decode in (to_rgb, get_encoder("mini").preprocessing.transform, lambda i: corrupted(i, "noise:1", 0)):
             with pytest.raises(ValueError, match=words):
                 decode(image)
 

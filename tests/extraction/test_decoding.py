@@ -7,7 +7,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from probsurgery.pipeline.datasets.suites import select_tasks
-from probsurgery.pipeline.models.architectures import expected_shapes, model_config
+from probsurgery.pipeline.models.encoders import get_encoder
 from probsurgery.pipeline.store.cache import Cache
 from support import drop_seal, edit_manifest, idx, refused
 
@@ -20,9 +20,9 @@ def extract(run, tiny, tmp_path):
     weights, data = tmp_path / "weights", tmp_path / "data"
     weights.mkdir()
     for name in ("pretrained", "eurosat", "mnist"):
-        state = {key: 0.1 * torch.randn(shape) for key, shape in expected_shapes("tiny").items()}
+        state = {key: 0.1 * torch.randn(shape) for key, shape in get_encoder("tiny").shapes.items()}
         save_file(state, weights / f"{name}.safetensors")
-    dim = model_config("tiny")["embed_dim"]
+    dim = get_encoder("tiny").dim
     save_file({task: torch.randn(10, dim) for task in ("eurosat", "mnist")}, weights / "classifiers.safetensors")
     for split, name in (("test", "t10k"), ("train", "train")):
         for shade, label in enumerate(CLASSES):

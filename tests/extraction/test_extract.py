@@ -29,7 +29,9 @@ from probsurgery.pipeline.extraction import encode, extract, loading, run_plan
 from probsurgery.pipeline.fitting.fit import fit
 from probsurgery.pipeline.merging.registry import merge
 from probsurgery.pipeline.models import architectures
+from probsurgery.pipeline.models.architectures import MINI
 from probsurgery.pipeline.models.checkpoints import digest
+from probsurgery.pipeline.models.encoders import get_encoder
 from probsurgery.pipeline.models.sources import Weights
 from probsurgery.pipeline.store import arrays
 from probsurgery.pipeline.store.cache import Cache
@@ -70,10 +72,10 @@ def test_features_are_those_of_the_encoders(tmp_path, store):
     merged = merge("ta", weights.pretrained(), weights.experts(tasks)).state
     for task in tasks:
         images = open_images(task, "test", limit=LIMIT)
-        batch = torch.stack([architectures.image_transform("mini")(images.decode(i)) for i in range(LIMIT)])
+        batch = torch.stack([get_encoder("mini").preprocessing.transform(images.decode(i)) for i in range(LIMIT)])
         for kind, state in (("expert", weights.expert(task)), ("merged", merged), ("pretrained", weights.pretrained())):
             with torch.no_grad():
-                expected = architectures.build_visual("mini", state)(batch)
+                expected = get_encoder("mini").build(state)(batch)
             assert torch.allclose(cache.features(task.name, kind), expected, atol=1e-4), kind
         assert cache.labels(task.name).tolist() == images.labels.tolist()
     assert damage(cache) == []
@@ -177,7 +179,7 @@ def checkpoints(tmp_path):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     for name in ("pretrained", "classifiers", *TASKS):
-        save_file(load_file(architectures.MINI / "weights" / f"{name}.safetensors"), folder / f"{name}.safetensors")
+        save_file(load_file(MINI / "weights" / f"{name}.safetensors"), folder / f"{name}.safetensors")
     return folder
 
 
@@ -363,7 +365,7 @@ def test_the_manifest_says_what_a_cache_was_made_from(tmp_path):
     (path,) = extract.extract(config(tmp_path)).caches
     manifest = json.loads((path / "manifest.json").read_text())
     for name in ("pretrained", *TASKS):
-        file = architectures.MINI / "weights" / f"{name}.safetensors"
+        file = MINI / "weights" / f"{name}.safetensors"
         held = manifest["files"][name]
         assert held["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
         assert (held["source"], held["bytes"]) == (file.name, file.stat().st_size)
@@ -396,9 +398,9 @@ def test_the_papers_tasks_are_extracted_from_files_in_the_published_formats(tmp_
     """Two of the eight tasks, with a tower small enough to make here: parquet data, Hugging Face experts without their
     projection, classifiers from a file."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "hf"))
-    tiny = architectures.Arch("clip8", "tiny", config=architectures.MINI / "mini.json")
+    tiny = architectures.Arch("clip8", "tiny", config=MINI / "mini.json")
     monkeypatch.setitem(architectures.ARCHS, "tiny", tiny)
-    folder, dim = tmp_path / "checkpoints", architectures.model_config("tiny")["embed_dim"]
+    folder, dim = tmp_path / "checkpoints", get_encoder("tiny").dim
     transformers.CLIPVisionModelWithProjection(hugging_face_config()).save_pretrained(folder / "pretrained")
     for task in ("eurosat", "svhn", "kmnist"):
         transformers.CLIPVisionModel(hugging_face_config()).save_pretrained(folder / task)
@@ -435,7 +437,7 @@ def test_devices_that_are_not_there_are_refused():
 def test_packaged_weights_are_read_in_float32():
     state = Weights("mini").pretrained()
     assert {t.dtype for t in state.values()} == {torch.float32}
-    packaged = to_visual(load_file(architectures.MINI / "weights" / "pretrained.safetensors"))
+    packaged = to_visual(load_file(MINI / "weights" / "pretrained.safetensors"))
     assert all(torch.equal(tensor, packaged[name].float()) for name, tensor in state.items())
     assert digest(state) == digest({name: tensor.float() for name, tensor in packaged.items()})
 

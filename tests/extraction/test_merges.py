@@ -23,8 +23,9 @@ from probsurgery.pipeline.extraction.merges import merge_requests
 from probsurgery.pipeline.fitting.fit import fit
 from probsurgery.pipeline.merging.coefficients import read_coefficients
 from probsurgery.pipeline.merging.registry import METHODS, Coefficients, merge_label
-from probsurgery.pipeline.models import architectures
+from probsurgery.pipeline.models.architectures import MINI
 from probsurgery.pipeline.models.checkpoints import digest
+from probsurgery.pipeline.models.encoders import get_encoder
 from probsurgery.pipeline.models.sources import Weights
 from probsurgery.pipeline.store import maintenance
 from probsurgery.pipeline.store.cache import Cache
@@ -33,7 +34,7 @@ from support import damage, refused
 TASKS = ("digits8", "texture")
 BRIEF = {"steps": "3", "images": "8", "batch_size": "4"}
 CPU = torch.device("cpu")
-NAMES = list(architectures.expected_shapes("mini"))
+NAMES = list(get_encoder("mini").shapes)
 
 
 def config(root, merge="tw-adamerging", **other):
@@ -92,7 +93,7 @@ def test_merges_differ_from_each_other(all_merges):
 
 
 def test_multi_task_learning_is_the_checkpoint_of_the_suite(all_merges):
-    own = load_file(architectures.MINI / "weights" / "traditional-mtl.safetensors")
+    own = load_file(MINI / "weights" / "traditional-mtl.safetensors")
     found = Cache(all_merges["traditional-mtl"])
     assert found.identity.merge.digest == digest({name: tensor.float() for name, tensor in own.items()})
     assert "traditional-mtl" in found.manifest.files
@@ -141,9 +142,9 @@ def test_what_was_learned_is_not_learned_again(tmp_path, method):
     assert (again, learned) == (path, [])
     assert Cache(path).identity == identity
     assert Cache(path).is_whole("texture")
-    tower = architectures.build_visual("mini", {name: tensor.float() for name, tensor in kept.items()})
+    tower = get_encoder("mini").build({name: tensor.float() for name, tensor in kept.items()})
     images = open_images(select_tasks("mini", ["texture"])[0], "test", limit=40)
-    batch, _ = next(loading.read_batches(images, "mini", [list(range(40))], 0, CPU))
+    batch, _ = next(loading.read_batches(images, get_encoder("mini"), [list(range(40))], 0, CPU))
     expected = tower(batch).detach()
     assert torch.allclose(Cache(path).features("texture"), expected, atol=1e-4)
     _, learned = run(tmp_path, method, fresh=True)
@@ -356,9 +357,9 @@ def test_published_task_wise_coefficients(tmp_path):
     expected = {
         n: base[n] + 0.2202 * (experts["digits8"][n] - base[n]) + 0.4 * (experts["texture"][n] - base[n]) for n in base
     }
-    tower = architectures.build_visual("mini", expected)
+    tower = get_encoder("mini").build(expected)
     images = open_images(select_tasks("mini", ["texture"])[0], "test", limit=40)
-    batch, _ = next(loading.read_batches(images, "mini", [list(range(40))], 0, CPU))
+    batch, _ = next(loading.read_batches(images, get_encoder("mini"), [list(range(40))], 0, CPU))
     assert torch.allclose(Cache(path).features("texture"), tower(batch).detach(), atol=1e-4)
     with pytest.raises(InputError, match="--merge-arg steps would have no effect"):
         run(tmp_path, coefficients=file, merge_args={"steps": 3})
@@ -499,11 +500,13 @@ def test_samples_are_the_images_with_their_labels(monkeypatch, held):
         return good(row)
 
     images = Images(torch.arange(30).numpy(), "", broken)
-    transform = architectures.image_transform("mini")
+    transform = get_encoder("mini").preprocessing.transform
     classifiers = {"texture": Classifier(torch.zeros(7, 64))}
 
     def given(skip_bad):
-        return image_stream("mini", lambda t, s: images, classifiers, CPU, 0, skip_bad=skip_bad, progress=Steps())
+        return image_stream(
+            get_encoder("mini"), lambda t, s: images, classifiers, CPU, 0, skip_bad=skip_bad, progress=Steps()
+        )
 
     found = list(given(True).take("texture", "test", 60, seed=0))
     assert sum(len(batch) for batch, _ in found) == 60
@@ -620,10 +623,10 @@ def test_a_merged_model_may_be_a_folder(tmp_path):
     tasks, folder = select_tasks("mini", ["mnist"]), tmp_path / "slerp"
     folder.mkdir()
     asked = ExtractConfig("mini", merges=(str(folder),), root=tmp_path)
-    (request,) = merge_requests(asked, tasks, "mini", whole_suite=True)
+    (request,) = merge_requests(asked, get_encoder("mini"), tasks, "mini", whole_suite=True)
     assert request.path == tmp_path / "mini_slerp"
     with pytest.raises(InputError, match="no checkpoint at .*slerp"):
         Weights("mini").merged(folder)
     for name in ("", str(tmp_path / "none")):
         with pytest.raises(InputError, match="unknown merge"):
-            merge_requests(replace(asked, merges=(name,)), tasks, "mini", whole_suite=True)
+            merge_requests(replace(asked, merges=(name,)), get_encoder("mini"), tasks, "mini", whole_suite=True)

@@ -410,13 +410,13 @@ def test_grams_are_summed_for_linear_layers_and_plain_products_only():
 
 
 def test_regmean_finds_every_linear_map_of_the_tower():
-    from probsurgery.pipeline.models import architectures
+    from probsurgery.pipeline.models.encoders import get_encoder
     from probsurgery.pipeline.models.sources import Weights
 
     weights = Weights("mini").pretrained()
     watch = InputGrams(weights)
     with torch.no_grad(), watch:
-        architectures.functional("mini")(weights, torch.randn(2, 3, 48, 48))
+        get_encoder("mini").functional()(weights, torch.randn(2, 3, 48, 48))
     expected = {n for n, t in weights.items() if t.ndim == 2 and n not in ("class_embedding", "positional_embedding")}
     assert watch.grams.keys() == expected
     assert watch.transposed == expected - {"proj"}

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from probsurgery.pipeline.datasets.suites import select_tasks
 from probsurgery.pipeline.errors import InputError
-from probsurgery.pipeline.models.architectures import build_visual, expected_shapes, model_config
 from probsurgery.pipeline.models.checkpoints import check_state, digest, read_tensors, to_text
+from probsurgery.pipeline.models.encoders import get_encoder
 from probsurgery.pipeline.models.sources import Weights
 from support import hugging_face_config, tiny_clip, to_visual
 
@@ -30,13 +30,13 @@ def model():
 
 @pytest.fixture(scope="module")
 def images():
-    size = model_config("mini")["vision_cfg"]["image_size"]
+    size = get_encoder("mini").config["vision_cfg"]["image_size"]
     return torch.randn(3, 3, size, size)
 
 
 @torch.no_grad()
 def features_of(state, images):
-    return build_visual("mini", state)(images)
+    return get_encoder("mini").build(state)(images)
 
 
 @torch.no_grad()
@@ -94,8 +94,8 @@ def test_the_published_sizes_give_hugging_faces_features(tmp_path, arch):
         tower = {n.removeprefix("vision_model."): t for n, t in full.items() if not n.startswith("visual_proj")}
         save_file({prefix + n: t.contiguous() for n, t in tower.items()}, tmp_path / f"{arch}.safetensors")
         state = to_visual(read_tensors(tmp_path / f"{arch}.safetensors"), projection.T)
-        check_state(state, expected_shapes(arch), arch, arch)
-        difference = (build_visual(arch, state)(images) - expected).abs().max()
+        check_state(state, get_encoder(arch).shapes, arch, arch)
+        difference = (get_encoder(arch).build(state)(images) - expected).abs().max()
         assert difference < 1e-5, difference
 
 
@@ -151,9 +151,9 @@ def test_files_of_open_clip_2_0_2_give_its_features(tmp_path):
     expected = read_tensors(tmp_path / "expected.pt")
     for name in ("zip", "legacy", "pickle"):
         state = to_visual(read_tensors(tmp_path / f"{name}.pt"))
-        check_state(state, expected_shapes("vitb32"), name, "vitb32")
+        check_state(state, get_encoder("vitb32").shapes, name, "vitb32")
         with torch.no_grad():
-            features = build_visual("vitb32", state)(expected["images"])
+            features = get_encoder("vitb32").build(state)(expected["images"])
         assert (features - expected["features"]).abs().max() < 1e-5
 
 
@@ -268,7 +268,7 @@ def test_an_adapter_is_called_one(tmp_path, name):
 
 
 def test_the_first_differing_key_is_named(model):
-    shapes, state = expected_shapes("mini"), to_visual(model.state_dict())
+    shapes, state = get_encoder("mini").shapes, to_visual(model.state_dict())
     check_state(state, shapes, "x.pt", "mini")
     first = next(iter(shapes))
     with pytest.raises(InputError, match=f"x.pt lacks the key '{first}'"):

@@ -18,7 +18,7 @@ from probsurgery.pipeline.datasets.suites import select_tasks
 from probsurgery.pipeline.datasets.tasks import open_images
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.hub import explain
-from probsurgery.pipeline.models.architectures import build_visual, image_transform
+from probsurgery.pipeline.models.encoders import get_encoder
 from probsurgery.pipeline.store.cache import Cache
 from support import hub_data_set, hugging_face_config, tiny_clip, to_visual
 
@@ -130,9 +130,9 @@ def test_features_are_those_of_the_checkpoints_on_the_hub(hub, command, tmp_path
     hub_copy.mkdir()
     (hub_copy / "mnist").symlink_to(hub.root / "datasets" / DATA["mnist"])
     images = open_images(task, "test", str(hub_copy), any_rows=True)
-    batch = torch.stack([image_transform("mini")(images.decode(row)) for row in range(40)])
+    batch = torch.stack([get_encoder("mini").preprocessing.transform(images.decode(row)) for row in range(40)])
     with torch.no_grad():
-        expected = build_visual("mini", to_visual(expert, projection))(batch)
+        expected = get_encoder("mini").build(to_visual(expert, projection))(batch)
     features = Cache(tmp_path / "cache" / "tiny_ta_eurosat+svhn+mnist").features("mnist", "expert")
     assert torch.allclose(features, expected, atol=1e-5)
 

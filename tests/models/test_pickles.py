@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.models import unpickler
-from probsurgery.pipeline.models.architectures import build_visual, model_config
 from probsurgery.pipeline.models.checkpoints import digest, read_tensors
+from probsurgery.pipeline.models.encoders import get_encoder
 from probsurgery.pipeline.models.sources import Weights
 from support import pickled_like_task_vectors, to_visual
 
@@ -99,9 +99,9 @@ def test_tensors_that_share_or_reorder_a_storage_are_read_unchanged(tmp_path):
 
 def test_openais_torchscript_archive_is_read(tmp_path, state):
     tower = torch.nn.Module()
-    tower.visual = build_visual("mini", state)
+    tower.visual = get_encoder("mini").build(state)
     tower.forward = lambda: None
-    size = model_config("mini")["vision_cfg"]["image_size"]
+    size = get_encoder("mini").config["vision_cfg"]["image_size"]
     torch.jit.trace_module(tower.visual, {"forward": torch.zeros(1, 3, size, size)}).save(tmp_path / "jit.pt")
     tensors = read_tensors(tmp_path / "jit.pt")
     assert digest({n: tensors[n] for n in state}) == digest(state)

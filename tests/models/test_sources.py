@@ -13,8 +13,8 @@ from probsurgery.pipeline import hub
 from probsurgery.pipeline.datasets.suites import select_tasks
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.models import architectures
-from probsurgery.pipeline.models.architectures import model_config
 from probsurgery.pipeline.models.checkpoints import digest
+from probsurgery.pipeline.models.encoders import get_encoder
 from probsurgery.pipeline.models.sources import Weights
 from probsurgery.pipeline.models.text_classifiers import load_classifiers
 from support import TINY, hugging_face_config, pickled_like_task_vectors, tiny_clip, to_visual
@@ -67,7 +67,7 @@ def test_hugging_face_folders_are_found_by_any_name(tmp_path, tiny, clip, expert
 @pytest.mark.parametrize("plain", [True, False])
 def test_the_task_vectors_layout_is_read_whole(tmp_path, tiny, clip, expert, inner, plain, monkeypatch):
     folder, state = tmp_path / inner, expert_state(clip, expert)
-    head = torch.randn(10, model_config("tiny")["embed_dim"])
+    head = torch.randn(10, get_encoder("tiny").dim)
     pickled_like_task_vectors(folder / "zeroshot.pt", to_visual(clip.state_dict()), plain=plain)
     pickled_like_task_vectors(folder / "EuroSAT" / "finetuned.pt", state, plain=plain)
     pickled_like_task_vectors(folder / "head_EuroSAT.pt", head, plain=plain)

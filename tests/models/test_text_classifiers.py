@@ -10,8 +10,8 @@ from probsurgery.pipeline.datasets.suites import select_tasks
 from probsurgery.pipeline.datasets.tasks import Task
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.models import text_classifiers
-from probsurgery.pipeline.models.architectures import model_config
 from probsurgery.pipeline.models.checkpoints import to_text
+from probsurgery.pipeline.models.encoders import get_encoder
 from probsurgery.pipeline.models.sources import Weights
 from probsurgery.pipeline.models.text_classifiers import build_classifiers, load_classifiers
 from support import tiny_clip
@@ -31,7 +31,7 @@ def test_classifiers_average_normalised_prompts_and_include_the_scale(tiny, clip
     import open_clip
 
     task = Task("t", ("cat", "dog"), templates=("a {}.", "the {}!", "{}"))
-    classifier = build_classifiers("tiny", to_text(clip.state_dict()), [task], torch.device("cpu"))["t"]
+    classifier = build_classifiers(get_encoder("tiny"), to_text(clip.state_dict()), [task], torch.device("cpu"))["t"]
     tokenizer = open_clip.get_tokenizer("ViT-B-32-quickgelu")
     for row, name in zip(classifier, task.class_names, strict=True):
         tokens = tokenizer([template.format(name) for template in task.templates])[:, :77]
@@ -43,7 +43,7 @@ def test_classifiers_average_normalised_prompts_and_include_the_scale(tiny, clip
 
 def test_heads_that_are_not_classifiers_are_refused(tmp_path, tiny, clip):
     clip.save_pretrained(tmp_path / "pretrained")
-    dim = model_config("tiny")["embed_dim"]
+    dim = get_encoder("tiny").dim
     path = tmp_path / "head_EuroSAT.pt"
     for value, words in [
         ({"weight": torch.ones(10, dim), "bias": torch.ones(9)}, r"bias is of shape \(C,\) = \(10,\), not .*\(9,\)"),
@@ -62,7 +62,7 @@ def test_heads_that_are_not_classifiers_are_refused(tmp_path, tiny, clip):
 @pytest.mark.parametrize("name", ["head_EuroSAT.pt", "classifiers.safetensors"])
 def test_a_bias_is_read(tmp_path, tiny, clip, name):
     clip.save_pretrained(tmp_path / "pretrained")
-    weight, bias = torch.ones(10, model_config("tiny")["embed_dim"]), torch.arange(10.0)
+    weight, bias = torch.ones(10, get_encoder("tiny").dim), torch.arange(10.0)
     if name.endswith(".pt"):
         torch.save({"weight": weight, "bias": bias}, tmp_path / name)
     else:
@@ -74,7 +74,7 @@ def test_a_bias_is_read(tmp_path, tiny, clip, name):
 
 def test_classifiers_are_built_from_the_pretrained_text_tower_once(tmp_path, tiny, clip, monkeypatch):
     clip.save_pretrained(tmp_path / "pretrained")
-    expected = build_classifiers("tiny", to_text(clip.state_dict()), [EUROSAT, SVHN], CPU)
+    expected = build_classifiers(get_encoder("tiny"), to_text(clip.state_dict()), [EUROSAT, SVHN], CPU)
     first = load_classifiers(Weights("tiny", tmp_path), [EUROSAT, SVHN], CPU)
     assert all(torch.equal(first[name].weight, expected[name]) for name in expected)
     built = []
@@ -115,7 +115,7 @@ def test_classifiers_are_built_for_a_user_without_a_home(tmp_path, tiny, clip, m
 
 def test_classifiers_come_from_the_folder_if_it_has_them(tmp_path):
     tasks = select_tasks("mini", ["mnist"])
-    dim = model_config("mini")["embed_dim"]
+    dim = get_encoder("mini").dim
     with pytest.raises(InputError, match="no folder of checkpoints"):
         Weights("mini", tmp_path / "nothing")
     for tensors, words in [

@@ -17,7 +17,7 @@ from probsurgery.pipeline.extraction import encode, run_plan
 from probsurgery.pipeline.extraction.extract import extract as run_extract
 from probsurgery.pipeline.files import broken_seal
 from probsurgery.pipeline.fitting.fit import fit
-from probsurgery.pipeline.models import architectures
+from probsurgery.pipeline.models.architectures import MINI
 from probsurgery.pipeline.store import arrays, manifest, writer
 from probsurgery.pipeline.store import cache as store_module
 from probsurgery.pipeline.store.cache import Cache
@@ -158,7 +158,7 @@ def test_another_experts_features_are_not_taken(first, tmp_path):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     for name in ("pretrained", "classifiers", *TASKS):
-        state = load_file(architectures.MINI / "weights" / f"{name}.safetensors")
+        state = load_file(MINI / "weights" / f"{name}.safetensors")
         if name == "texture":
             state["proj"] *= 1.01
         save_file(state, folder / f"{name}.safetensors")
