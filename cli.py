@@ -54,9 +54,10 @@ for _name, _command in COMMANDS.items():
 for _name, _command in CACHE_COMMANDS.items():
     cache_app.command(_name)(_command)
 app.add_typer(cache_app, name="cache")
-suites_app = typer.Typer(help="List the suites of tasks, and show one.", invoke_without_command=True)
+suites_app = typer.Typer(help="List the suites of tasks, show one, or check one.", invoke_without_command=True)
 suites_app.callback()(suites.list_command)
 suites_app.command("show")(suites.show_command)
+suites_app.command("check")(suites.check_command)
 app.add_typer(suites_app, name="suites")
 
 

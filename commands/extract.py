@@ -24,11 +24,17 @@ Data = Annotated[str | None, Option(help="Folder of data sets; layouts: docs/sou
 Workers = Annotated[int | None, Whole(help="Processes that decode images. [the number of cores]")]
 Fresh = Annotated[bool, Option("--fresh", help="First delete the cache that exists, heads included.")]
 SkipBad = Annotated[bool, Option("--skip-bad", help="Leave out images that cannot be decoded, and record which.")]
-AnyRows = Annotated[bool, Option("--any-rows", help="Accept data sets of another size than in the papers.")]
+AnyRows = Annotated[bool, Option("--any-rows", help="Accept data sets of another size than the suite states.")]
 
 
 def extract_command(
-    arch: Annotated[str, Option(help="mini, vitb32, vitb16, vitl14, or, with --checkpoints, any model of open_clip.")],
+    arch: Annotated[
+        str | None,
+        Option(
+            help="mini, vitb32, vitb16, vitl14, any model of open_clip, the path of a JSON configuration of one, or a "
+            "folder or hf:NAME of a vision model of transformers. [the suite's]"
+        ),
+    ] = default.arch,
     merges: Annotated[
         list[str],
         Option(
@@ -43,7 +49,10 @@ def extract_command(
         Path | None, Option(help="Read AdaMerging's coefficients from this file instead of learning them.")
     ] = None,
     name: Name = default.name,
-    suite: Annotated[str | None, Option(help=f"Tasks: {', '.join(SUITES)}. [the architecture's own]")] = default.suite,
+    suite: Annotated[
+        str | None,
+        Option(help=f"Tasks: {', '.join(SUITES)}, or a TOML file (docs/own-tasks.md). [the architecture's own]"),
+    ] = default.suite,
     tasks: Annotated[Several | None, comma_list(str, "Tasks to merge and extract. [all of the suite]")] = default.tasks,
     only: Annotated[Several | None, comma_list(str, "Extract only these of the merged tasks. [all]")] = default.only,
     checkpoints: Annotated[

@@ -1,16 +1,19 @@
-"""`suites`: the sets of tasks that the package knows."""
+"""`suites`: the sets of tasks that the package knows, and those of one's own."""
 
 from typing import Annotated
 
 import typer
+from typer import Option
 
 from probsurgery.commands.options import AsJson
-from probsurgery.commands.render import print_json, print_rows
+from probsurgery.commands.progress import shown_progress
+from probsurgery.commands.render import note, print_json, print_rows, say
 from probsurgery.pipeline.config import SUITES
+from probsurgery.pipeline.errors import InputError
 
 
 def list_command(context: typer.Context, as_json: AsJson = False) -> None:
-    """List the suites and their tasks."""
+    """List the package's suites and their tasks."""
     if context.invoked_subcommand:
         return
     from probsurgery.pipeline.datasets.suites import suite_tasks
@@ -21,14 +24,40 @@ def list_command(context: typer.Context, as_json: AsJson = False) -> None:
         return
     for name, tasks in suites.items():
         print(f"{name}: {len(tasks)} tasks")
-        images = [(t.name, str(len(t.class_names)), t.hub.id if t.hub else f"packages of [{t.reader}]") for t in tasks]
+        images = [(task.name, str(len(task.class_names)), task.place("test")) for task in tasks]
         print_rows(("task", "classes", "test images from"), images)
 
 
 def show_command(
-    name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(SUITES)}.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(SUITES)}, or a file.")],
 ) -> None:
-    """Print a suite's file: tasks, classes, prompts and where images come from."""
-    from probsurgery.pipeline.datasets.suites import suite_path
+    """Print a suite's file, to copy from: tasks, classes, prompts and where images come from."""
+    from probsurgery.pipeline.datasets.suites import load_suite
 
-    print(suite_path(name).read_text(encoding="utf-8"), end="")
+    print(load_suite(name).path.read_text(encoding="utf-8"), end="")
+
+
+def check_command(
+    suite: Annotated[str, typer.Argument(metavar="FILE", help=f"A suite's file, or one of {', '.join(SUITES)}.")],
+    arch: Annotated[str | None, Option(help="Encoder, if the suite names none.")] = None,
+    checkpoints: Annotated[str | None, Option(help="Folder of checkpoints, as for `extract`.")] = None,
+    data: Annotated[str | None, Option(help="Folder of data sets, as for `extract`.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Open everything that a suite names, without encoding: encoder, checkpoints, classifiers and every image.
+
+    Prints a line for each task. Exits with status 2 and a line for every problem if there are any.
+    """
+    from probsurgery.pipeline.extraction.check import check_suite
+
+    with shown_progress("images") as progress:
+        checked, problems = check_suite(suite, arch, checkpoints, data, progress)
+    if as_json:
+        print_json({"tasks": checked, "problems": problems})
+    for name, task in {} if as_json else checked.items():
+        images = ", ".join(f"{rows:,} {split}" for split, rows in task["images"].items())
+        say(f"{name}: {images} images, {task['classes']} classes, {task['classifier']}, expert {task['expert']}")
+    for problem in problems:
+        note(problem)
+    if problems:
+        raise typer.Exit(InputError.exit_status)

@@ -192,8 +192,8 @@ def _option(name: str) -> str:
 class ExtractConfig:
     """One run of stage one."""
 
-    arch: str
-    """Architecture: a name in `models.architectures.ARCHS`, or any of open_clip's."""
+    arch: str | None = None
+    """Encoder: a name in `models.architectures.ARCHS`, or what `models.encoders.get_encoder` takes; None: the suite's."""
     merges: tuple[str, ...] = ("ta",)
     """Merging methods, each a name in `merging.registry.METHODS` or the path of a merged checkpoint."""
     merge_args: dict[str, object] = field(default_factory=dict)
@@ -236,12 +236,16 @@ class ExtractConfig:
     corrupt: str | None = None
     """Corruption of every image before it is encoded, such as `noise:3` (see `datasets.corruptions`)."""
     any_rows: bool = False
-    """Accept data sets whose number of images is not the papers'."""
+    """Accept data sets whose number of images is not the one that the suite states."""
     suite: str | None = None
-    """Set of tasks: one of `SUITES`; None: the architecture's own."""
+    """Set of tasks: one of `SUITES`, or the path of a TOML file; None: the architecture's own."""
 
     def __post_init__(self) -> None:
         _as_paths(self, "coefficients", "root", "out")
+        if self.arch is None and self.suite is None:
+            raise InputError(
+                "nothing to extract was named; give --arch, such as mini, or --suite FILE with its encoder"
+            )
         _choice("split", self.split, (*SPLITS, "both"))
         _choice("store", self.store, STORES)
         _choice("dtype", self.dtype, DTYPES)

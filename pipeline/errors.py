@@ -1,5 +1,6 @@
 """The base of all our errors. The command line prints one as a single line and exits with its status."""
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -29,7 +30,14 @@ class PassedOverWarning(UserWarning):
 
 def unknown(what: str, given: str, allowed: Iterable[str]) -> InputError:
     """The error for a name that is not in a table. It lists the allowed names."""
-    return InputError(f"unknown {what} {given!r}; choose from: {', '.join(allowed)}")
+    names = list(allowed)
+    return InputError(f"unknown {what} {given!r}{nearest(given, names)}; choose from: {', '.join(names)}")
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str:
+    """` (did you mean ...?)` with the allowed name that is most like the given one, or nothing."""
+    close = difflib.get_close_matches(given, list(allowed), 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def first_line(error: Exception) -> str:

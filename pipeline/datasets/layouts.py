@@ -9,7 +9,7 @@ import gzip
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -53,20 +53,30 @@ class Listing:
         return self.files[row].read_bytes() if self.pixels is None else self.pixels[row].tobytes()
 
 
+_SPLIT_FOLDERS = {"train", "test", "val", "valid", "validation"}
+
+
 class ClassIndex:
     """Maps class names, in any spelling of the published data sets, to labels 0..C-1."""
 
     def __init__(self, task: str, names: Sequence[str], aliases: Sequence[str] = ()) -> None:
         self.task = task
         self.names = names
-        self._labels = {_key(name): i for known in (aliases, names) for i, name in enumerate(known)}
+        self._exact = {name: label for label, name in enumerate(names)}
+        self._spelled: dict[str, int | None] = {"": None}
+        """By what is left of a name without case and separators; None where two classes differ in those only."""
+        for known in (aliases, names):
+            keys = [_key(name) for name in known]
+            self._spelled |= {key: label if keys.count(key) == 1 else None for label, key in enumerate(keys) if key}
 
     def find(self, name: str) -> int | None:
         """The label of a class name, regardless of case and separators; None if the name is unknown."""
+        if name in self._exact:
+            return self._exact[name]
         prefixed = re.fullmatch(r"/?[a-z][_/](.+)", name)  # SUN397 has /a/abbey, and copies of it a_abbey
         for spelling in map(_key, (name, prefixed.group(1) if prefixed else name)):
-            if spelling in self._labels:
-                return self._labels[spelling]
+            if (label := self._spelled.get(spelling)) is not None:
+                return label
         return int(name) if name.isascii() and name.isdigit() and int(name) < len(self.names) else None
 
     def label(self, name: str, where: Path | str) -> int:
@@ -107,13 +117,14 @@ def _files(folder: Path) -> list[Path]:
     return [p for p in listed(folder, "**/*") if p.suffix.lower() in _IMAGES and not p.is_dir()]
 
 
-def _folders(folder: Path) -> list[Path]:
+def folders(folder: Path) -> list[Path]:
+    """The folders in a folder of data, sorted."""
     return [p for p in listed(folder) if p.is_dir()]
 
 
-def _class_files(folders: Iterable[Path], classes: ClassIndex) -> Listing:
+def class_files(named: Iterable[Path], classes: ClassIndex) -> Listing:
     """The images in folders that are named after classes, and in folders within them."""
-    labels = {folder: classes.label(folder.name, folder.parent) for folder in folders}
+    labels = {folder: classes.label(folder.name, folder.parent) for folder in named}
     files = {folder: _files(folder) for folder in labels}
     empty = next((folder for folder, paths in files.items() if not paths), None)
     if empty is not None:
@@ -142,16 +153,35 @@ def _listing(pairs: Iterable[tuple[Path, int]]) -> Listing:
 
 
 def class_folders(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
-    """`<split>/<class>/<image>`; DTD's test split may be called `val`, as in the task-vectors code."""
-    names = ("test", "val") if split == "test" and classes.task == "dtd" else (split,)
-    base = next((folder / name for name in names if _folders(folder / name)), None)
-    if base is None:
+    """`<split>/<class>/<image>`."""
+    base = folder / split
+    if not folders(base):
         return None
-    labels = [classes.label(sub.name, base) for sub in _folders(base)]
+    labels = [classes.label(sub.name, base) for sub in folders(base)]
     missing = sorted(set(range(len(classes.names))) - set(labels))
     if missing:
         raise InputError(f"{base} has no folder for {len(missing)} classes, such as {classes.names[missing[0]]!r}")
-    return _class_files(_folders(base), classes)
+    return class_files(folders(base), classes)
+
+
+def class_root(path: Path, split: str) -> Path | None:
+    """The folder whose folders are named after classes: this one, or the split's if it holds those of splits.
+
+    None if the folders in it hold no images. Raises `InputError` if only other splits are there.
+    """
+    inner = {folder.name.lower(): folder for folder in folders(path)} if path.is_dir() else {}
+    if inner and inner.keys() <= _SPLIT_FOLDERS:
+        if split not in inner:
+            raise InputError(
+                f"{path} holds folders of splits ({', '.join(inner)}) and none is {split!r}; name one of them"
+            )
+        path = inner[split]
+    return path if any(map(_files, folders(path))) else None
+
+
+def unlabelled(folder: Path) -> Listing:
+    """All images in a folder and in those within it, without labels."""
+    return _listing((path, -1) for path in _files(folder))
 
 
 def sun397(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
@@ -170,7 +200,7 @@ def resisc45(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
         return None
     names = {name.rpartition("/")[2] for name in _names(partition)}
     base = folder / "NWPU-RESISC45"
-    pairs = [(p, sub) for sub in _folders(base) for p in _files(sub) if p.name in names]
+    pairs = [(p, sub) for sub in folders(base) for p in _files(sub) if p.name in names]
     absent = sorted(names - {path.name for path, _ in pairs})
     if absent:
         raise InputError(f"{partition} lists {absent[0]}, which does not exist in a class folder of {base}")
@@ -178,7 +208,12 @@ def resisc45(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
 
 
 def dtd(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
-    """The archive's `images/<class>/` and `labels/`; train consists of its train and val lists, 3,760 images."""
+    """The archive's `images/<class>/` and `labels/`; train consists of its train and val lists, 3,760 images.
+
+    In the task-vectors code's class folders, the test split may be called `val`.
+    """
+    if split == "test" and not folders(folder / "test") and folders(folder / "val"):
+        return class_folders(folder, "val", classes)
     for base in (folder / "dtd", folder):
         lists = [base / "labels" / f"{name}1.txt" for name in (("test",) if split == "test" else ("train", "val"))]
         if all(path.is_file() for path in lists):
@@ -191,8 +226,8 @@ def gtsrb(folder: Path, split: str, classes: ClassIndex) -> Listing | None:
     """torchvision's `GTSRB/Training/<00000>/` and `GTSRB/Final_Test/Images/` with `GT-final_test.csv`."""
     base = folder / "GTSRB" if (folder / "GTSRB").is_dir() else folder
     if split == "train":
-        subs = _folders(base / "Training")
-        return _class_files(subs, classes) if subs else None
+        subs = folders(base / "Training")
+        return class_files(subs, classes) if subs else None
     table = next((p for p in (folder / "GT-final_test.csv", base / "GT-final_test.csv") if p.is_file()), None)
     if table is None:
         return None
@@ -258,40 +293,25 @@ def _mat(path: Path, name: str) -> np.ndarray:
 Layout = Callable[[Path, str, ClassIndex], Listing | None]
 
 
-@dataclass(frozen=True)
-class TaskFolder:
-    """A task's data in a folder of data sets: folder names and a layout besides the usual ones."""
-
-    names: tuple[str, ...] = ()
-    layout: Layout | None = None
-    files: str = ""
-    """The files of the layout, for errors."""
-
-
-_CARS_FILES = "cars_test/, cars_train/, devkit/ and cars_test_annos_withlabels.mat"
-FOLDERS: dict[str, TaskFolder] = {
-    "sun397": TaskFolder(("SUN397",), sun397, "a/abbey/*.jpg with Testing_01.txt and Training_01.txt"),
-    "cars": TaskFolder(("stanford_cars", "stanford_cars_folder_based"), cars, _CARS_FILES),
-    "resisc45": TaskFolder((), resisc45, "NWPU-RESISC45/<class>/ with resisc45-test.txt and resisc45-train.txt"),
-    "eurosat": TaskFolder(("EuroSAT_splits",)),
-    "svhn": TaskFolder((".",), svhn, "test_32x32.mat and train_32x32.mat"),
-    "gtsrb": TaskFolder((), gtsrb, "GTSRB/Training/, GTSRB/Final_Test/Images/ and GT-final_test.csv"),
-    "mnist": TaskFolder(("MNIST",), mnist, "raw/t10k-images-idx3-ubyte and the like"),
-    "dtd": TaskFolder((), dtd, "dtd/images/ and dtd/labels/"),
+LAYOUTS: dict[str, tuple[Layout, str]] = {
+    "sun397": (sun397, "a/abbey/*.jpg with Testing_01.txt and Training_01.txt"),
+    "cars": (cars, "cars_test/, cars_train/, devkit/ and cars_test_annos_withlabels.mat"),
+    "resisc45": (resisc45, "NWPU-RESISC45/<class>/ with resisc45-test.txt and resisc45-train.txt"),
+    "svhn": (svhn, "test_32x32.mat and train_32x32.mat"),
+    "gtsrb": (gtsrb, "GTSRB/Training/, GTSRB/Final_Test/Images/ and GT-final_test.csv"),
+    "mnist": (mnist, "raw/t10k-images-idx3-ubyte and the like"),
+    "dtd": (dtd, "dtd/images/ and dtd/labels/"),
 }
+"""Layouts of archives, which a task of any suite may have besides the usual ones: by name, with files for errors."""
 
 
-def folder_of(task: str) -> TaskFolder:
-    """What is particular to a task's folder of data."""
-    return FOLDERS.get(task, TaskFolder())
-
-
-def find_layout(task: str, split: str, folder: Path, classes: ClassIndex) -> Listing | None:
-    """The images of one split of a task in its folder; None if no known layout fits.
+def find_layout(archive: str | None, split: str, folder: Path, classes: ClassIndex) -> Listing | None:
+    """The images of one split in its task's folder, in one of `LAYOUTS` or in class folders; None if neither fits.
 
     Raises `InputError` for a folder in a known layout that is incomplete or damaged.
     """
-    for layout in filter(None, (folder_of(task).layout, class_folders)):
+    task, own = classes.task, LAYOUTS[archive][0] if archive else None
+    for layout in filter(None, (own, class_folders)):
         try:
             listing = layout(folder, split, classes)
         except InputError:
@@ -308,12 +328,13 @@ def find_layout(task: str, split: str, folder: Path, classes: ClassIndex) -> Lis
                 counts = f"{len(listing.pixels)} images and {len(listing.labels)} labels"
                 raise InputError(f"{folder} has {counts} of {task} ({split}); fetch it again")
             if not len(listing.labels):
-                raise InputError(f"{folder} has no images of {task} ({split}); expected: {known_layouts(task)}")
-            return replace(listing, root=folder.parent)
+                raise InputError(f"{folder} has no images of {task} ({split}); expected: {known_layouts(archive)}")
+            return listing
     return None
 
 
-def known_layouts(task: str) -> str:
-    """The known layouts of a task, for errors."""
+def known_layouts(archive: str | None) -> str:
+    """The layouts of a task's folder, for errors."""
     tables = ["Parquet files as on the Hub", "folders of datasets' save_to_disk", "webdataset tars"]
-    return "; ".join(filter(None, ["test/<class>/ and train/<class>/", folder_of(task).files, *tables]))
+    own = [LAYOUTS[archive][1]] if archive else []
+    return "; ".join(["test/<class>/ and train/<class>/", *own, *tables])

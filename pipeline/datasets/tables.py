@@ -1,5 +1,5 @@
-"""Data sets in tables, opened by the `datasets` library: those of the Hub, and folders of Parquet files, of its own
-`save_to_disk`, and of webdataset tars. The library decodes no image: `pictures` does.
+"""Data sets in tables, opened by the `datasets` library: those of the Hub, Parquet, CSV and JSON files, folders of its
+own `save_to_disk`, and webdataset tars. The library decodes no image: `pictures` does.
 """
 
 import re
@@ -24,6 +24,18 @@ if TYPE_CHECKING:
 _SPLIT_WORDS = {"test": {"test", "testing", "eval", "evaluation"}, "train": {"train", "training"}}
 """By split: what the path of its files has as a word."""
 _BYTES_OR_PATHS = ("binary", "large_binary", "string", "large_string")
+_BUILDERS = {
+    ".parquet": "parquet",
+    **dict.fromkeys((".csv", ".tsv"), "csv"),
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "json"),
+    ".tar": "webdataset",
+}
+"""The library's builder by the suffix of a single file."""
+_COLUMNS = {
+    "image": ("image", "img", "file_name", "filename", "file", "path", "filepath", "image_path", "jpg", "png"),
+    "label": ("label", "labels", "class", "class_name", "category", "target", "fine_label", "cls"),
+}
+"""Names that columns of images and of labels commonly have; used where none is given, and one of them is there."""
 
 
 class HubDataset(Record, frozen=True):
@@ -31,8 +43,9 @@ class HubDataset(Record, frozen=True):
 
     id: str
     split: dict[str, str]
-    image: str
-    label: str
+    image: str = ""
+    label: str = ""
+    """Names of columns; empty: one of `_COLUMNS`."""
     config: str | None = None
 
 
@@ -49,6 +62,8 @@ class Table:
     class_order: str
     folder: Path | None = None
     """Where paths of images begin."""
+    paths: Sequence[str] = ()
+    """Of a table that has nothing else of its images."""
 
     def decode(self, row: int) -> Image.Image:
         """The image of a row. Raises ValueError if the row has none, or names the file that cannot be decoded."""
@@ -71,8 +86,10 @@ class Table:
         return to_rgb(datasets.Image().decode_example({"path": name, "bytes": None}))
 
     def encoded(self, row: int) -> bytes:
-        """The bytes of a row's image, without decoding it; none if the row has only a path."""
-        return (self.images[int(row)][self.column] or {}).get("bytes") or b""
+        """The bytes of a row's image, without decoding it; none if it is neither in the table nor in the folder."""
+        value = self.images[int(row)][self.column] or {}
+        file = (self.folder or Path()) / (value.get("path") or "")
+        return value.get("bytes") or (file.read_bytes() if self.paths and file.is_file() else b"")
 
 
 def has_table(folder: Path) -> bool:
@@ -80,87 +97,149 @@ def has_table(folder: Path) -> bool:
     return bool(_saved(folder) or listed(folder, "**/*.parquet") or listed(folder, "**/*.tar"))
 
 
-def open_table(task: str, hub: HubDataset, split: str, folder: Path | None, classes: ClassIndex) -> Table:
-    """One split of a data set of the Hub, or of a folder.
+@dataclass(frozen=True)
+class TableSource:
+    """One split of a data set: of the Hub, or in a folder or file."""
 
-    Labels are numbers, or class names in any spelling. Raises `InputError` if it cannot be loaded, lacks a column or a
-    label, or lists the classes in another order than ours.
+    hub: HubDataset
+    split: str
+    """What the data set calls the split."""
+    place: Path | None = None
+    is_exact: bool = False
+    """Whether the place was named for this very split, and is not one where data sets are looked for."""
+
+    def __str__(self) -> str:
+        return f"data set {self.place or self.hub.id}"
+
+    @property
+    def folder(self) -> Path | None:
+        """Where paths of images begin, and class names may be listed."""
+        return self.place.parent if self.place and self.place.is_file() else self.place
+
+
+def open_table(source: TableSource, classes: ClassIndex, *, labelled: bool = True) -> Table:
+    """One split of a data set.
+
+    Labels are numbers, or class names in any spelling; -1 unless `labelled`. Raises `InputError` if it cannot be
+    loaded, lacks a column or a label, or lists the classes in another order than ours.
     """
+    table = _load(source, classes.task)
+    import datasets
+
+    image = _column(table, "image", source)
+    kind = table.features[image]
+    if not isinstance(kind, datasets.Image | dict) and getattr(kind, "dtype", None) not in _BYTES_OR_PATHS:
+        raise InputError(f"{source} has {kind} in column {image!r}, and not image files or their bytes")
+    names, order, labels = None, "no labels", np.full(len(table), -1)
+    if labelled:
+        label = _column(table, "label", source)
+        names = getattr(table.features[label], "names", None) or _listed_names(source.folder)
+        if names is not None and len(names) != len(classes.names):
+            raise InputError(f"{source} has {len(names)} classes, but {classes.task} has {len(classes.names)}")
+        checked = None if names is None else classes.check_order(names, str(source))
+        labels, by_name = _labels(list(table[label]), f"{source} ({source.split})", classes)
+        order = checked or ("by name" if by_name else "names unknown")
+    paths = list(table[image]) if getattr(kind, "dtype", None) in _BYTES_OR_PATHS[2:] else ()
+    images = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    return Table(labels, images, image, str(source.place or source.hub.id), names, order, source.folder, paths)
+
+
+def class_names(source: TableSource, task: str) -> list[str]:
+    """The classes of a data set: those that it lists, else the distinct labels in order, or 0 to the largest."""
+    table = _load(source, task)
+    label = _column(table, "label", source)
+    if names := getattr(table.features[label], "names", None) or _listed_names(source.folder):
+        return list(names)
+    values = [value for value in set(table[label]) if value is not None]
+    if all(isinstance(value, str) for value in values):
+        return sorted(values)
+    numbers = [value for value in values if isinstance(value, int | float) and 0 <= value < 2**16]
+    return [str(number) for number in range(int(max(numbers, default=-1)) + 1)]
+
+
+def _column(table: "Dataset", kind: str, source: TableSource) -> str:
+    """The column of images or labels: the given one, or that with a usual name."""
+    import datasets
+
+    names, given = table.column_names, source.hub.image if kind == "image" else source.hub.label
+    if "__key__" in names:  # of tars, whose columns are called after the suffixes of their files
+        of_images = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
+        given = (of_images or [given])[0] if kind == "image" else "cls"
+    found = given or next((name for name in _COLUMNS[kind] if name in names), _COLUMNS[kind][0])
+    if found not in names:
+        advice = "" if given else f"; name the column of {kind}s by `{kind}`"
+        raise InputError(f"{source} has no column {found!r}; it has: {', '.join(names)}{advice}")
+    return found
+
+
+def _load(source: TableSource, task: str) -> "Dataset":
     try:
         import datasets
     except ImportError:
         raise InputError(f"task {task} needs the package datasets; pip install 'probsurgery[hub]'") from None
-    path = hub.id if folder is None else str(folder)
-    where, table = f"data set {path}", _load(hub, hub.split[split], folder)
-    image, label = hub.image, hub.label
-    if "__key__" in table.column_names:  # of tars, whose columns are called after the suffixes of their files
-        image = next((n for n, kind in table.features.items() if isinstance(kind, datasets.Image)), image)
-        label = "cls"
-    for column in (image, label):
-        if column not in table.column_names:
-            raise InputError(f"{where} has no column {column!r}; it has: {', '.join(table.column_names)}")
-    kind = table.features[image]
-    if not isinstance(kind, datasets.Image | dict) and getattr(kind, "dtype", None) not in _BYTES_OR_PATHS:
-        raise InputError(f"{where} has {kind} in column {image!r}, and not image files or their bytes")
-    names = getattr(table.features[label], "names", None) or _listed_names(folder)
-    if names is not None and len(names) != len(classes.names):
-        raise InputError(f"{where} has {len(names)} classes, but {task} has {len(classes.names)}")
-    order = None if names is None else classes.check_order(names, where)
-    labels, by_name = _labels(list(table[label]), f"{where} ({split})", classes)
-    order = order or ("by name" if by_name else "names unknown")
-    images = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-    return Table(labels, images, image, path, names, order, folder)
-
-
-def _load(hub: HubDataset, split: str, folder: Path | None) -> "Dataset":
-    import datasets
-
+    place = source.place
     try:
-        if folder is None:
-            return datasets.load_dataset(hub.id, hub.config, split=split)
-        return _load_folder(folder, hub.config, split)
+        if place is None:
+            return datasets.load_dataset(source.hub.id, source.hub.config, split=source.split)
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised too, and become one line
+        if place.is_file():
+            return _load_files([place], source.split)
+        return _load_folder(place, source)
     except InputError:
         raise
     except Exception as error:  # the library raises its own, the hub client's and the OS's errors
-        if folder is None:
-            raise InputError(explain(error, hub.id, "--data", "dataset")) from None
-        if storage := storage_problem(error, f"the data set {folder}"):
+        if place is None:
+            raise InputError(explain(error, source.hub.id, "--data", "dataset")) from None
+        if storage := storage_problem(error, f"the data set {place}"):
             raise InputError(storage) from None
         while isinstance(error.__cause__, Exception):  # the library's own says only that something went wrong
             error = error.__cause__
-        problem = f"cannot load the data set {folder}, split {split} ({first_line(error)})"
+        problem = f"cannot load the data set {place}, split {source.split} ({first_line(error)})"
         raise InputError(f"{problem}; check its files") from None
 
 
-def _load_folder(folder: Path, config: str | None, split: str) -> "Dataset":
+def _load_files(files: Sequence[Path], split: str) -> "Dataset":
+    """Files of one kind."""
     import datasets
 
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised too, and become one line
-    saved = _saved(folder)
+    suffix = files[0].suffix.lower()
+    if suffix not in _BUILDERS:
+        raise InputError(f"{files[0]} is no table of images; known are: {', '.join(_BUILDERS)}")
+    settings: dict[str, Any] = {}
+    if _BUILDERS[suffix] == "csv":  # cells as they stand: 01 is no number and NA not missing, as either may be a class
+        header = next(iter(read_text(files[0]).splitlines()), "")
+        settings = {"sep": max(",;\t", key=header.count), "keep_default_na": False, "skipinitialspace": True}
+        settings["converters"] = dict.fromkeys(range(header.count(settings["sep"]) + 1), str)
+    paths = {split: [escape(str(path)) for path in files]}
+    return datasets.load_dataset(_BUILDERS[suffix], data_files=paths, split=split, **settings)
+
+
+def _load_folder(folder: Path, source: TableSource) -> "Dataset":
+    import datasets
+
+    saved, split, config = _saved(folder), source.split, source.hub.config
     if saved:
         place = folder / split if folder / split in saved else folder
         if place not in saved:
             raise InputError(f"{folder} has no split {split}; it has: {', '.join(path.name for path in saved)}")
         table = datasets.load_from_disk(str(place))
-        if place == folder and str(table.split or "test") != split:  # a table that was not loaded knows no split
+        # A table that was not loaded knows no split.
+        if place == folder and not source.is_exact and str(table.split or "test") != split:
             held = table.split or "without a name"
             raise InputError(f"{folder} holds one split ({held}); save the split {split} to {folder / split}")
         return table
-    files = {kind: listed(folder, f"**/*.{suffix}") for kind, suffix in (("parquet", "parquet"), ("webdataset", "tar"))}
-    kind = "parquet" if files["parquet"] else "webdataset"
     # The library's own search takes what other programs leave, and guesses a format from it.
-    words = {path: path.relative_to(folder).as_posix().lower() for path in files[kind]}
-    own = [
-        path
-        for path, text in words.items()
-        if not _SPLIT_WORDS.get(split, {split}).isdisjoint(re.split("[^a-z]+", text))
-    ]
+    files = listed(folder, "**/*.parquet") or listed(folder, "**/*.tar")
+    words = {path: set(re.split("[^a-z]+", path.relative_to(folder).as_posix().lower())) for path in files}
+    own = [path for path in files if words[path] & _SPLIT_WORDS.get(split, {split})]
     own = [path for path in own if config in path.parts] or own
+    if source.is_exact and not own and not any(words[path] & set().union(*_SPLIT_WORDS.values()) for path in files):
+        own = files
     if not own:
-        found = ", ".join(path.relative_to(folder).as_posix() for path in files[kind][:4])
+        found = ", ".join(path.relative_to(folder).as_posix() for path in files[:4])
         raise InputError(f"{folder} has no file of the split {split}, by its name or its folder's; it has: {found}")
-    return datasets.load_dataset(kind, data_files={split: [escape(str(path)) for path in own]}, split=split)
+    return _load_files(own, split)
 
 
 def _saved(folder: Path) -> list[Path]:

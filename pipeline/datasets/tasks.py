@@ -2,45 +2,103 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import msgspec.structs
 import numpy as np
 from PIL import Image
 
-from probsurgery.pipeline.datasets.layouts import ClassIndex, find_layout, folder_of, known_layouts, listed
+from probsurgery.pipeline.config import SPLITS
+from probsurgery.pipeline.datasets.layouts import (
+    ClassIndex,
+    Listing,
+    class_files,
+    class_root,
+    find_layout,
+    folders,
+    known_layouts,
+    listed,
+    unlabelled,
+)
 from probsurgery.pipeline.datasets.pictures import DECODING
-from probsurgery.pipeline.datasets.tables import HubDataset, has_table, open_table
+from probsurgery.pipeline.datasets.tables import HubDataset, TableSource, has_table, open_table
+from probsurgery.pipeline.datasets.tables import class_names as table_classes
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.files import Record
+from probsurgery.pipeline.mini import mini_task
+
+
+class DataSource(Record, frozen=True, rename={"place": "data"}):
+    """Where the images of one split are."""
+
+    place: str
+    """A folder or a table's file, `hf:owner/name[:config]`, or `mini:<task>` for images of installed packages."""
+    split: str = ""
+    """What a data set in a table calls the split; empty: as we do."""
+    image: str = ""
+    label: str = ""
+    """A table's columns; empty: those with a usual name."""
+
+    def table(self, split: str) -> TableSource:
+        """The source as a table. Of the Hub, or at its path."""
+        kind, _, rest = self.place.partition(":")
+        repo, _, config = rest.partition(":")
+        hub = HubDataset(repo, {}, self.image, self.label, config or None)
+        if kind == "hf":
+            return TableSource(hub, self.split or split)
+        own = HubDataset(Path(self.place).name, {}, self.image, self.label)
+        return TableSource(own, self.split or split, Path(self.place), is_exact=True)
 
 
 class Task(Record, frozen=True, rename={"class_names": "classes", "hub": "dataset"}):
-    """One classification task."""
+    """One classification task. A suite's file has a table of these keys for each."""
 
     name: str
-    class_names: tuple[str, ...]
-    reader: str = ""
-    """`mini`: the images come from installed packages; otherwise from a published data set or a folder."""
+    class_names: tuple[str, ...] = ()
+    """Empty: those of the images' source, in its order, for folders by name."""
     title: str = ""
-    """Name in the papers' tables, and in file names of the task-vectors code's checkpoints."""
+    """Name in tables, and in file names of the task-vectors code's checkpoints."""
     templates: tuple[str, ...] = ()
     """Prompts of the zero-shot classifier; `{}` stands for the class name."""
+    classifier: str | None = None
+    """A file with the classifier's weight (C, d) and perhaps a bias (C,), instead of `templates`."""
+    normalise: bool | None = None
+    """Whether that classifier takes L2-normalised features, as zero-shot ones do; None: it does."""
+    expert: str | None = None
+    """The expert's checkpoint: a file or folder, or `hf:owner/name`."""
     expert_suffix: str = ""
     """The task's part of the name of its published expert."""
+    test: DataSource | None = None
+    train: DataSource | None = None
     hub: HubDataset | None = None
+    """The published data set of both splits, for which `--data` may have a copy."""
+    layout: Literal["", "sun397", "cars", "resisc45", "svhn", "gtsrb", "mnist", "dtd"] = ""
+    """One of `layouts.LAYOUTS` that a copy may have."""
+    folders: tuple[str, ...] = ()
+    """Names that a copy's folder may have, besides the task's and the data set's."""
+    labels: bool = True
+    """Whether the images have labels; without them there is no accuracy."""
     rows: Mapping[str, tuple[int, ...]] = {}
     """Number of images of the papers' splits, where known. SUN397's test split exists in two sizes."""
     aliases: tuple[str, ...] = ()
     """The data set's own class names, where they differ from ours by more than case and separators."""
 
+    def source(self, split: str) -> DataSource | None:
+        """Where the images of a split are, if the suite names a place of their own."""
+        return self.test if split == "test" else self.train
+
+    def place(self, split: str) -> str:
+        """Where the images of a split are, for people."""
+        given = self.source(split)
+        return given.place if given else self.hub.id if self.hub else ""
+
     @property
-    def published(self) -> HubDataset:
-        """The data set of the Hub, of a task that has one."""
-        assert self.hub is not None, f"{self.name} is in the package"
-        return self.hub
+    def index(self) -> ClassIndex:
+        """Class names to labels."""
+        return ClassIndex(self.name, self.class_names, self.aliases)
 
 
 @dataclass(frozen=True)
@@ -68,12 +126,12 @@ class Images:
 def open_images(
     task: Task, split: str, source: str | None = None, limit: int | None = None, *, any_rows: bool = False
 ) -> Images:
-    """Open one split of a task, from the published data set or from a folder of data sets, `source`.
+    """Open one split of a task: where its suite says, or in a folder with copies of published data sets, `source`.
 
     Raises `InputError` if the data are missing, have another number of rows than the papers' (unless `any_rows`),
     contain labels outside the task's classes, or list the classes in another order.
     """
-    images = _open_mini(task, split, source) if task.reader == "mini" else _open_data(task, split, source)
+    images = _open(task, split, source)
     published = task.rows.get(split)
     if published and len(images) not in published and not any_rows:
         expected = " or ".join(f"{rows:,}" for rows in published)
@@ -87,56 +145,115 @@ def open_images(
     if not len(images):
         raise InputError(f"task {task.name} ({split}) has no rows in {images.source}")
     low, high, classes = images.labels.min(), images.labels.max(), len(task.class_names)
-    if low < 0 or high >= classes:
+    if task.labels and (low < 0 or high >= classes):
         raise InputError(f"task {task.name} ({split}) has labels from {low} to {high}, but {classes} classes")
     return images
 
 
-def _open_mini(task: Task, split: str, source: str | None) -> Images:
-    from probsurgery.pipeline.mini import MINI_TASKS, load
+def with_classes(task: Task) -> Task:
+    """The task with its class names, read from its images' source if its suite does not list them.
 
-    if source is not None:
-        raise InputError(f"--data is not for {task.name}, whose images come from installed packages; leave it out")
-    images, labels = load(task.name, split)
-    return Images(labels, MINI_TASKS[task.name].digests[split], images.__getitem__)  # `load` compared the digest
+    Raises `InputError` if the source has none.
+    """
+    if task.class_names or not task.labels:
+        return task
+    names: dict[str, None] = {}
+    for split in SPLITS:
+        if (given := task.source(split)) is not None:
+            names |= dict.fromkeys(_class_names(task, split, given))
+        elif task.hub is not None and not names:
+            names |= dict.fromkeys(table_classes(TableSource(task.hub, task.hub.split[split]), task.name))
+    if not names:
+        raise InputError(f"task {task.name} has no class names; list them as `classes`, or set `labels = false`")
+    return msgspec.structs.replace(task, class_names=tuple(names))
 
 
-def _open_data(task: Task, split: str, source: str | None) -> Images:
-    classes = ClassIndex(task.name, task.class_names, task.aliases)
-    if source is None:
-        return _open_table(task, split, None, classes)
-    folders = _data_folders(task, Path(source))
-    for folder in folders:
-        listing = find_layout(task.name, split, folder, classes)
+def _class_names(task: Task, split: str, given: DataSource) -> Sequence[str]:
+    kind, _, rest = given.place.partition(":")
+    if kind == "mini":
+        return mini_task(rest).class_names
+    if kind != "hf" and (base := class_root(Path(given.place), split)):
+        return [folder.name for folder in folders(base)]
+    return table_classes(given.table(split), task.name)
+
+
+def _open(task: Task, split: str, copies: str | None) -> Images:
+    given = task.source(split)
+    if given is None and task.hub is None:
+        raise InputError(f"task {task.name} names no {split} images; add `{split} = ...` to its table in the suite")
+    is_published = given is None or given.place.startswith("hf:")
+    if copies is not None and is_published:
+        return _open_copy(task, split, Path(copies), given.table(split).hub if given else task.hub)
+    if copies is not None:
+        raise InputError(f"--data is not for {task.name}, whose suite says where its images are; leave it out")
+    if given is None:
+        assert task.hub is not None
+        return _open_table(task, split, TableSource(task.hub, task.hub.split[split]))
+    if given.place.startswith("mini:"):
+        return _open_mini(task, split, given.place.removeprefix("mini:"))
+    return _open_table(task, split, given.table(split)) if is_published else _open_path(task, split, given)
+
+
+def _open_mini(task: Task, split: str, name: str) -> Images:
+    from probsurgery.pipeline.mini import load
+
+    entry = mini_task(name)
+    task.index.check_order(entry.class_names, f"mini:{name}")
+    images, labels = load(name, split)
+    return Images(labels, entry.digests[split], images.__getitem__)  # `load` compared the digest
+
+
+def _open_path(task: Task, split: str, given: DataSource) -> Images:
+    """The images in a folder or a table's file that the suite names."""
+    path = Path(given.place)
+    if not path.exists():
+        raise InputError(f"task {task.name}: {split} names {path}, which does not exist")
+    if task.labels and (base := class_root(path, split)):
+        return _listed_images(task, split, path, class_files(folders(base), task.index))
+    if path.is_file() or has_table(path):
+        return _open_table(task, split, given.table(split))
+    if task.labels:
+        raise InputError(
+            f"{path} has neither class folders with images nor a table; it holds: {_first_names(path)}; images without "
+            f"labels need `labels = false` in the table of {task.name}"
+        )
+    return _listed_images(task, split, path, unlabelled(path))
+
+
+def _open_copy(task: Task, split: str, source: Path, hub: HubDataset) -> Images:
+    """A published data set's copy in a folder of data sets."""
+    archive = task.layout or None
+    places = _data_folders(task, hub.id, source)
+    for folder in places:
+        listing = find_layout(archive, split, folder, task.index)
         if listing is not None:
-            files = [path.relative_to(folder).as_posix() for path in listing.files]
-            fingerprint = _data_fingerprint([task.name, split, files], listing.labels, listing.encoded)
-            return Images(
-                listing.labels,
-                fingerprint,
-                listing.decode,
-                f"folder {folder.name}",
-                decoding=DECODING,
-                from_files=listing.pixels is None,
-            )
+            return _listed_images(task, split, folder, listing)
         if has_table(folder):
-            return _open_table(task, split, folder, classes)
+            return _open_table(task, split, TableSource(hub, hub.split.get(split, split), folder))
     raise InputError(
-        f"{folders[0]} has no known layout of {task.name} ({split}); known are: {known_layouts(task.name)}; "
-        f"found: {_first_names(folders[0])}"
+        f"{places[0]} has no known layout of {task.name} ({split}); known are: {known_layouts(archive)}; "
+        f"found: {_first_names(places[0])}"
     )
+
+
+def _listed_images(task: Task, split: str, folder: Path, listing: Listing) -> Images:
+    listing = replace(listing, root=folder.parent)
+    files = [path.relative_to(folder).as_posix() for path in listing.files]
+    fingerprint = _data_fingerprint([task.name, split, files], listing.labels, listing.encoded)
+    origin = f"folder {folder.name}"
+    in_files = listing.pixels is None
+    return Images(listing.labels, fingerprint, listing.decode, origin, decoding=DECODING, from_files=in_files)
 
 
 def _first_names(folder: Path) -> str:
     return ", ".join(path.name for path in listed(folder)[:8]) or "nothing"
 
 
-def _data_folders(task: Task, source: Path) -> list[Path]:
+def _data_folders(task: Task, repo: str, source: Path) -> list[Path]:
     """Folders in a folder of data sets that may hold a task's data."""
     if not source.is_dir():
         raise InputError(f"no folder {source}; --data takes a folder with a folder for each task")
-    repo = task.published.id
-    names = dict.fromkeys((task.name, task.title, repo.split("/")[-1], repo, *folder_of(task.name).names))
+    names = dict.fromkeys(filter(None, (task.name, task.title, repo.split("/")[-1], repo, *task.folders)))
     folders = [source / name for name in names if (source / name).is_dir()]
     if not folders or (folders == [source / "."] and not listed(source, "*_32x32.mat")):
         raise InputError(
@@ -154,8 +271,8 @@ def _data_fingerprint(origin: list[Any], labels: np.ndarray, encoded: Callable[[
     return digest.hexdigest()
 
 
-def _open_table(task: Task, split: str, folder: Path | None, classes: ClassIndex) -> Images:
-    table = open_table(task.name, task.published, split, folder, classes)
-    origin = [task.published.id, task.published.config, split, table.names]
+def _open_table(task: Task, split: str, source: TableSource) -> Images:
+    table = open_table(source, task.index, labelled=task.labels)
+    origin = [source.hub.id, source.hub.config, split, table.names, *table.paths]
     fingerprint = _data_fingerprint(origin, table.labels, table.encoded)
     return Images(table.labels, fingerprint, table.decode, table.source, table.class_order, DECODING)

@@ -144,6 +144,13 @@ _TABLE = (
 MINI_TASKS: MappingProxyType[str, MiniTask] = MappingProxyType({task.name: task for task in _TABLE})
 
 
+def mini_task(name: str) -> MiniTask:
+    """A task of the suite. Raises `InputError` for an unknown name."""
+    if name not in MINI_TASKS:
+        raise unknown("task", name, MINI_TASKS)
+    return MINI_TASKS[name]
+
+
 def load(task: str, split: str) -> tuple[list[Image.Image], np.ndarray]:
     """Images and labels of one split of one task.
 
@@ -153,11 +160,9 @@ def load(task: str, split: str) -> tuple[list[Image.Image], np.ndarray]:
     Raises `InputError` for an unknown task or split, and if the package is missing or does not hold the images that
     the weights were trained on. The images are compared as decoded, so another JPEG decoder could be refused too; the
     libjpeg-turbo of Pillow's own wheels, 11.2 to 13.0, decodes them alike."""
-    if task not in MINI_TASKS:
-        raise unknown("task", task, MINI_TASKS)
+    entry = mini_task(task)
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
-    entry = MINI_TASKS[task]
     try:
         metadata.version(entry.package)
         images, numbers = entry.reader(split)

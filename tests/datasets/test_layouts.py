@@ -205,7 +205,7 @@ def test_both_sizes_of_sun397_are_known(monkeypatch, rows, fits):
     from probsurgery.pipeline.datasets import tasks
 
     images = tasks.Images(np.zeros(rows, np.int64), "0", lambda row: None)
-    monkeypatch.setattr(tasks, "_open_data", lambda *_: images)
+    monkeypatch.setattr(tasks, "_open", lambda *_: images)
     if fits:
         assert len(open_images(TASKS["sun397"], "test")) == rows
     else:

@@ -25,7 +25,7 @@ def test_suites_have_their_tasks(suite, count):
     for name, task in tasks.items():
         assert name == task.name
         assert len(set(task.class_names)) == len(task.class_names) > 1
-        assert (task.reader == "mini") == (suite == "mini") == (task.hub is None)
+        assert (suite == "mini") == (task.hub is None) == (task.source("test") is not None)
         assert len(task.aliases) in (0, len(task.class_names))
     assert tomllib.loads(suite_path(suite).read_text(encoding="utf-8"))["name"] == suite
 
