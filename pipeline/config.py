@@ -193,7 +193,7 @@ class ExtractConfig:
     """One run of stage one."""
 
     arch: str | None = None
-    """Encoder: a name in `models.architectures.ARCHS`, or what `models.encoders.get_encoder` takes; None: the suite's."""
+    """Encoder: a name in `models.architectures.ARCHS`, or whatever `get_encoder` takes; None: the suite's."""
     merges: tuple[str, ...] = ("ta",)
     """Merging methods, each a name in `merging.registry.METHODS` or the path of a merged checkpoint."""
     merge_args: dict[str, object] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 Paths in a file are relative to it; `hf:` marks the Hub. docs/own-tasks.md describes the keys.
 """
 
+import re
 import tomllib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,13 +19,15 @@ from probsurgery.pipeline.config import SUITES
 from probsurgery.pipeline.datasets.tables import HubDataset
 from probsurgery.pipeline.datasets.tasks import DataSource, Task, with_classes
 from probsurgery.pipeline.errors import InputError, first_line, nearest, unknown
-from probsurgery.pipeline.files import Name, Record, open_file
+from probsurgery.pipeline.files import Record, open_file
 
 _FOLDER = Path(__file__).parent / "suites"
 _MOST_BYTES = 2**24
 _MOST_PARENTS = 8
 _SCHEMES = ("hf:", "mini:")
 """What begins a place that is not a path."""
+TASK_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}"
+_WRONG_NAME = "a name has at most 100 letters, digits, and . _ + -, and begins with a letter, a digit or _"
 
 
 class EncoderChoice(Record, frozen=True):
@@ -39,7 +42,7 @@ class EncoderChoice(Record, frozen=True):
 class _SuiteFile(Record, frozen=True):
     """One file: the tasks of the suite that it extends come first."""
 
-    name: Name
+    name: str
     tasks: Mapping[str, Task] = {}
     extends: str | None = None
     """A suite of the package, or another file."""
@@ -143,13 +146,12 @@ def _read_file(path: Path, parents: int) -> tuple[Suite | None, list[str]]:
         return None, [f"no suite {path}: {error.strerror or first_line(error)}; --suite takes a TOML file"]
     except (ValueError, RecursionError) as error:
         return None, [f"{path} is not valid TOML: {first_line(error)}"]
-    problems = []
-    base = None
+    base, problems = None, []
     if isinstance(extends := plain.get("extends"), str):
         if parents == 0:
             return None, [f"{path}: extends: files extend each other without end"]
-        other = _FOLDER / f"{extends}.toml" if extends in SUITES else _resolved(extends, path)
-        base, problems = _read_file(Path(other), parents - 1)
+        other = _FOLDER / f"{extends}.toml" if extends in SUITES else Path(_resolved(extends, path))
+        base, problems = _read_file(other, parents - 1)
     problems += [f"{path}: {problem}" for problem in _problems(plain, path, base)]
     if problems:
         return None, problems
@@ -190,13 +192,14 @@ def _problems(plain: Mapping[str, Any], path: Path, base: Suite | None) -> Itera
             yield f"tasks.{name} is there {times} times, in other case; choose another name"
     if plain.get("name") in SUITES and path.parent != _FOLDER:
         yield f"name {plain['name']!r} is that of a suite of the package; choose another"
+    yield from _missing_paths([("pretrained", plain.get("pretrained"))], path)
     titles = Counter(task.get("title") or name for name, task in named.items() if isinstance(task, dict))
     for title, times in titles.items():
         if times > 1:
             yield f"{times} tasks have the title {title!r}; give each its own"
     for name, task in named.items():
         if isinstance(task, dict):
-            yield from (f"tasks.{name}.{problem}" for problem in _wrong_task(name, task, path))
+            yield from (f"tasks.{name}: {problem}" for problem in _wrong_task(name, task, path))
 
 
 def _wrong_keys(kind: type, table: Mapping[str, Any], where: str) -> Iterator[str]:
@@ -204,7 +207,10 @@ def _wrong_keys(kind: type, table: Mapping[str, Any], where: str) -> Iterator[st
     fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
     allowed = [name for name in fields if not (kind is Task and name == "name")]
     for key, value in table.items():
-        if key not in allowed:
+        if kind is _SuiteFile and key == "name":
+            if not (isinstance(value, str) and re.fullmatch(TASK_NAME, value)):
+                yield f"name is {str(value)[:80]!r}: {_WRONG_NAME}"
+        elif key not in allowed:
             yield f"unknown key {where}{key}{nearest(key, allowed)}; allowed are: {', '.join(allowed)}"
         elif not isinstance(value, dict) or key == "rows":
             try:
@@ -217,10 +223,8 @@ def _wrong_keys(kind: type, table: Mapping[str, Any], where: str) -> Iterator[st
 
 
 def _wrong_task(name: str, task: Mapping[str, Any], path: Path) -> Iterator[str]:
-    try:
-        msgspec.convert(name, Name)
-    except msgspec.ValidationError:
-        yield "name: a task's name has letters, digits, and . _ + -, and begins with none of the last three"
+    if not re.fullmatch(TASK_NAME, name):
+        yield _WRONG_NAME
     if isinstance(classes := task.get("classes"), list):
         for listed, times in Counter(map(str, classes)).items():
             if times > 1:
@@ -231,20 +235,22 @@ def _wrong_task(name: str, task: Mapping[str, Any], path: Path) -> Iterator[str]
             yield f"templates: {template!r} needs {{}} once, for the class name"
     if templates and task.get("classifier"):
         yield "classifier is given beside templates; give one of them"
+    if "normalise" in task and not task.get("classifier"):
+        yield "normalise is for a classifier from a file, and none is given"
     if not {"test", "train", "dataset"} & task.keys():
-        yield f"test is missing: where the images of {name} are (or train)"
-    for key, value in _places(task):
-        if isinstance(value, str) and not value.startswith(_SCHEMES) and not Path(_resolved(value, path)).exists():
-            found = Path(_resolved(value, path))
-            siblings = [p.name for p in found.parent.iterdir()] if found.parent.is_dir() else []
-            yield f"{key} names {value!r}, and there is no {found}{nearest(found.name, siblings)}"
+        yield "test (or train) is missing: where the images are"
+    places = [(key, task.get(key)) for key in ("expert", "classifier", "test", "train")]
+    yield from _missing_paths([(k, v.get("data") if isinstance(v, dict) else v) for k, v in places], path)
 
 
-def _places(task: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The keys of a task that hold a path, or a place with one of `_SCHEMES`."""
-    for key in ("expert", "classifier", "test", "train"):
-        value = task.get(key)
-        yield (f"{key}.data", value.get("data")) if isinstance(value, dict) else (key, value)
+def _missing_paths(places: Sequence[tuple[str, Any]], path: Path) -> Iterator[str]:
+    """The keys whose values are paths of nothing."""
+    for key, place in places:
+        if isinstance(place, str) and not place.startswith(_SCHEMES):
+            found = Path(_resolved(place, path))
+            if not found.exists():
+                siblings = [inner.name for inner in found.parent.iterdir()] if found.parent.is_dir() else []
+                yield f"{key} is {place!r}, but there is no {found}{nearest(found.name, siblings)}"
 
 
 def _in_full(key: str, value: Any) -> Any:
@@ -259,7 +265,7 @@ def _completed(plain: Mapping[str, Any], path: Path) -> dict[str, Any]:
     def complete(table: Mapping[str, Any]) -> dict[str, Any]:
         full = {key: _in_full(key, value) for key, value in table.items()}
         for key in ("expert", "classifier", "pretrained", "data", "model"):
-            if isinstance(full.get(key), str):
+            if isinstance(full.get(key), str) and not (key == "model" and _is_name(full[key], path)):
                 full[key] = _resolved(full[key], path)
         return {k: complete(v) if k in ("test", "train", "encoder") else v for k, v in full.items()}
 
@@ -268,8 +274,10 @@ def _completed(plain: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _resolved(place: str, path: Path) -> str:
-    """A place of a file, its path made absolute; names of open_clip's models, which are no paths, stay."""
-    if place.startswith(_SCHEMES):
-        return place
-    found = path.absolute().parent / Path(place).expanduser()
-    return str(found) if "/" in place or found.exists() or Path(place).suffix else place
+    """A place that a file names, its path made absolute."""
+    return place if place.startswith(_SCHEMES) else str(path.absolute().parent / Path(place).expanduser())
+
+
+def _is_name(model: str, path: Path) -> bool:
+    """Whether an encoder is named, and not given by a path."""
+    return "/" not in model and not model.endswith(".json") and not Path(_resolved(model, path)).exists()
