@@ -172,7 +172,7 @@ def _class_names(task: Task, split: str, given: DataSource) -> Sequence[str]:
     kind, _, rest = given.place.partition(":")
     if kind == "mini":
         return mini_task(rest).class_names
-    if kind != "hf" and (base := class_root(Path(given.place), split)):
+    if kind != "hf" and (base := _class_root(task, split, Path(given.place))):
         return [folder.name for folder in folders(base)]
     return table_classes(given.table(split), task.name)
 
@@ -206,18 +206,24 @@ def _open_mini(task: Task, split: str, name: str) -> Images:
 def _open_path(task: Task, split: str, given: DataSource) -> Images:
     """The images in a folder or a table's file that the suite names."""
     path = Path(given.place)
-    if not path.exists():
-        raise InputError(f"task {task.name}: {split} names {path}, which does not exist")
-    if task.labels and (base := class_root(path, split)):
+    if base := _class_root(task, split, path):
         return _listed_images(task, split, path, class_files(folders(base), task.index))
     if path.is_file() or has_table(path):
         return _open_table(task, split, given.table(split))
-    if task.labels:
+    return _listed_images(task, split, path, unlabelled(path))
+
+
+def _class_root(task: Task, split: str, path: Path) -> Path | None:
+    """The folder of class folders in what a suite names for a split; None for a table and for images without labels."""
+    if not path.exists():
+        raise InputError(f"task {task.name}: {split} names {path}, which does not exist")
+    base = class_root(path, split) if task.labels else None
+    if task.labels and base is None and not path.is_file() and not has_table(path):
         raise InputError(
             f"{path} has neither class folders with images nor a table; it holds: {_first_names(path)}; images without "
             f"labels need `labels = false` in the table of {task.name}"
         )
-    return _listed_images(task, split, path, unlabelled(path))
+    return base
 
 
 def _open_copy(task: Task, split: str, source: Path, hub: HubDataset) -> Images:
