@@ -64,4 +64,4 @@ def make(folder: Path) -> None:
             F.cross_entropy(head(tower(pixels)), targets).backward()
             optimiser.step()
         save_file(tower.state_dict(), folder / f"{task}.safetensors")
-        save_file({name: tensor.detach().clone() for name, tensor in head.named_parameters()}, folder / f"{task}_head.safetensors")
+        save_file({"weight": head.weight.data, "bias": head.bias.data}, folder / f"{task}_head.safetensors")

@@ -29,9 +29,7 @@ from probsurgery.pipeline.store.manifest import Identity, MergeIdentity, SplitRe
 from probsurgery.pipeline.store.writer import CacheWriter
 
 DIM = 16
-TINY = Arch(
-    "clip8", "ViT-T-quickgelu", "someone/clip-tiny", "someone/clip-tiny_{}", config=Path(__file__).parent / "tiny.json"
-)
+TINY = Arch("ViT-T-quickgelu", "someone/clip-tiny", "someone/clip-tiny_{}", config=Path(__file__).parent / "tiny.json")
 
 
 def to_visual(checkpoint, projection=None):

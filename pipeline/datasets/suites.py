@@ -65,6 +65,12 @@ class Suite:
     encoder: EncoderChoice | None = None
     pretrained: str | None = None
 
+    @property
+    def places(self) -> dict[str, str]:
+        """Where checkpoints are that the suite names: by task, and `pretrained`."""
+        experts = {name: task.expert for name, task in self.tasks.items() if task.expert}
+        return experts | ({"pretrained": self.pretrained} if self.pretrained else {})
+
     def select(self, names: Sequence[str] | None) -> tuple[Task, ...]:
         """Tasks by name, in the suite's order, with their class names; all if None.
 
@@ -146,7 +152,8 @@ def _read_file(path: Path, parents: int) -> tuple[Suite | None, list[str]]:
         return None, [f"no suite {path}: {error.strerror or first_line(error)}; --suite takes a TOML file"]
     except (ValueError, RecursionError) as error:
         return None, [f"{path} is not valid TOML: {first_line(error)}"]
-    base, problems = None, []
+    base: Suite | None = None
+    problems: list[str] = []
     if isinstance(extends := plain.get("extends"), str):
         if parents == 0:
             return None, [f"{path}: extends: files extend each other without end"]
@@ -156,10 +163,11 @@ def _read_file(path: Path, parents: int) -> tuple[Suite | None, list[str]]:
     if problems:
         return None, problems
     file = msgspec.convert(_completed(plain, path), _SuiteFile)
-    given = {"encoder": file.encoder, "pretrained": file.pretrained}
-    inherited = {name: value or (getattr(base, name) if base else None) for name, value in given.items()}
+    encoder, pretrained = file.encoder, file.pretrained
+    if base is not None:
+        encoder, pretrained = encoder or base.encoder, pretrained or base.pretrained
     tasks = {**(base.tasks if base else {}), **file.tasks}
-    return Suite(file.name, MappingProxyType(tasks), path, file.architectures, **inherited), []
+    return Suite(file.name, MappingProxyType(tasks), path, file.architectures, encoder, pretrained), []
 
 
 def _problems(plain: Mapping[str, Any], path: Path, base: Suite | None) -> Iterator[str]:
@@ -233,8 +241,10 @@ def _wrong_task(name: str, task: Mapping[str, Any], path: Path) -> Iterator[str]
     for template in templates if isinstance(templates, list) else []:
         if isinstance(template, str) and template.count("{}") != 1:
             yield f"templates: {template!r} needs {{}} once, for the class name"
-    if templates and task.get("classifier"):
+    if templates and "classifier" in task:
         yield "classifier is given beside templates; give one of them"
+    if task.get("classifier") is True:
+        yield "classifier is a file, or false for none"
     if "normalise" in task and not task.get("classifier"):
         yield "normalise is for a classifier from a file, and none is given"
     if not {"test", "train", "dataset"} & task.keys():

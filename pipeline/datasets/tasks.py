@@ -63,8 +63,8 @@ class Task(Record, frozen=True, rename={"class_names": "classes", "hub": "datase
     """Name in tables, and in file names of the task-vectors code's checkpoints."""
     templates: tuple[str, ...] = ()
     """Prompts of the zero-shot classifier; `{}` stands for the class name."""
-    classifier: str | None = None
-    """A file with the classifier's weight (C, d) and perhaps a bias (C,), instead of `templates`."""
+    classifier: str | bool | None = None
+    """A file with the classifier's weight (C, d) and perhaps a bias (C,), instead of `templates`; False: none."""
     normalise: bool | None = None
     """Whether that classifier takes L2-normalised features, as zero-shot ones do; None: it does."""
     expert: str | None = None
@@ -121,6 +121,11 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the labels are known; they are -1 otherwise."""
+        return bool((self.labels >= 0).any())
 
 
 def open_images(
@@ -182,8 +187,9 @@ def _open(task: Task, split: str, copies: str | None) -> Images:
     if given is None and task.hub is None:
         raise InputError(f"task {task.name} names no {split} images; add `{split} = ...` to its table in the suite")
     is_published = given is None or given.place.startswith("hf:")
-    if copies is not None and is_published:
-        return _open_copy(task, split, Path(copies), given.table(split).hub if given else task.hub)
+    hub = given.table(split).hub if given else task.hub
+    if copies is not None and is_published and hub is not None:
+        return _open_copy(task, split, Path(copies), hub)
     if copies is not None:
         raise InputError(f"--data is not for {task.name}, whose suite says where its images are; leave it out")
     if given is None:

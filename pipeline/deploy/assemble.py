@@ -1,12 +1,12 @@
 """A cache and one of its heads -> the model that they stand for."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from msgspec.structs import replace
 from torch import Tensor
 
-from probsurgery.pipeline.datasets.suites import select_tasks
 from probsurgery.pipeline.datasets.tasks import Task
 from probsurgery.pipeline.deploy.model import Provenance, SurgeryModel
 from probsurgery.pipeline.errors import DamagedCacheError, InputError, unknown
@@ -17,7 +17,7 @@ from probsurgery.pipeline.merging.coefficients import read_coefficients
 from probsurgery.pipeline.models.checkpoints import digest
 from probsurgery.pipeline.models.encoders import encoder_of
 from probsurgery.pipeline.models.preprocessing import Preprocessing
-from probsurgery.pipeline.models.sources import Weights
+from probsurgery.pipeline.models.sources import SUFFIXES, Weights
 from probsurgery.pipeline.store.cache import Cache
 from probsurgery.pipeline.store.manifest import COEFFICIENTS, IMPORTED, MERGED, software
 
@@ -51,8 +51,10 @@ def assemble(
     for name in fitted.tasks if task is None else [task]:
         if not opened.manifest.tasks[name].classifier:
             raise InputError(f"{opened.path} holds no classifier of {name}, so there are no classes to predict")
-    weights = Weights(encoder_of(identity), checkpoints)
-    state = _merged_state(opened, weights, select_tasks(identity.suite, identity.tasks), merged)
+    encoder = encoder_of(identity)
+    folder = Path(checkpoints) if checkpoints else encoder.arch.folder
+    weights = Weights(encoder, checkpoints, _recorded_places(opened, folder))
+    state = _merged_state(opened, weights, [Task(name, title=opened.title(name)) for name in identity.tasks], merged)
     if digest(state) != identity.merge.digest:
         where = merged or weights.folder or "the published place"
         advice = "give --checkpoints as for its `probsurgery extract`"
@@ -64,8 +66,21 @@ def assemble(
         task: opened.manifest.tasks[task].class_names or tuple(map(str, range(len(classifier.weight))))
         for task, classifier in classifiers.items()
     }
-    encoder = weights.encoder.build(state)
-    return SurgeryModel(encoder, fitted, classifiers, class_names, provenance).eval()
+    return SurgeryModel(encoder.build(state), fitted, classifiers, class_names, provenance).eval()
+
+
+def _recorded_places(cache: Cache, folder: Path | None) -> dict[str, str]:
+    """Where `extract` read the checkpoints, by task or `pretrained`: in a folder, at a path, or on the Hub."""
+    places = {}
+    for content in ("pretrained", *cache.identity.tasks):
+        file = cache.manifest.files.get(content)
+        source = file.source if file else ""
+        path = (folder or Path()) / source
+        if source and (folder or path.is_absolute()) and path.exists():
+            places[content] = str(path)
+        elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and path.suffix not in SUFFIXES:
+            places[content] = f"hf:{source}"
+    return places
 
 
 def _fitted_head(cache: Cache, name: str | Path, results: Path | None) -> Head:

@@ -173,7 +173,10 @@ def _register(writer: CacheWriter, plan: RunPlan) -> None:
         own |= arrays
         record = tasks.get(task.name, new)
         images = {split: plan.images[split, task.name] for split in plan.config.splits}
-        splits = {s: SplitRecord(len(i), i.fingerprint, decoding=i.decoding) for s, i in images.items()}
+        splits = {
+            split: SplitRecord(len(i), i.fingerprint, decoding=i.decoding, labels=i.has_labels)
+            for split, i in images.items()
+        }
         origins = {split: Origin(opened.source, opened.class_order) for split, opened in images.items()}
         merged = {"splits": {**splits, **record.splits}, "origins": {**record.origins, **origins}}
         tasks[task.name] = msgspec.structs.replace(record, **merged)

@@ -12,7 +12,7 @@ from probsurgery.pipeline.classifier import Classifier
 from probsurgery.pipeline.config import ExtractConfig
 from probsurgery.pipeline.datasets.corruptions import corrupt_images
 from probsurgery.pipeline.datasets.pictures import DECODING
-from probsurgery.pipeline.datasets.suites import check_names, select_tasks
+from probsurgery.pipeline.datasets.suites import Suite, check_names, load_suite, own_suite
 from probsurgery.pipeline.datasets.tasks import Images, Task, open_images
 from probsurgery.pipeline.device import choose_device
 from probsurgery.pipeline.errors import InputError
@@ -87,7 +87,8 @@ class RunPlan:
         for (split, task), images in self.images.items():
             for kind in KINDS if self.config.pretrained else ("merged", "expert"):
                 arrays[f"{split}/{task}/{kind}"] = ArraySpec((len(images), self.dim), self.config.dtype)
-            arrays[f"{split}/{task}/labels"] = ArraySpec((len(images),), "int64")
+            if images.has_labels:
+                arrays[f"{split}/{task}/labels"] = ArraySpec((len(images),), "int64")
         return arrays
 
     def open_images(self, name: str, split: str) -> Images:
@@ -102,15 +103,12 @@ def plan_run(config: ExtractConfig, ranks: Ranks, progress: Progress = no_progre
 
     Of several ranks, the first alone compares it with the caches that are there. `progress` is told what is read.
     """
-    encoder = get_encoder(config.arch)
-    own_suite = encoder.arch.suite
-    suite = config.suite or own_suite
-    tasks = select_tasks(suite, config.tasks)
+    suite, encoder, stem = chosen(config)
+    tasks = suite.select(config.tasks)
     if config.only is not None:
         check_names(config.only, [task.name for task in tasks])
     extracted = tuple(task for task in tasks if config.only is None or task.name in config.only)
-    stem = encoder.name if suite == own_suite else f"{encoder.name}-{suite}"
-    requests = merge_requests(config, encoder, tasks, stem, whole_suite=len(tasks) == len(select_tasks(suite, None)))
+    requests = merge_requests(config, encoder, tasks, stem, whole_suite=len(tasks) == len(suite.tasks))
     device = choose_device(config.device, ranks.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # otherwise every rank's pinned memory would take room on the first GPU
@@ -121,7 +119,7 @@ def plan_run(config: ExtractConfig, ranks: Ranks, progress: Progress = no_progre
         progress(next(done), total, what, unit="files")
 
     begin("reading the pre-trained encoder")
-    weights = Weights(encoder, config.checkpoints)
+    weights = Weights(encoder, config.checkpoints, suite.places)
     pretrained = weights.pretrained()
     checkpoints = {"pretrained": digest(pretrained)}
     for request in requests:  # before another merge of this run learns, which takes long
@@ -146,13 +144,30 @@ def plan_run(config: ExtractConfig, ranks: Ranks, progress: Progress = no_progre
         images[split, task.name] = _open(config, task, split)
     workers = decoding_workers(config, images.values(), ranks.local_size)
     models = (weights, pretrained, classifiers, checkpoints)
-    plan = RunPlan(config, suite, tasks, extracted, requests, images, device, workers, *models)
+    plan = RunPlan(config, suite.name, tasks, extracted, requests, images, device, workers, *models)
     for request in requests if ranks.leads else ():
         manifest = check_target(request.path, plan.identity(request.identity), config.store, fresh=config.fresh)
         if manifest is not None:
             _check_data(request.path, manifest.tasks, plan)
             _check_decoding(request.path, manifest, plan)
     return plan
+
+
+def chosen(config: ExtractConfig) -> tuple[Suite, Encoder, str]:
+    """The suite of a run, its encoder, and what its caches' default names begin with.
+
+    Raises `InputError` unless exactly one of the suite and `arch` names the encoder.
+    """
+    own = own_suite(config.arch) if config.arch else None
+    suite = load_suite(config.suite or str(own))
+    if suite.encoder is None:
+        if config.arch is None:
+            raise InputError(f"the suite {suite.name} names no encoder; give --arch")
+        encoder = get_encoder(config.arch)
+        return suite, encoder, encoder.name if suite.name == own else f"{encoder.name}-{suite.name}"
+    if config.arch is not None:
+        raise InputError(f"{suite.path} names its encoder, {suite.encoder.model}; leave --arch out")
+    return suite, get_encoder(suite.encoder.model), suite.name
 
 
 def decoding_workers(config: ExtractConfig, images: Iterable[Images], ranks: int = 1) -> int:

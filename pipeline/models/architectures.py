@@ -10,8 +10,6 @@ MINI = Path(__file__).parents[1] / "mini"
 class Arch:
     """One row of the table of architectures."""
 
-    suite: str
-    """Suite of tasks that the published experts were fine-tuned on."""
     open_clip: str
     """Name of open_clip's configuration. OpenAI's weights need the `-quickgelu` ones: the plain ones (`ViT-B-32`) build
     GELU, which loads without an error and gives wrong features."""
@@ -26,16 +24,14 @@ class Arch:
 
 
 ARCHS: dict[str, Arch] = {
-    "mini": Arch("mini", "mini", folder=MINI / "weights", config=MINI / "mini.json"),
-    "vitb32": Arch("clip8", "ViT-B-32-quickgelu", "openai/clip-vit-base-patch32", "tanganke/clip-vit-base-patch32_{}"),
-    "vitb16": Arch("clip8", "ViT-B-16-quickgelu", "openai/clip-vit-base-patch16", "tanganke/clip-vit-base-patch16_{}"),
-    "vitl14": Arch(
-        "clip8", "ViT-L-14-quickgelu", "openai/clip-vit-large-patch14", "tanganke/clip-vit-large-patch14_{}"
-    ),
+    "mini": Arch("mini", folder=MINI / "weights", config=MINI / "mini.json"),
+    "vitb32": Arch("ViT-B-32-quickgelu", "openai/clip-vit-base-patch32", "tanganke/clip-vit-base-patch32_{}"),
+    "vitb16": Arch("ViT-B-16-quickgelu", "openai/clip-vit-base-patch16", "tanganke/clip-vit-base-patch16_{}"),
+    "vitl14": Arch("ViT-L-14-quickgelu", "openai/clip-vit-large-patch14", "tanganke/clip-vit-large-patch14_{}"),
 }
 
 
 def model_arch(model: str) -> Arch:
-    """A model without a row of its own: the suite is clip8, and the weights of a row with the same model are its."""
+    """A model without a row of its own: the weights of a row with the same model are its."""
     known = next((row.pretrained_repo for row in ARCHS.values() if row.open_clip == model), None)
-    return Arch("clip8", model, known)
+    return Arch(model, known)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 
 from msgspec.structs import replace
 from torch import Tensor
@@ -38,14 +39,19 @@ class Weights:
     `folder` can have these layouts, also mixed, at its top or under the model's name (`ViT-B-32`): plain names
     (`pretrained.safetensors`, `<task>.pt`, ...); folders as the Hub's client writes them, or its cache; the
     task-vectors code's `zeroshot.pt` and `<Task>/finetuned.pt`. Without a folder, the published weights are used.
-    Every state dict returned has been checked against the encoder; `InputError` names the first key that differs.
+    `given` says where some of them are instead, by task or `pretrained`: a file, a folder of a model, or
+    `hf:owner/name`, of which `folder` may have a copy. Every state dict returned has been checked against the encoder;
+    `InputError` names the first key that differs.
     """
 
-    def __init__(self, encoder: Encoder | str, folder: str | Path | None = None) -> None:
+    def __init__(
+        self, encoder: Encoder | str, folder: str | Path | None = None, given: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         self.encoder = get_encoder(encoder) if isinstance(encoder, str) else encoder
         self.row = self.encoder.arch
         self.folder = Path(folder) if folder is not None else self.row.folder
-        if self.folder is None and self.row.expert_repo is None:
+        self.given = given
+        if self.folder is None and self.row.expert_repo is None and not given:
             raise InputError(f"no experts of {self.encoder.name} are published; give --checkpoints FOLDER")
         if self.folder is not None and not self.folder.is_dir():
             raise InputError(f"no folder of checkpoints at {self.folder}; --checkpoints takes a folder")
@@ -73,7 +79,8 @@ class Weights:
 
     def expert(self, task: Task) -> Mapping[str, Tensor]:
         """The tower that was fine-tuned on a task."""
-        repo = self.row.expert_repo and self.row.expert_repo.format(task.expert_suffix)
+        suffix, published = task.expert_suffix, self.row.expert_repo
+        repo = published.format(suffix) if published and suffix else None
         titles = [f"{task.title}/finetuned", f"{task.title}Val/finetuned"] if task.title else []
         return self.load(self._file(task.name, [task.name, *titles], repo))
 
@@ -131,8 +138,14 @@ class Weights:
 
     def _file(self, content: str, stems: Sequence[str], repo: str | None) -> Path:
         if content not in self._paths:
-            if self.folder is None:
-                assert repo is not None, "without a folder, every checkpoint is a published one"
+            place = self.given.get(content, "")
+            repo = place.removeprefix("hf:") if place.startswith("hf:") else repo
+            if place and not place.startswith("hf:"):
+                path, source = weights_in(Path(place)), place
+            elif self.folder is None:
+                if repo is None:
+                    problem = f"no checkpoint of {content!r} of {self.encoder.name} is published"
+                    raise InputError(f"{problem}; say where it is in the suite, or give --checkpoints FOLDER")
                 path, source = hub.download(repo, "--checkpoints"), repo
             else:
                 path = self._find(self.folder, content, stems, repo)

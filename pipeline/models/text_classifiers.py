@@ -24,18 +24,20 @@ from probsurgery.pipeline.store.manifest import described
 
 
 def load_classifiers(weights: Weights, tasks: Sequence[Task], device: torch.device) -> dict[str, Classifier]:
-    """Classifiers by task: the folder's if it has them, else zero-shot ones from the pre-trained text tower.
+    """Classifiers by task: the suite's, the folder's, or zero-shot ones from the pre-trained text tower.
 
     A folder holds them as `classifiers.safetensors` (`<task>`, and `<task>.bias` if there is one), or as the
-    task-vectors code's `head_<Task>.pt`. They take normalised features.
+    task-vectors code's `head_<Task>.pt`. They take normalised features. A task whose suite wants none has none.
     """
     classifiers, missing = {}, []
     for task in tasks:
-        classifier = _from_folder(weights, task)
-        if classifier is None:
-            missing.append(task)
+        if task.classifier is False:
             continue
-        shape = (len(task.class_names), weights.encoder.dim)
+        classifier = _from_file(weights, task) if task.classifier else _from_folder(weights, task)
+        if classifier is None:
+            missing += [task] if task.templates or task.labels else []
+            continue
+        shape = (len(task.class_names) or len(classifier.weight), weights.encoder.dim)
         if classifier.weight.shape != shape:
             raise InputError(
                 f"{weights.files[f'classifier {task.name}'].source}: the classifier of {task.name!r} has shape "
@@ -45,10 +47,18 @@ def load_classifiers(weights: Weights, tasks: Sequence[Task], device: torch.devi
         for name, values in described(classifier, task.name)[1].items():
             bad, wrong = bad_rows(name, values, 0)
             if len(bad):
-                where = f"the classifier of {task.name!r} in {weights.folder}"
-                raise InputError(f"{where} has rows that are {wrong}, the first is {task.class_names[bad[0]]!r}'s")
+                where = f"the classifier of {task.name!r} in {task.classifier or weights.folder}"
+                first = repr(task.class_names[bad[0]]) if task.class_names else f"row {bad[0]}"
+                raise InputError(f"{where} has rows that are {wrong}, the first is {first}'s")
     built = _from_text_tower(weights, missing, device) if missing else {}
     return classifiers | {name: Classifier(weight) for name, weight in built.items()}
+
+
+def _from_file(weights: Weights, task: Task) -> Classifier:
+    """The classifier that a task's suite names."""
+    path = Path(str(task.classifier))
+    weights.record(f"classifier {task.name}", path, str(path))
+    return to_classifier(read_tensors(path), path, normalise=task.normalise is not False)
 
 
 def _from_folder(weights: Weights, task: Task) -> Classifier | None:
@@ -71,10 +81,10 @@ def _of_task(tensors: Mapping[str, Tensor], task: str) -> dict[str, Tensor]:
 
 def _from_text_tower(weights: Weights, tasks: Sequence[Task], device: torch.device) -> dict[str, Tensor]:
     """Classifiers from the pre-trained text tower, cached in the user's cache folder because they take minutes."""
-    if not all(task.templates for task in tasks):
+    if without := next((task.name for task in tasks if not task.templates), None):
         raise InputError(
-            f"{weights.folder} holds no classifier of {tasks[0].name!r} (classifiers.safetensors), and the task has "
-            "no prompts to make one from"
+            f"{weights.folder or 'the published place'} holds no classifier of {without!r} (classifiers.safetensors), "
+            "and its suite has no `classifier` (false: none) and no `templates` to make one from"
         )
     path, repo = weights.pretrained_file, weights.row.pretrained_repo
     text = to_text(read_tensors(path))

@@ -166,7 +166,7 @@ def test_every_command_refuses_what_is_not_a_cache(run, here, command):
     refused(run(*command, "folder"), "folder is not a cache", "manifest.json")
     (here / "file").write_text("")
     refused(run(*command, "file"), "file is not a cache")
-    write_atomically(here / "folder" / "manifest.json", '{"schema": 2}')
+    write_atomically(here / "folder" / "manifest.json", '{"schema": 3}')
     refused(run(*command, "folder"), "newer version", "update probsurgery")
     write_atomically(here / "folder" / "manifest.json", "{")
     refused(run(*command, "folder"), "not valid JSON")

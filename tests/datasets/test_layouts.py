@@ -12,6 +12,7 @@ from probsurgery.pipeline.datasets.suites import select_tasks
 from probsurgery.pipeline.datasets.tasks import open_images
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
 from probsurgery.pipeline.extraction.loading import _Decoded, refuse_undecoded
+from probsurgery.pipeline.models.encoders import get_encoder
 from support import hub_data_set, idx
 
 TASKS = {task.name: task for task in select_tasks("clip8", None)}
@@ -359,7 +360,7 @@ def test_an_image_that_cannot_be_decoded_is_named_by_its_file(tmp_path, cut, wor
     Image.effect_noise((40, 40), 50).save(path)
     path.write_bytes(path.read_bytes()[:cut])
     images = open_images(TASKS["eurosat"], "test", str(tmp_path), any_rows=True)
-    decoded = _Decoded(images, lambda image: image, 8)
+    decoded = _Decoded(images, get_encoder("mini").preprocessing)
     ((row, problem),) = [bad for _, bad in map(decoded.__getitem__, range(11)) if bad]
     with pytest.raises(
         ProbsurgeryError, match=rf"image {row} of test/eurosat cannot be decoded: eurosat/test/Forest/y.jpg: .*{words}"

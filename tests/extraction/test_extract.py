@@ -398,7 +398,7 @@ def test_the_papers_tasks_are_extracted_from_files_in_the_published_formats(tmp_
     """Two of the eight tasks, with a tower small enough to make here: parquet data, Hugging Face experts without their
     projection, classifiers from a file."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "hf"))
-    tiny = architectures.Arch("clip8", "tiny", config=MINI / "mini.json")
+    tiny = architectures.Arch("tiny", config=MINI / "mini.json")
     monkeypatch.setitem(architectures.ARCHS, "tiny", tiny)
     folder, dim = tmp_path / "checkpoints", get_encoder("tiny").dim
     transformers.CLIPVisionModelWithProjection(hugging_face_config()).save_pretrained(folder / "pretrained")
