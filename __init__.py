@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from probsurgery.pipeline.heads.metrics import representation_bias as representation_bias
     from probsurgery.pipeline.merging.registry import merge as merge
     from probsurgery.pipeline.store.cache import open_cache as open_cache
+    from probsurgery.pipeline.store.imports import write_cache as write_cache
 
 
 __version__ = "0.2.0"
@@ -46,6 +47,7 @@ _MODULES = {
     "heads.metrics": ("accuracy", "representation_bias"),
     "merging.registry": ("merge",),
     "store.cache": ("open_cache",),
+    "store.imports": ("write_cache",),
 }
 __all__ = sorted(name for names in _MODULES.values() for name in names)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import typer
 
-from probsurgery.commands import caches, deploy, extract, fit, report, suites
+from probsurgery.commands import caches, deploy, extract, fit, import_features, report, suites
 from probsurgery.commands.render import note
 from probsurgery.pipeline.errors import InputError, PassedOverWarning, ProbsurgeryError
 from probsurgery.pipeline.extraction.distributed import launched_rank
@@ -24,6 +24,7 @@ from probsurgery.pipeline.extraction.distributed import launched_rank
 COMMANDS: dict[str, Callable[..., None]] = {
     "extract": extract.extract_command,
     "merges": extract.merges_command,
+    "import": import_features.import_command,
     "fit": fit.fit_command,
     "sweep": fit.sweep_command,
     "study": fit.study_command,

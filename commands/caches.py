@@ -99,12 +99,18 @@ def _info(cache: Cache, size: int) -> dict[str, Any]:
 
 
 def _info_lines(cache: Cache, size: int) -> Iterator[str]:
+    from probsurgery.pipeline.store.manifest import IMPORTED
+
     manifest, identity, merge = cache.manifest, cache.identity, cache.identity.merge
     settings = "".join(f" {name}={value}" for name, value in merge.settings.items())
-    yield f"{cache.path}: {identity.arch}, merged by {merge.name or merge.method}{settings}, d={cache.dim}"
+    what = f"{identity.arch}, merged by {merge.name or merge.method}{settings}"
+    if merge.method == IMPORTED:
+        what = "imported features" + (f" of {identity.arch}" if identity.arch != IMPORTED else "")
+    yield f"{cache.path}: {what}, d={cache.dim}"
     if identity.corruption:
         yield f"images corrupted by {identity.corruption}"
-    yield f"stored in {manifest.store}, {identity.dtype}, {decimal(size)}; encoded in {identity.precision}"
+    encoded = f"; encoded in {identity.precision}" if identity.precision else ""
+    yield f"stored in {manifest.store}, {identity.dtype}, {decimal(size)}{encoded}"
     yield f"identity {cache.fingerprint[:16]}, content {cache.content[:16]}"
     software = ", ".join(f"{name} {version}" for name, version in manifest.software.items())
     yield f"created {manifest.created} by {software}"

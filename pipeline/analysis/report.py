@@ -18,7 +18,7 @@ from probsurgery.pipeline.files import folders_in
 from probsurgery.pipeline.merging.registry import merge_label
 from probsurgery.pipeline.models.encoders import encoder_of
 from probsurgery.pipeline.store.cache import Cache
-from probsurgery.pipeline.store.manifest import Identity
+from probsurgery.pipeline.store.manifest import IMPORTED, Identity
 from probsurgery.pipeline.store.results import ResultRow, Spread, mean_if_known, read_results, spread
 
 _COSTS = {"won back, %": ".0f", "parameters": ",", "of the encoder, %": ".2f", "all heads": ",", "fit, s": ".1f"}
@@ -200,7 +200,8 @@ def _is_main(rows: Sequence[ResultRow], saved: Collection[str]) -> bool:
 def _encoder_parameters(identity: Identity) -> int | None:
     """Parameters of the image tower; None if the encoder cannot be built here."""
     with suppress(InputError):
-        return sum(shape.numel() for shape in encoder_of(identity).shapes.values())
+        if identity.merge.method != IMPORTED:
+            return sum(shape.numel() for shape in encoder_of(identity).shapes.values())
     return None
 
 

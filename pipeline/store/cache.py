@@ -13,7 +13,7 @@ from probsurgery.pipeline.files import SYSTEM_ERRORS, broken_seal, file_size
 from probsurgery.pipeline.fingerprints import fingerprint
 from probsurgery.pipeline.store.arrays import KINDS, bad_rows, shard_rows, values_digest
 from probsurgery.pipeline.store.formats import FORMATS
-from probsurgery.pipeline.store.manifest import Identity, read_manifest
+from probsurgery.pipeline.store.manifest import IMPORTED, Identity, read_manifest
 from probsurgery.pipeline.store.memmap import spill
 
 
@@ -100,7 +100,7 @@ class Cache:
         if not total and f"{split}/{task}" not in self.manifest.requested:
             advice = f"extract it with --only {task} --split {split}"
             raise InputError(f"{self.path} does not hold {task} ({split}); {advice}")
-        again = "run the same `probsurgery extract` again"
+        again = f"run the same `probsurgery {'import' if self.identity.merge.method == IMPORTED else 'extract'}` again"
         if missing or not total:
             state = f"{missing} of {total} shards are missing" if total else "it was not begun"
             raise InputError(f"{self.path} is unfinished: {task} ({split}): {state}; {again}")

@@ -47,16 +47,17 @@ IMPORTED = "imported"
 LearnedFile = Annotated[str, Meta(pattern=rf"\A(?:{re.escape(MERGED)}|{re.escape(COEFFICIENTS)})\Z")]
 MOST_BYTES = 2**28
 """Of a manifest; a cache of the papers' eight tasks has some 100 KB."""
-_TASK = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}"
-_ARRAY = re.compile(rf"(?:({'|'.join(SPLITS)})/({_TASK})/({'|'.join(KINDS)}|labels)|(?:classifiers|biases)/({_TASK}))")
+TASK = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}"
+_ARRAY = re.compile(rf"(?:({'|'.join(SPLITS)})/({TASK})/({'|'.join(KINDS)}|labels)|(?:classifiers|biases)/({TASK}))")
 
-TaskName = Annotated[str, Meta(pattern=rf"\A{_TASK}\Z")]
+TaskName = Annotated[str, Meta(pattern=rf"\A{TASK}\Z")]
 Split = Annotated[str, Meta(pattern=rf"\A(?:{'|'.join(SPLITS)})\Z")]
-Dim = Annotated[int, Meta(ge=1, le=2**16)]
-Request = Annotated[str, Meta(pattern=rf"\A(?:{'|'.join(SPLITS)})/{_TASK}\Z")]
+MOST_DIM = 2**16
+Dim = Annotated[int, Meta(ge=1, le=MOST_DIM)]
+Request = Annotated[str, Meta(pattern=rf"\A(?:{'|'.join(SPLITS)})/{TASK}\Z")]
 """`<split>/<task>`."""
 RowNumber = Annotated[str, Meta(pattern=r"\A[0-9]{1,13}\Z")]
-MetadataFile = Annotated[str, Meta(pattern=rf"\A(?:features\.h5|features\.zarr/(?:{_TASK}/){{0,3}}zarr\.json)\Z")]
+MetadataFile = Annotated[str, Meta(pattern=rf"\A(?:features\.h5|features\.zarr/(?:{TASK}/){{0,3}}zarr\.json)\Z")]
 
 
 class SplitRecord(Record, frozen=True):
