@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from probsurgery.pipeline.errors import InputError, first_line
@@ -19,27 +20,38 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 """Names of the file with a model's weights in a repository, or with the names of several; the first that exists."""
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+"""What peft calls an adapter's weights; found only to be refused by name."""
 
 
-def download(repo: str, option: str) -> Path:
-    """The weights of a repository, from the client's cache or the network (`HF_HUB_OFFLINE`, `HF_ENDPOINT` apply).
+def weights_in(path: Path) -> Path:
+    """The file with a model's weights in its folder, or the file itself."""
+    return next(filter(Path.is_file, (path / name for name in (*WEIGHT_FILES, *ADAPTERS))), path)
+
+
+def download(repo: str, option: str, names: Sequence[str] = WEIGHT_FILES[:2]) -> Path:
+    """The first of these files that a repository has: its weights, if no names are given.
+
+    It is from the client's cache or the network (`HF_HUB_OFFLINE`, `HF_ENDPOINT` apply).
 
     Raises `InputError` that says what is missing, where it was looked for, and how to give a local copy by `option`.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
-    for name in WEIGHT_FILES[:2]:
+    for name in names:
         try:
             return Path(hf_hub_download(repo, name))
         except Exception as error:  # the client raises its own, its transport's and the OS's errors
             problem = error
             if not isinstance(error, RemoteEntryNotFoundError):
                 break
-    raise InputError(explain(problem, repo, option)) from None
+    raise InputError(explain(problem, repo, option, names=names)) from None
 
 
-def explain(problem: Exception, repo: str, option: str, kind: str = "model") -> str:
+def explain(
+    problem: Exception, repo: str, option: str, kind: str = "model", names: Sequence[str] = WEIGHT_FILES[:2]
+) -> str:
     """One line on why a repository could not be fetched, and what to do about it."""
     from huggingface_hub import constants, errors
 
@@ -57,7 +69,7 @@ def explain(problem: Exception, repo: str, option: str, kind: str = "model") -> 
             f"or give {option} DIR"
         )
     if any(isinstance(error, errors.RemoteEntryNotFoundError) for error in chain):
-        return f"the {kind} {repo} holds none of {', '.join(WEIGHT_FILES[:2])} ({first_line(problem)})"
+        return f"the {kind} {repo} holds none of {', '.join(names)} ({first_line(problem)})"
     offline = " because HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
     return (
         f"the {kind} {repo} is not in {constants.HF_HUB_CACHE} and could not be fetched from {constants.ENDPOINT}"

@@ -204,7 +204,8 @@ def load_model(folder: str | Path) -> SurgeryModel:
             raise InputError(f"{folder / DESCRIPTION} has image_size {given}, but {description.arch} takes {size}")
         plain = {task: task not in description.plain for task in head.tasks}
         built = {t: Classifier(classifiers[t], classifiers.get(f"biases/{t}"), n) for t, n in plain.items()}
-        return SurgeryModel(encoder.build(weights), head, built, description.class_names, description).eval()
+        tower = encoder.build(encoder.state(weights))
+        return SurgeryModel(tower, head, built, description.class_names, description).eval()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{folder} lacks a file: {error.strerror or error}; export the model again") from None
     except OSError as error:

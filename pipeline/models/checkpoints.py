@@ -203,7 +203,7 @@ def _joined(checkpoint: Mapping[str, Tensor], name: str, sources: tuple[str, ...
 
 def to_text(state: Mapping[str, Tensor]) -> StateDict | None:
     """The text tower of a whole CLIP model, with open_clip's names; None if there is none."""
-    state = LazyMapping({name: partial(state.__getitem__, own) for name, own in _unwrapped(state).items()})
+    state = LazyMapping({name: partial(state.__getitem__, own) for name, own in unwrapped(state).items()})
     if _is_hugging_face(state):
         tower = _from_hugging_face(_under(state, "text_model."))
         text = {name: torch.cat([state[source] for source in sources]) for name, sources in tower.items()}
@@ -234,7 +234,7 @@ def to_classifier(state: Mapping[str, Tensor], path: Path, *, normalise: bool = 
 
 def _visual_sources(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """The checkpoint's names for each tensor of open_clip's visual tower: one name, or those of q, k and v."""
-    own = {name: source for name, source in _unwrapped(names).items() if name not in _BESIDE}
+    own = {name: source for name, source in unwrapped(names).items() if name not in _BESIDE}
     if not _is_hugging_face(own):
         return {name: (own[source],) for name, source in (_under(own, "visual.") or {n: n for n in own}).items()}
     tower = _from_hugging_face(_under(own, "vision_model.") or {name: name for name in own})
@@ -244,7 +244,7 @@ def _visual_sources(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     return {name: tuple(own[source] for source in sources) for name, sources in tower.items()}
 
 
-def _unwrapped(names: Iterable[str]) -> dict[str, str]:
+def unwrapped(names: Iterable[str]) -> dict[str, str]:
     """Names without what wrappers of a model add to them: those, and the names with it.
 
     A wrapper adds its attribute's name before all names, `module.` or any other, and torch.compile, FSDP and activation

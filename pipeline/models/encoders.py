@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from dataclasses import replace
+from difflib import get_close_matches
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from probsurgery.pipeline.errors import DamagedCacheError, InputError
-from probsurgery.pipeline.files import MalformedError, decode
+from probsurgery.pipeline import hub
+from probsurgery.pipeline.errors import DamagedCacheError, InputError, unknown
+from probsurgery.pipeline.files import MalformedError, decode, json_text
 from probsurgery.pipeline.models.architectures import ARCHS, Arch, model_arch
 from probsurgery.pipeline.models.preprocessing import Preprocessing
 from probsurgery.pipeline.store.manifest import Identity
@@ -30,8 +33,16 @@ class Encoder(ABC):
     """In reports and in caches' names; `Identity.arch`."""
     arch: Arch
     """What is published of it."""
-    description: Mapping[str, Any]
-    """What `encoder_of` needs beside the name to build it again; empty if the name says it all. `Identity.encoder`."""
+
+    projection: str | None
+    """Name of the visual projection in its state dict; None if features are not projected."""
+    own_weights: Callable[[], Path] | None = None
+    """The checkpoint that it came with, fetched if need be: the pre-trained weights, unless others are given."""
+
+    @property
+    @abstractmethod
+    def description(self) -> Mapping[str, Any]:
+        """What `encoder_of` needs beside the name to build it again; empty if the name says it all."""
 
     @property
     @abstractmethod
@@ -63,10 +74,14 @@ class Encoder(ABC):
         Such a checkpoint would load without an error and give wrong features.
         """
 
+    def checkpoint_name(self, name: str) -> str:
+        """What a tensor of the tower is called in its state dict, whichever release of its library builds the tower."""
+        return name
+
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
         """Names and shapes of the tower's tensors, in order."""
-        return {name: tensor.shape for name, tensor in self.empty().state_dict().items()}
+        return {self.checkpoint_name(name): tensor.shape for name, tensor in self.empty().state_dict().items()}
 
     def build(self, state: Mapping[str, Tensor]) -> nn.Module:
         """The tower with these weights, in inference mode: images (B, 3, size, size) -> features (B, d).
@@ -74,7 +89,8 @@ class Encoder(ABC):
         Features are projected, where the model projects, and not normalised.
         """
         tower = self.empty()
-        tower.load_state_dict(dict(state), strict=True, assign=True)
+        own = {self.checkpoint_name(name): name for name in tower.state_dict()}
+        tower.load_state_dict({own.get(name, name): tensor for name, tensor in state.items()}, strict=True, assign=True)
         tensors = (*tower.named_parameters(), *tower.named_buffers())
         unfilled = next((name for name, tensor in tensors if tensor.is_meta), None)
         if unfilled is not None:
@@ -84,26 +100,50 @@ class Encoder(ABC):
     def functional(self) -> Callable[[Mapping[str, Tensor], Tensor], Tensor]:
         """The tower as a function of weights and images (B, 3, size, size), for merges that learn."""
         tower = self.empty().eval()
+        own = {self.checkpoint_name(name): name for name in tower.state_dict()}
+        fixed = {name: buffer for name, buffer in tower.named_buffers() if not buffer.is_meta}
 
         def forward(weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
+            moved = {name: buffer.to(images.device) for name, buffer in fixed.items()}
+            tensors = moved | {own.get(name, name): tensor for name, tensor in weights.items()}
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the patch embedding would use TF32
-                return torch.func.functional_call(tower, dict(weights), (images,), strict=True)
+                return torch.func.functional_call(tower, tensors, (images,), strict=True)
 
         return forward
 
 
-def get_encoder(name: str) -> Encoder:
-    """An encoder by name: a row of `ARCHS`, or any model of open_clip. Raises `InputError` for an unknown name."""
-    from probsurgery.pipeline.models.open_clip_encoder import OpenClipEncoder, has_model
+def get_encoder(name: str, *, pooling: str | None = None, projection: bool | None = None) -> Encoder:
+    """An encoder by name: a row of `ARCHS`; any model of open_clip; the path of an open_clip configuration (.json); the
+    folder of a transformers model, or `hf:owner/name` for one of the Hub.
 
-    if name in ARCHS:
-        return OpenClipEncoder(name, ARCHS[name])
-    if has_model(name):
-        return OpenClipEncoder(name, model_arch(name))
-    raise InputError(
-        f"unknown arch {name!r}; choose from: {', '.join(ARCHS)}, or any model of open_clip by its name, such as "
-        "ViT-B-32-quickgelu, with --checkpoints"
-    )
+    `pooling` and `projection` say which features a transformers model gives: see `transformers_encoder`. Raises
+    `InputError` for an unknown name, and for a path at which no image encoder is described.
+    """
+    from probsurgery.pipeline.models import open_clip_encoder, transformers_encoder
+    from probsurgery.pipeline.models.transformers_config import CONFIG, PROCESSORS
+
+    encoder = _named(name)
+    path, repo = Path(name), name.removeprefix("hf:")
+    if encoder is None and repo != name:
+        path = hub.download(repo, "--arch", (CONFIG,)).parent
+        hub.download(repo, "--arch", PROCESSORS)
+        arch = replace(model_arch(_own_name(Path(repo))), pretrained_repo=repo)
+        encoder = transformers_encoder.read_folder(path, arch.open_clip, arch, pooling, projection)
+        encoder.own_weights = partial(hub.download, repo, "--checkpoints")
+        return encoder
+    if encoder is None and path.is_dir():
+        own_name = _own_name(path)
+        encoder = transformers_encoder.read_folder(path, own_name, Arch("clip8", own_name), pooling, projection)
+        encoder.own_weights = partial(hub.weights_in, path)
+        return encoder
+    if pooling is not None or projection is not None:
+        raise InputError(f"pooling and projection are for models of transformers, and {name} is none; leave them out")
+    if encoder is None and path.is_file():
+        own_name = _own_name(path.with_suffix(""))
+        encoder = open_clip_encoder.read_config(path, own_name, Arch("clip8", own_name))
+    if encoder is None:
+        raise _unknown(name)
+    return encoder
 
 
 def encoder_of(identity: Identity) -> Encoder:
@@ -116,5 +156,49 @@ def encoder_of(identity: Identity) -> Encoder:
 
 
 def described_encoder(name: str, description: Mapping[str, Any], preprocessing: Preprocessing | None) -> Encoder:
-    """The encoder of this name and `description`, which may come from anybody: nothing outside it is read."""
-    return get_encoder(name)
+    """The encoder of this name and `description`. Both may come from anybody: no path and no address is followed."""
+    from probsurgery.pipeline.models import open_clip_encoder, transformers_encoder
+
+    if not description or preprocessing is None:
+        encoder = _named(name)
+        if encoder is None:
+            raise _unknown(name)
+        return encoder
+    libraries = {"open_clip": open_clip_encoder.described, "transformers": transformers_encoder.described}
+    library = description.get("library")
+    if library not in libraries:
+        raise unknown(f"library of the encoder {name}", str(library)[:80], libraries)
+    if len(json_text(description)) > MAX_CONFIG_BYTES:
+        raise InputError(f"the description of {name} has more than {MAX_CONFIG_BYTES:,} bytes")
+    return libraries[library](name, Arch("clip8", name), description, preprocessing)
+
+
+def _named(name: str) -> Encoder | None:
+    """The encoder of a name that needs no file, if it is one."""
+    from probsurgery.pipeline.models.open_clip_encoder import OpenClipEncoder, has_model
+
+    if name in ARCHS:
+        return OpenClipEncoder(name, ARCHS[name])
+    return OpenClipEncoder(name, model_arch(name)) if has_model(name) else None
+
+
+def _own_name(path: Path) -> str:
+    """What an encoder of one's own is called: by its file or folder. Raises `InputError` for a name of `ARCHS`."""
+    name = path.resolve().name
+    if name in ARCHS or not name:
+        raise InputError(f"{path} has the name of another encoder ({name!r}), and reports would mix them up; rename it")
+    return name
+
+
+def _unknown(name: str) -> InputError:
+    import open_clip
+
+    if "/" in name or name.endswith(".json"):
+        return InputError(
+            f"no encoder at {name[:200]!r}; give the path of an open_clip configuration or of a model's folder"
+        )
+    near = get_close_matches(name, [*ARCHS, *open_clip.list_models()], 3)
+    return InputError(
+        f"unknown arch {name[:200]!r}; choose from: {', '.join(ARCHS)}, or any model of open_clip by its name, such as "
+        f"{' or '.join(near) or 'ViT-B-32-quickgelu'}, with --checkpoints"
+    )

@@ -24,13 +24,6 @@ from probsurgery.pipeline.models.checkpoints import (
 from probsurgery.pipeline.models.encoders import MAX_CONFIG_BYTES, Encoder, get_encoder
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", f".safetensors{INDEX}", f".bin{INDEX}")
-ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
-"""What peft calls an adapter's weights; found only to be refused by name."""
-
-
-def weights_in(path: Path) -> Path:
-    """The file with a model's weights in its folder, or the file itself."""
-    return next(filter(Path.is_file, (path / name for name in (*hub.WEIGHT_FILES, *ADAPTERS))), path)
 
 
 class Weights:
@@ -70,7 +63,13 @@ class Weights:
     @cached_property
     def pretrained_file(self) -> Path:
         """The checkpoint that the experts were fine-tuned from."""
-        return self._file("pretrained", ["pretrained", "zeroshot"], self.row.pretrained_repo)
+        stems, repo = ["pretrained", "zeroshot"], self.row.pretrained_repo
+        own = self.encoder.own_weights
+        if own is None or self.folder is None or self._look(self.folder, [*stems, *_names(repo)], repo) is not None:
+            return self._file("pretrained", stems, repo)
+        path = own()
+        self.record("pretrained", path, repo or path.name)
+        return path
 
     def pretrained(self) -> StateDict:
         """The tower that the experts were fine-tuned from."""
@@ -97,13 +96,13 @@ class Weights:
 
     def merged(self, path: Path) -> Mapping[str, Tensor]:
         """A merged checkpoint from elsewhere: a file, or the folder of a model."""
-        state, file = self.load(path), weights_in(path)
+        state, file = self.load(path), hub.weights_in(path)
         self.record(f"merged {path.stem}", file, file.name)
         return state
 
     def load(self, path: Path) -> Mapping[str, Tensor]:
         """Any checkpoint of this encoder, in its own names and float32, read tensor by tensor if possible."""
-        path = weights_in(path)
+        path = hub.weights_in(path)
         tensors = read_tensors(path)
         refuse_adapter(tensors, path)
         state = self.encoder.state(tensors, lambda: self._projection)
@@ -123,9 +122,10 @@ class Weights:
     def _projection(self) -> Tensor:
         """The pre-trained visual projection (width, d)."""
         state = self.encoder.state(read_tensors(self.pretrained_file))
-        if "proj" not in state:
+        name = self.encoder.projection
+        if name is None or name not in state:
             raise InputError(f"{self.pretrained_file} lacks the visual projection, and so do the experts' checkpoints")
-        return state["proj"]
+        return state[name]
 
     def _check_config(self, path: Path) -> None:
         """Compare the config.json beside a checkpoint, if there is one that can be read."""
@@ -155,14 +155,9 @@ class Weights:
         return self._paths[content]
 
     def _find(self, folder: Path, content: str, stems: Sequence[str], repo: str | None) -> Path:
-        """The first file that exists, of all names that the layouts allow."""
-        candidates = [*stems, *((repo.split("/")[-1], repo) if repo else ())]
-        for stem in (place / stem for place in self.places for stem in candidates):
-            files = [stem.with_name(stem.name + suffix) for suffix in SUFFIXES]
-            files += [stem / name for name in (*hub.WEIGHT_FILES, *ADAPTERS)]
-            if path := next(filter(Path.is_file, files), None):
-                return path
-        if repo and (path := hub.cached(repo, folder)):
+        """The first file that exists, of all names that the layouts allow. Raises `InputError` if there is none."""
+        candidates = [*stems, *_names(repo)]
+        if path := self._look(folder, candidates, repo):
             return path
         tried = [f"{stem}{SUFFIXES[0]}" if "/" not in stem else f"{stem}.pt" for stem in candidates]
         content_of_folder = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
@@ -170,3 +165,16 @@ class Weights:
             f"no checkpoint of {content!r} in {folder}; looked for {', '.join(tried)} and the like, "
             f"also in {self.places[-1].name}/; the folder holds: {content_of_folder}"
         )
+
+    def _look(self, folder: Path, candidates: Sequence[str], repo: str | None) -> Path | None:
+        for stem in (place / stem for place in self.places for stem in candidates):
+            files = [stem.with_name(stem.name + suffix) for suffix in SUFFIXES]
+            files += [stem / name for name in (*hub.WEIGHT_FILES, *hub.ADAPTERS)]
+            if path := next(filter(Path.is_file, files), None):
+                return path
+        return hub.cached(repo, folder) if repo else None
+
+
+def _names(repo: str | None) -> list[str]:
+    """Names under which a repository may lie in a folder."""
+    return [repo.split("/")[-1], repo] if repo else []
