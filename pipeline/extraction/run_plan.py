@@ -167,7 +167,8 @@ def chosen(config: ExtractConfig) -> tuple[Suite, Encoder, str]:
         return suite, encoder, encoder.name if suite.name == own else f"{encoder.name}-{suite.name}"
     if config.arch is not None:
         raise InputError(f"{suite.path} names its encoder, {suite.encoder.model}; leave --arch out")
-    return suite, get_encoder(suite.encoder.model), suite.name
+    choice = suite.encoder
+    return suite, get_encoder(choice.model, pooling=choice.pooling, projection=choice.projection), suite.name
 
 
 def decoding_workers(config: ExtractConfig, images: Iterable[Images], ranks: int = 1) -> int:

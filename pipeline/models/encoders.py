@@ -133,14 +133,14 @@ def get_encoder(name: str, *, pooling: str | None = None, projection: bool | Non
         return encoder
     if encoder is None and path.is_dir():
         own_name = _own_name(path)
-        encoder = transformers_encoder.read_folder(path, own_name, Arch("clip8", own_name), pooling, projection)
+        encoder = transformers_encoder.read_folder(path, own_name, Arch(own_name), pooling, projection)
         encoder.own_weights = partial(hub.weights_in, path)
         return encoder
     if pooling is not None or projection is not None:
         raise InputError(f"pooling and projection are for models of transformers, and {name} is none; leave them out")
     if encoder is None and path.is_file():
         own_name = _own_name(path.with_suffix(""))
-        encoder = open_clip_encoder.read_config(path, own_name, Arch("clip8", own_name))
+        encoder = open_clip_encoder.read_config(path, own_name, Arch(own_name))
     if encoder is None:
         raise _unknown(name)
     return encoder
@@ -170,7 +170,7 @@ def described_encoder(name: str, description: Mapping[str, Any], preprocessing: 
         raise unknown(f"library of the encoder {name}", str(library)[:80], libraries)
     if len(json_text(description)) > MAX_CONFIG_BYTES:
         raise InputError(f"the description of {name} has more than {MAX_CONFIG_BYTES:,} bytes")
-    return libraries[library](name, Arch("clip8", name), description, preprocessing)
+    return libraries[library](name, Arch(name), description, preprocessing)
 
 
 def _named(name: str) -> Encoder | None:

@@ -141,7 +141,7 @@ class Weights:
             place = self.given.get(content, "")
             repo = place.removeprefix("hf:") if place.startswith("hf:") else repo
             if place and not place.startswith("hf:"):
-                path, source = weights_in(Path(place)), place
+                path, source = hub.weights_in(Path(place)), place
             elif self.folder is None:
                 if repo is None:
                     problem = f"no checkpoint of {content!r} of {self.encoder.name} is published"

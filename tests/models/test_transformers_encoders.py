@@ -93,7 +93,7 @@ def test_features_are_transformers_own(tmp_path, name, pooling):
     features = built(images)
     assert features.shape == (3, encoder.dim)
     assert torch.allclose(features, expected, atol=1e-5), (features - expected).abs().max()
-    weights = {n: t for n, t in encoder.state(read_tensors(tmp_path / "own" / "model.safetensors")).items()}
+    weights = dict(encoder.state(read_tensors(tmp_path / "own" / "model.safetensors")))
     assert list(encoder.shapes) == [n for n in encoder.shapes if n in weights]
     assert torch.equal(encoder.functional()(weights, images), features)
     assert torch.equal(encoder.build(encoder.state(built.state_dict()))(images), features)
