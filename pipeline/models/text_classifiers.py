@@ -93,8 +93,8 @@ def _from_text_tower(weights: Weights, tasks: Sequence[Task], device: torch.devi
         text = to_text(read_tensors(path))
     if text is None:
         raise InputError(
-            f"{path} has no text tower to make a classifier of {tasks[0].name} from; name a file by `classifier` in the "
-            f"suite, or put classifiers.safetensors or head_{tasks[0].title or tasks[0].name}.pt into --checkpoints"
+            f"{path} has no text tower to make a classifier of {tasks[0].name} from; name a file by `classifier` in "
+            f"the suite, or put classifiers.safetensors or head_{tasks[0].title or tasks[0].name}.pt into --checkpoints"
         )
     check_state(text, text_shapes(weights.encoder), f"the text tower of {path}", weights.encoder.name)
     text = {name: tensor.float() for name, tensor in text.items()}
