@@ -197,7 +197,8 @@ def _unknown(name: str) -> InputError:
         return InputError(
             f"no encoder at {name[:200]!r}; give the path of an open_clip configuration or of a model's folder"
         )
-    near = get_close_matches(name, [*ARCHS, *open_clip.list_models()], 3)
+    models = {model.lower(): model for model in open_clip.list_models()}
+    near = [models[model] for model in get_close_matches(name.lower(), models, 3, 0.75)]
     return InputError(
         f"unknown arch {name[:200]!r}; choose from: {', '.join(ARCHS)}, or any model of open_clip by its name, such as "
         f"{' or '.join(near) or 'ViT-B-32-quickgelu'}, with --checkpoints"

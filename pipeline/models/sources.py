@@ -68,7 +68,7 @@ class Weights:
         if own is None or self.folder is None or self._look(self.folder, [*stems, *_names(repo)], repo) is not None:
             return self._file("pretrained", stems, repo)
         path = own()
-        self.record("pretrained", path, repo or path.name)
+        self.record("pretrained", path, repo or f"{path.parent.name}/{path.name}")
         return path
 
     def pretrained(self) -> StateDict:

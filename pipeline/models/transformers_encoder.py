@@ -139,6 +139,9 @@ class TransformersEncoder(Encoder):
         size, own, patch = self.preprocessing.image_size, self.config.image_size, self.config.patch_size
         if not patch <= min(size, own) <= max(size, own) <= 256 * patch:
             raise InputError(f"{self.name} has images of {size} pixels and patches of {patch}; 1 to 256 are in a row")
+        if self.config.hidden_size % self.config.num_attention_heads:
+            width, heads = self.config.hidden_size, self.config.num_attention_heads
+            raise InputError(f"{self.name} has a hidden_size of {width}, which is no multiple of its {heads} heads")
         if size != own and not self.config.model_type.startswith("dinov2"):
             raise InputError(
                 f"images are prepared at {size} pixels, and {self.name} takes {own}; its position embeddings are not "

@@ -339,7 +339,7 @@ def described(**preprocessing):
         (described(image_size=10**6), "image_size"),
         (described(image_size=True), "image_size"),
         (described(image_size=32), "image_size 32, but mini takes 48"),
-        (described(interpolation="nearest"), "interpolation"),
+        (described(interpolation="sinc"), "interpolation"),
         (described(resize="crop"), "resize"),
         (described(mean=[0.5, 0.5]), "mean"),
         (described(mean=[0.5, 0.5, 10**400]), "mean"),
