@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -119,30 +121,11 @@ def get_encoder(name: str, *, pooling: str | None = None, projection: bool | Non
     `pooling` and `projection` say which features a transformers model gives: see `transformers_encoder`. Raises
     `InputError` for an unknown name, and for a path at which no image encoder is described.
     """
-    from probsurgery.pipeline.models import open_clip_encoder, transformers_encoder
-    from probsurgery.pipeline.models.transformers_config import CONFIG, PROCESSORS
-
-    encoder = _named(name)
-    path, repo = Path(name), name.removeprefix("hf:")
-    if encoder is None and repo != name:
-        path = hub.download(repo, "--arch", (CONFIG,)).parent
-        hub.download(repo, "--arch", PROCESSORS)
-        arch = replace(model_arch(_own_name(Path(repo))), pretrained_repo=repo)
-        encoder = transformers_encoder.read_folder(path, arch.open_clip, arch, pooling, projection)
-        encoder.own_weights = partial(hub.download, repo, "--checkpoints")
-        return encoder
-    if encoder is None and path.is_dir():
-        own_name = _own_name(path)
-        encoder = transformers_encoder.read_folder(path, own_name, Arch(own_name), pooling, projection)
-        encoder.own_weights = partial(hub.weights_in, path)
-        return encoder
+    encoder = _named(name) or _from_file(Path(name))
+    if encoder is None:
+        return _from_transformers(name, pooling, projection)
     if pooling is not None or projection is not None:
         raise InputError(f"pooling and projection are for models of transformers, and {name} is none; leave them out")
-    if encoder is None and path.is_file():
-        own_name = _own_name(path.with_suffix(""))
-        encoder = open_clip_encoder.read_config(path, own_name, Arch(own_name))
-    if encoder is None:
-        raise _unknown(name)
     return encoder
 
 
@@ -182,9 +165,39 @@ def _named(name: str) -> Encoder | None:
     return OpenClipEncoder(name, model_arch(name)) if has_model(name) else None
 
 
+def _from_file(path: Path) -> Encoder | None:
+    """The encoder of an open_clip configuration, if a file is there."""
+    from probsurgery.pipeline.models.open_clip_encoder import read_config
+
+    if not path.is_file():
+        return None
+    name = _own_name(path.with_suffix(""))
+    return read_config(path, name, Arch(name))
+
+
+def _from_transformers(name: str, pooling: str | None, projection: bool | None) -> Encoder:
+    """The encoder of a model's folder, which may be the Hub's."""
+    from probsurgery.pipeline.models.transformers_config import CONFIG, PROCESSORS
+    from probsurgery.pipeline.models.transformers_encoder import read_folder
+
+    repo = name.removeprefix("hf:")
+    if repo != name and re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        folder = hub.download(repo, "--arch", (CONFIG,)).parent
+        hub.download(repo, "--arch", PROCESSORS)
+        arch = replace(model_arch(_own_name(Path(repo))), pretrained_repo=repo)
+        own_weights = partial(hub.download, repo, "--checkpoints")
+    elif (folder := Path(name)).is_dir():
+        arch, own_weights = Arch(_own_name(folder)), partial(hub.weights_in, folder)
+    else:
+        raise _unknown(name)
+    encoder = read_folder(folder, arch.open_clip, arch, pooling, projection)
+    encoder.own_weights = own_weights
+    return encoder
+
+
 def _own_name(path: Path) -> str:
     """What an encoder of one's own is called: by its file or folder. Raises `InputError` for a name of `ARCHS`."""
-    name = path.resolve().name
+    name = Path(os.path.abspath(path)).name
     if name in ARCHS or not name:
         raise InputError(f"{path} has the name of another encoder ({name!r}), and reports would mix them up; rename it")
     return name
@@ -193,10 +206,9 @@ def _own_name(path: Path) -> str:
 def _unknown(name: str) -> InputError:
     import open_clip
 
-    if "/" in name or name.endswith(".json"):
-        return InputError(
-            f"no encoder at {name[:200]!r}; give the path of an open_clip configuration or of a model's folder"
-        )
+    if "/" in name or name.endswith(".json") or name.startswith("hf:"):
+        what = "the path of an open_clip configuration or of a model's folder, or hf:owner/name"
+        return InputError(f"no encoder at {name[:200]!r}; give {what}")
     models = {model.lower(): model for model in open_clip.list_models()}
     near = [models[model] for model in get_close_matches(name.lower(), models, 3, 0.75)]
     return InputError(

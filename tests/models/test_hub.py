@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import processes
 from local_hub import LocalHub
@@ -194,3 +194,28 @@ def test_local_copies_of_the_hubs_repositories_need_no_network(hub, command, tmp
     assert manifest["files"]["svhn"]["source"] == "someone/clip-tiny_svhn/model.safetensors"
     with pytest.raises(InputError, match="has 40 images, but the papers' has 26,032; .*--any-rows"):
         open_images(select_tasks("clip8", ["svhn"])[0], "test", str(tmp_path / "datasets"))
+
+
+def test_an_encoder_of_the_hub_brings_its_preprocessing_and_its_weights(hub, command, tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=16, patch_size=8))
+    repo = hub.root / "models/someone/small-vit"
+    for folder in (repo, tmp_path / "experts" / "mnist"):
+        model.save_pretrained(folder)
+    save_file({"mnist": torch.randn(10, 16)}, tmp_path / "experts" / "classifiers.safetensors")
+    asked = ("extract", "--arch", "hf:someone/small-vit", "--checkpoints", tmp_path / "experts", "--suite", "mini")
+    asked = (*asked, "--tasks", "mnist", "--limit", 8, "--device", "cpu", "--out", tmp_path / "c")
+    refused(command(*asked), "someone/small-vit holds none of preprocessor_config.json, processor_config.json")
+    processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
+    (repo / "preprocessor_config.json").write_text(json.dumps(processor))
+    done = command(*asked)
+    assert done.returncode == 0, done.stderr
+    cache = Cache(tmp_path / "c")
+    assert cache.identity.arch == "small-vit"
+    assert cache.manifest.files["pretrained"].source == "someone/small-vit"
+    assert cache.manifest.files["pretrained"].hub_digest == "agrees"
+    assert torch.equal(cache.features("mnist", "pretrained"), cache.features("mnist", "expert"))
+    offline = command(*asked[:-1], tmp_path / "again", HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0, offline.stderr
+    refused(command("extract", "--arch", "hf:someone/none"), f"there is no model someone/none at {hub.url}")
+    refused(command("extract", "--arch", "hf:someone"), "'hf:someone'", "hf:owner/name")
