@@ -19,6 +19,7 @@ from probsurgery.commands.options import (
     Whole,
     comma_list,
     configured,
+    real_or_auto,
 )
 from probsurgery.commands.progress import shown_progress
 from probsurgery.commands.render import note, print_json, print_tables, say
@@ -41,6 +42,13 @@ Online = Annotated[bool, Option("--online", help="See each row once, in order of
 Workers = Annotated[int | None, Whole(help="Processes that train on a CPU; 0: only this one. [by the amount of work]")]
 Tf32 = Annotated[bool, Option("--tf32", help="Multiply in TF32 on CUDA: faster, less exact.")]
 Samples = Annotated[int | None, Whole(help=f"prob: noise samples in a step; 0: no noise. [{ProbSettings.samples}]")]
+FeatureScale = Annotated[
+    float | None,
+    Option(parser=real_or_auto, metavar="X|auto", help="prob: multiply features by this in training. [1, the paper's]"),
+]
+FeatureScales = Annotated[
+    Several | None, comma_list(float, "prob: multiply features by these in training, or auto.", real_or_auto)
+]
 KeepHeads = Annotated[bool, Option("--keep-heads", help="Save the heads, not only their results.")]
 Seeds = Annotated[Several, comma_list(int, "Seeds; figures are means and standard deviations over them.")]
 
@@ -52,6 +60,7 @@ def fit_command(
     rank: Annotated[int | None, Whole(help=f"surgery: rank r. [{SurgerySettings.rank}]")] = None,
     kl_weight: Annotated[float | None, Real(help=f"prob: KL weight. [{ProbSettings.kl_weight:g}]")] = None,
     samples: Samples = None,
+    feature_scale: FeatureScale = None,
     steps: Annotated[
         int | None, Whole(help=f"Updates for each task. [prob {ProbSettings.steps}, surgery {SurgerySettings.steps}]")
     ] = None,
@@ -78,11 +87,14 @@ def fit_command(
     from probsurgery.pipeline.analysis.plausibility import implausible_experts
     from probsurgery.pipeline.analysis.runs import fit_table
     from probsurgery.pipeline.fitting.fit import fit
+    from probsurgery.pipeline.fitting.scale import scale_note
     from probsurgery.pipeline.store.cache import Cache
 
     with shown_progress("head-steps") as progress:
         result = fit(config, progress)
-    for text in implausible_experts(result.rows, Cache(cache)):
+    opened = Cache(cache)
+    small = scale_note(opened, result.config, result.rows)
+    for text in [*implausible_experts(result.rows, opened), *([small] if small else [])]:
         note(text)
     if as_json:
         rows = [row.to_json() for row in result.rows]
@@ -100,6 +112,7 @@ def sweep_command(
     rank: Annotated[Several | None, comma_list(int, "surgery: ranks r.")] = None,
     kl_weight: Annotated[Several | None, comma_list(float, "prob: KL weights.")] = None,
     samples: Annotated[Several | None, comma_list(int, "prob: noise samples in a step.")] = None,
+    feature_scale: FeatureScales = None,
     steps: Annotated[Several | None, comma_list(int, "Updates for each task.")] = None,
     batch_size: Annotated[Several | None, comma_list(int, "Rows in a step.")] = None,
     lr: Annotated[Several | None, comma_list(float, "Adam's learning rates.")] = None,

@@ -1,6 +1,6 @@
 """Options that several commands share, parsers of their values, and configurations made from them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
@@ -52,7 +52,15 @@ Real = partial(Option, parser=real, metavar="X")
 """An option that takes a number."""
 
 
-def comma_list(kind: type, help_text: str) -> Any:
+def real_or_auto(text: object) -> Any:
+    """A positive number from the command line, or 0 for `auto`."""
+    value = 0.0 if text == "auto" else number(float, text)
+    if value == 0 and text != "auto":
+        raise BadParameter(f"{str(text)[:80]!r} is not a positive number; write auto to have one chosen")
+    return value
+
+
+def comma_list(kind: type, help_text: str, parse_one: Callable[[str], Any] | None = None) -> Any:
     """Declare an option that takes values separated by commas; the command's parameter is a tuple.
 
     An empty list is left to the stage, whose error lists what there is to choose from.
@@ -67,7 +75,7 @@ def comma_list(kind: type, help_text: str) -> Any:
             if not item:
                 raise BadParameter(f"an item of {text[:80]!r} is empty; write {noun}, or several separated by commas")
             try:
-                values.append(item if kind is str else number(kind, item))
+                values.append(parse_one(item) if parse_one else item if kind is str else number(kind, item))
             except BadParameter as error:
                 raise BadParameter(f"{error.message}; separate several by commas") from None
         return tuple(values)

@@ -76,7 +76,7 @@ class _HeadSettings:
     steps = 0
     batch_size = 0
     samples = 0
-    kl_weight = 0.0
+    kl_weight, feature_scale = 0.0, 1.0
 
     @property
     def predicts_sigma(self) -> bool:
@@ -130,14 +130,16 @@ class ProbSettings(TrainedSettings):
     kl_weight: float = 1e-4
     """Weight lambda of the KL divergence to the standard normal."""
     samples: int = 1
-    """Draws of the correction in a step. The paper names 5, its public code draws 1. 0: no noise, only the mean is
-    trained; with a KL weight of 0 that is Surgery of this width."""
+    """Draws of the correction in a step: 5 in the paper, 1 in its code. 0: no noise, only the mean is trained."""
+    feature_scale: float = 1.0
+    """What features are multiplied by in training, whose noise starts at 1; 0: chosen by `fitting.scale`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _integers(self, samples=(0, 1_024))
-        _number("--kl-weight", self.kl_weight, 0, 1e6)
-        object.__setattr__(self, "kl_weight", float(self.kl_weight) + 0.0)  # -0.0 becomes 0.0
+        for name, low in (("kl_weight", 0), ("feature_scale", 1e-6 if self.feature_scale else 0)):
+            _number(_option(name), getattr(self, name), low, 1e6)
+            object.__setattr__(self, name, float(getattr(self, name)) + 0.0)  # -0.0 becomes 0.0
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class RidgeSettings(_HeadSettings):
 
 HeadSettings = SurgerySettings | ProbSettings | RidgeSettings
 HEAD_SETTINGS: dict[str, type[HeadSettings]] = {s.kind: s for s in (ProbSettings, SurgerySettings, RidgeSettings)}
-_ABBREVIATIONS = {"hidden": "h", "rank": "r", "kl_weight": "kl", "batch_size": "batch"}
+_ABBREVIATIONS = {"hidden": "h", "rank": "r", "kl_weight": "kl", "batch_size": "batch", "feature_scale": "scale"}
 
 
 def head_settings(head: str, **given: Any) -> HeadSettings:
@@ -246,10 +248,9 @@ class ExtractConfig:
             raise InputError(
                 "nothing to extract was named; give --arch, such as mini, or --suite FILE with its encoder"
             )
-        _choice("split", self.split, (*SPLITS, "both"))
-        _choice("store", self.store, STORES)
-        _choice("dtype", self.dtype, DTYPES)
-        _choice("precision", self.precision, PRECISIONS)
+        choices = {"split": (*SPLITS, "both"), "store": STORES, "dtype": DTYPES, "precision": PRECISIONS}
+        for name, allowed in choices.items():
+            _choice(name, getattr(self, name), allowed)
         _integers(self, batch_size=(1, 65_536), workers=(0, 256), limit=(1, 1_000_000_000))
         if not self.merges:
             raise InputError("no merge was asked for; give --merge at least once")
@@ -339,8 +340,7 @@ class FitConfig:
         parts += ["shared"] if self.shared else []
         parts += [self.protocol.replace(", ", "-").replace(" ", "")] if self.protocol != "transductive" else []
         parts += ["+".join(self.tasks)] if self.tasks is not None else []
-        parts += ["tf32"] if self.tf32 else []
-        parts += [f"seed{self.seed}"] if self.seed else []
+        parts += (["tf32"] if self.tf32 else []) + ([f"seed{self.seed}"] if self.seed else [])
         return "-".join(parts)
 
 

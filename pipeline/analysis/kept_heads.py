@@ -86,7 +86,8 @@ def _measured(head: Head, cache: Cache, task: str) -> Uncertainty:
     merged, expert = cache.features(task), cache.features(task, "expert")
     with one_thread_if_small(merged):
         labels = cache.labels(task) if cache.has_labels(task) else None
-        return measure(head.params_of(task), merged, expert, cache.linear_classifier(task), labels)
+        scale = head.settings.feature_scale
+        return measure(head.params_of(task), merged, expert, cache.linear_classifier(task), labels, scale)
 
 
 def uncertainty_table(head: HeadUncertainty) -> Table:

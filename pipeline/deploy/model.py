@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +17,7 @@ from probsurgery.pipeline.classifier import Classifier, linear_logits
 from probsurgery.pipeline.errors import InputError, first_line, unknown
 from probsurgery.pipeline.files import Digest, Name, Record, Settings, Text
 from probsurgery.pipeline.fingerprints import file_digest
-from probsurgery.pipeline.heads.head import Head, stored_settings
+from probsurgery.pipeline.heads.head import Head, recorded, stored_settings
 from probsurgery.pipeline.heads.kinds import HEADS, Params, prob_distribution
 from probsurgery.pipeline.models.encoders import described_encoder
 from probsurgery.pipeline.models.preprocessing import Preprocessing
@@ -115,7 +114,8 @@ class SurgeryModel(nn.Module):
         """
         if "log_var" not in self._head_names:
             raise InputError(f"{self.settings.kind} heads have no sigma; ProbSurgery's have")
-        _, log_var = prob_distribution(self._params(task), merged.float().unsqueeze(0))
+        z, scale = merged.float().unsqueeze(0), self.settings.feature_scale
+        _, log_var = prob_distribution(self._params(task), z, scale)
         return log_var[0].exp().mean(-1).sqrt()
 
     def _index(self, task: str) -> int:
@@ -155,7 +155,7 @@ class SurgeryModel(nn.Module):
             schema=2 if self.plain or len(classifiers) > len(self.tasks) else 1,
             plain=self.plain,
             head=self.settings.kind,
-            settings=asdict(self.settings),
+            settings=recorded(self.settings),
             tasks=self.tasks,
             shared=self.shared,
             class_names=self.class_names,

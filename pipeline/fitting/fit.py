@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,8 +21,9 @@ from probsurgery.pipeline.fitting.requests import (
     head_requests,
     training_runs,
 )
+from probsurgery.pipeline.fitting.scale import with_scale
 from probsurgery.pipeline.fitting.splits import LoadedTasks
-from probsurgery.pipeline.heads.head import FitRecord, Head, TrainingRecord, load_head
+from probsurgery.pipeline.heads.head import FitRecord, Head, TrainingRecord, load_head, recorded
 from probsurgery.pipeline.heads.kinds import stack_params
 from probsurgery.pipeline.merging.registry import merge_label
 from probsurgery.pipeline.progress import Progress, no_progress
@@ -76,7 +77,7 @@ def fit(config: FitConfig, progress: Progress = no_progress) -> FitResult:
     is asked for, or if a head of that name exists with other settings, and `ProbsurgeryError` if a head cannot be
     fitted.
     """
-    (result,) = fit_all([config], keep_heads=True, progress=progress)
+    (result,) = fit_all([with_scale(config)], keep_heads=True, progress=progress)
     if result.failures:
         raise ProbsurgeryError("; ".join(failure_lines(result.failures)))
     return result
@@ -322,7 +323,7 @@ def _rows(
             task=task,
             head=request.name,
             kind=config.head.kind,
-            settings=asdict(config.head),
+            settings=recorded(config.head),
             shared=config.shared,
             tasks=request.tasks,
             seed=config.seed,

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from probsurgery.pipeline.datasets.suites import check_names
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
 from probsurgery.pipeline.fingerprints import differences, fingerprint
 from probsurgery.pipeline.fitting.splits import seen_count
-from probsurgery.pipeline.heads.head import FitRecord, load_head
+from probsurgery.pipeline.heads.head import FitRecord, load_head, recorded
 from probsurgery.pipeline.store import manifest as manifests
 from probsurgery.pipeline.store.cache import Cache
 from probsurgery.pipeline.store.claims import held_open
@@ -77,7 +77,7 @@ def description(config: FitConfig, cache: Cache, tasks: Sequence[str]) -> dict[s
     """What determines a head, in JSON's types. Equal descriptions give the same head."""
     values = {
         "head": config.head.kind,
-        "settings": asdict(config.head),
+        "settings": recorded(config.head),
         "tasks": list(tasks),
         "shared": config.shared,
         "seed": config.seed,

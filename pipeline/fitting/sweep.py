@@ -11,6 +11,7 @@ from typing import Any
 from probsurgery.pipeline.config import SweepConfig
 from probsurgery.pipeline.device import available_memory, choose_device
 from probsurgery.pipeline.fitting.fit import FitResult, fit_all
+from probsurgery.pipeline.fitting.scale import with_scales
 from probsurgery.pipeline.progress import Progress, no_progress
 from probsurgery.pipeline.store.cache import Cache
 from probsurgery.pipeline.store.results import ResultRow, Spread, mean_if_known, spread, spreads
@@ -63,6 +64,7 @@ def sweep(config: SweepConfig, progress: Progress = no_progress) -> SweepResult:
     Raises `InputError`, before anything is written, for a value out of range or a grid that memory does not hold.
     """
     begun, best = time.perf_counter(), _BestSoFar()
+    config = with_scales(config)
     tasks = config.tasks or Cache(config.cache).identity.tasks
     heads, free = config.size * (1 if config.shared else len(tasks)), available_memory(choose_device("cpu"))
     if heads * HEAD_BYTES > free:

@@ -123,16 +123,24 @@ class Head:
         except SafetensorError as error:
             raise ProbsurgeryError(f"cannot write {weights}: {first_line(error)}") from None
         settings = self.settings
-        description = HeadDescription(SCHEMA, settings.kind, asdict(settings), self.tasks, self.shared, self.dim)
+        description = HeadDescription(SCHEMA, settings.kind, recorded(settings), self.tasks, self.shared, self.dim)
         write_json(folder / "head.json", description.to_json() | (self.record.to_json() if self.record else {}))
+
+
+def recorded(settings: HeadSettings) -> dict[str, Any]:
+    """Settings as files and digests have them: one that older versions lack is left out at its default."""
+    return {name: v for name, v in asdict(settings).items() if name != "feature_scale" or v != 1}
 
 
 def stored_settings(head: str, settings: Mapping[str, Any]) -> HeadSettings:
     """Settings of a head as a file has them. Raises `ValueError` where `head_settings` raises `InputError`."""
     try:
-        return head_settings(head, **settings)
+        found = head_settings(head, **settings)
     except (InputError, TypeError) as error:
         raise ValueError(str(error)) from None
+    if not found.feature_scale:
+        raise ValueError("its feature scale is 0")
+    return found
 
 
 def load_head(path: str | Path) -> Head:

@@ -26,13 +26,15 @@ def surgery_correction(params: Params, z: Features) -> Features:
     return (z @ params["down"].mT).relu() @ params["up"].mT
 
 
-def prob_distribution(params: Params, z: Features) -> tuple[Features, Features]:
+def prob_distribution(params: Params, z: Features, scale: float = 1.0) -> tuple[Features, Features]:
     """Mean and log-variance of the correction, from one bottleneck ``u = relu(W_h z)`` (ProbSurgery).
 
     hidden: (K, h, d), mu and log_var: (K, d, h), no biases. The public code calls the compressing map `up_proj`.
+    `scale` is what features were multiplied by in training. Without biases, u of ``scale z`` is ``scale u``, so the
+    mean in the features' own units needs no scale, and the log-variance is less by ``2 ln scale``.
     """
     u = (z @ params["hidden"].mT).relu()
-    return u @ params["mu"].mT, u @ params["log_var"].mT
+    return u @ params["mu"].mT, scale * (u @ params["log_var"].mT) - 2 * math.log(scale)
 
 
 def prob_correction(params: Params, z: Features) -> Features:

@@ -46,13 +46,17 @@ def measure(
     expert: Float[Tensor, "N d"],
     classifier: Classifier | None = None,
     labels: Int[Tensor, " N"] | None = None,
+    scale: float = 1.0,
 ) -> Uncertainty:
-    """Compare the variance that a ProbSurgery head (a stack of one) predicts with the residuals that it leaves."""
+    """Compare the variance that a ProbSurgery head (a stack of one) predicts with the residuals that it leaves.
+
+    `scale` is the head's `feature_scale`.
+    """
     spread, residual, doubt, correct = (torch.empty(len(merged)) for _ in range(4))
     inside = dict.fromkeys((1, 2), 0)
     for rows in torch.arange(len(merged)).split(_BLOCK_ROWS):
         z = merged[rows].float()
-        mu, log_var = (values[0] for values in prob_distribution(params, z.unsqueeze(0)))
+        mu, log_var = (values[0] for values in prob_distribution(params, z.unsqueeze(0), scale))
         error = z - mu - expert[rows]
         sigma = (log_var / 2).exp()
         spread[rows], residual[rows] = (x.square().mean(-1).sqrt() for x in (sigma, error))

@@ -143,6 +143,7 @@ class Feed:
         batch, samples = settings.batch_size, settings.samples
         keys = [(*map(id, job.rows), job.seed, job.online) for job in jobs]
         unique = dict(zip(keys, jobs, strict=True))
+        self._scale = settings.feature_scale
         self._stream_of_head = None
         if len(unique) < len(jobs):
             order = list(unique)
@@ -181,6 +182,8 @@ class Feed:
             rows = (rows if seen is None else seen[rows]).to(self._device)
             for out, values in zip((self._z, self._expert), features, strict=True):
                 torch.index_select(values, 0, rows, out=out[place].view(-1, values.shape[1]))
+                if self._scale != 1:
+                    out[place].mul_(self._scale)
             if self._threads is None:
                 stream.noise(self._noise[place])
         if self._threads is None:

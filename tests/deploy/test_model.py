@@ -1,6 +1,7 @@
 """The merged encoder with its heads: the same as the cached path, from a cache and from an exported folder."""
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -37,6 +38,7 @@ HEADS = {
     "surgery": {"head": SurgerySettings(rank=4, steps=60)},
     "ridge": {"head": RidgeSettings()},
     "shared": {"head": ProbSettings(hidden=8, steps=60), "shared": True},
+    "scaled": {"head": ProbSettings(hidden=8, steps=60, feature_scale=4.0)},
 }
 
 
@@ -160,11 +162,13 @@ def test_weights_that_are_no_numbers_are_refused(model):
         load_model(model)
 
 
-def test_sigma_is_the_heads(cache):
-    opened, model = Cache(cache), assemble(cache, "prob")
-    z = opened.features("fruit")
-    params = load_head(cache / "heads" / "prob").params_of("fruit")
-    log_var = prob_distribution(params, z[None])[1][0]
+@pytest.mark.parametrize(("name", "scale"), [("prob", 1), ("scaled", 4)])
+def test_sigma_is_the_heads(cache, tmp_path, name, scale):
+    opened = Cache(cache)
+    assemble(cache, name).save(tmp_path / "model")
+    model, z = load_model(tmp_path / "model"), opened.features("fruit")
+    params = load_head(cache / "heads" / name).params_of("fruit")
+    log_var = prob_distribution(params, scale * z[None])[1][0] - 2 * math.log(scale)
     assert torch.allclose(model.sigma(z, "fruit"), (log_var / 2).exp().square().mean(1).sqrt())
     with pytest.raises(InputError, match="surgery heads have no sigma"):
         assemble(cache, "surgery").sigma(z, "fruit")
@@ -262,7 +266,7 @@ def test_bad_requests_leave_nothing_behind(cache, run, tmp_path, pictures):
     (tmp_path / "text.png").write_text("no image")
     out = tmp_path / "out"
     predict = ("predict", "--cache", cache, "--task", "fruit")
-    refused(run(*predict, "--head", "mine", pictures[0]), "unknown head 'mine'", "prob, ridge, shared, surgery")
+    refused(run(*predict, "--head", "mine", pictures[0]), "unknown head 'mine'", "prob, ridge, scaled, shared, surgery")
     refused(run(*predict, "--head", "prob", tmp_path / "text.png"), "text.png is not an image")
     refused(run(*predict, "--head", "prob", tmp_path / "no.png"), "no.png is no file")
     refused(run(*predict[:-1], "cars", "--head", "prob", pictures[0]), "unknown task 'cars'", "mnist, fruit")
