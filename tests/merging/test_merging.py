@@ -427,7 +427,7 @@ def test_regmean_finds_every_linear_map_of_the_tower():
 
 
 def test_bad_requests_are_refused():
-    with pytest.raises(InputError, match="unknown merge 'tise'; choose from: wa, ta, ties"):
+    with pytest.raises(InputError, match="unknown merge 'tise' .*did you mean 'ties'.*; choose from: wa, ta, ties"):
         merge("tise", BASE, EXPERTS)
     with pytest.raises(InputError, match="unknown setting of ta 'keep'; choose from: scale"):
         merge("ta", BASE, EXPERTS, keep=0.2)
