@@ -19,7 +19,7 @@ from probsurgery.pipeline.store.results import ResultRow
 
 TARGET = 2.0
 """Root mean square of a dimension. The bias that heads leave falls up to about 2 and is level from there to 4, for d=64
-and d=512 alike: benchmarks/RESULTS.md. The measure is a dimension's, as the noise's is, and not the feature's length."""
+and d=512 alike: benchmarks/RESULTS.md. The measure is a dimension's, as the noise's is, not the feature's length."""
 _SMALL = 0.25
 """Root mean square below which features are far below the noise."""
 

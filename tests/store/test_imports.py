@@ -67,7 +67,7 @@ CHANGES = {
         ([GOOD], "tasks are a list; give a dictionary"),
         ({"a": GOOD["merged"]}, "a: give a dictionary of its arrays, and not a ndarray"),
         ({"a": {"merged": GOOD["merged"]}}, "a \\(test\\) lacks expert features"),
-        ({"a": GOOD | {"experts": 1}}, "unknown part of a \\(test\\) 'experts' .*; choose from: merged, expert"),
+        ({"a": GOOD | {"experts": 1}}, "unknown part of a \\(test\\) 'experts'.*choose from: merged, expert"),
         ({"a": GOOD | {"train": {"classifier": 1}}}, "unknown part of a \\(train\\) 'classifier'"),
         ({"a": GOOD | {"classifier": {"bias": BIAS}}}, "a: a classifier is an array \\(C, d\\), or has weight"),
         ({"a": GOOD | {"classifier": BIAS}}, "a: a classifier's weight is of shape \\(C, d\\)"),
