@@ -45,7 +45,8 @@ def read_folder(folder: Path, *, plain_features: bool = False) -> dict[str, Task
 def _read_task(folder: Path, *, plain_features: bool) -> TaskSources:
     found, splits = _parts(folder, PARTS), {}
     if not found.keys() & {*KINDS}:
-        raise InputError(f"{folder} holds no features; it needs merged.npy and expert.npy, or {', '.join(ARRAYS[1:])}")
+        forms = f"merged.npy and expert.npy, or {', '.join(ARRAYS[1:])}"
+        raise InputError(f"{folder} holds no features; it needs {forms}. If it is no task, move it away")
     train = folder / "train"
     of_splits = {"test": found} | ({"train": _parts(train, (*KINDS, "labels"))} if is_folder(train) else {})
     for split, parts in of_splits.items():

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -191,7 +191,16 @@ def _from_memory(task: str, parts: Mapping[str, Any]) -> TaskSources:
         classifier = _classifier(parts.get("classifier"))
     except InputError as error:
         raise InputError(f"{task}: {error}") from None
-    return TaskSources(splits, classifier, tuple(parts.get("class_names") or ()))
+    return TaskSources(splits, classifier, _names(task, parts.get("class_names")))
+
+
+def _names(task: str, given: Any) -> tuple[str, ...]:
+    names = () if given is None else given
+    if isinstance(names, str | Mapping) or not isinstance(names, Iterable):
+        raise InputError(
+            f"{task}: class_names are a {type(names).__name__}; give a list of texts, in the classes' order"
+        )
+    return tuple(str(name) if isinstance(name, str) else name for name in names)  # numpy's texts become Python's
 
 
 def _in_memory(where: str, value: Any) -> Source:

@@ -630,3 +630,24 @@ def test_a_merged_model_may_be_a_folder(tmp_path):
     for name in ("", str(tmp_path / "none")):
         with pytest.raises(InputError, match="unknown merge"):
             merge_requests(replace(asked, merges=(name,)), get_encoder("mini"), tasks, "mini", whole_suite=True)
+
+
+def test_merges_that_learn_from_predictions_need_every_classifier(tmp_path, run, monkeypatch):
+    load = run_plan.load_classifiers
+    lacking = lambda *given: {name: own for name, own in load(*given).items() if name != "texture"}  # noqa: E731
+    monkeypatch.setattr(run_plan, "load_classifiers", lacking)
+    command = ("extract", "--arch", "mini", "--tasks", "texture,fruit", "--limit", 12, "--root", tmp_path, "--merge")
+    for method in ("tw-adamerging", "concrete-ta", "fisher"):
+        refused(run(*command, method), f"{method} learns from predictions, and texture has no classifier")
+    assert not list(tmp_path.iterdir())
+    status, _, err = run(*command, "regmean", "--merge-arg", "images=8")
+    assert status == 0, err
+    (path,) = tmp_path.iterdir()
+    cache = Cache(path)
+    assert cache.linear_classifier("texture") is None
+    assert cache.manifest.schema == 2
+    accuracies = {row.task: row.accuracy.head for row in fit(FitConfig(path, SurgerySettings(steps=5))).rows}
+    assert [task for task, accuracy in accuracies.items() if accuracy is not None] == ["fruit"]
+    assert run(*command, "regmean", "--merge-arg", "images=8")[1].endswith("nothing to do\n")
+    monkeypatch.undo()
+    refused(run(*command, "regmean", "--merge-arg", "images=8"), "another classifier of texture", "--fresh")

@@ -22,7 +22,7 @@ def test_arrays_and_tensors_become_a_cache(tmp_path, store, form):
     train = {kind: arrays[kind][:20] for kind in ("merged", "expert")}
     plain = {"weight": arrays["classifier"], "bias": convert(BIAS), "normalise": False}
     tasks = {
-        "a": arrays | {"class_names": ["x", "y", "z"], "train": train},
+        "a": arrays | {"class_names": np.array(["x", "y", "z"]), "train": train},
         "b": {"merged": arrays["merged"], "expert": arrays["expert"], "labels": arrays["labels"], "classifier": plain},
         "c": {"merged": arrays["merged"], "expert": arrays["expert"], "classifier": Classifier(torch.ones(2, DIM))},
     }
@@ -75,6 +75,8 @@ CHANGES = {
         ({"a": GOOD | {"merged": "merged.npy"}}, "a: merged \\(test\\) holds <U10"),
         ({"a": GOOD | {"class_names": ["x"] * 3}}, "a: the class name 'x' is there twice"),
         ({"a": GOOD | {"class_names": ["x", "y", 3]}}, "a: the class name '3' is no text"),
+        ({"a": GOOD | {"class_names": "xyz"}}, "a: class_names are a str; give a list"),
+        ({"a": GOOD | {"class_names": {0: "x"}}}, "a: class_names are a dict"),
         ({"../a": GOOD}, "the task name '../a' is not allowed"),
         ({"a": GOOD | {"labels": GOOD["labels"] + 2**40, "classifier": None}}, "labels are classes from 0"),
     ],
