@@ -65,7 +65,8 @@ class Weights:
         """The checkpoint that the experts were fine-tuned from."""
         stems, repo = ["pretrained", "zeroshot"], self.row.pretrained_repo
         own = self.encoder.own_weights
-        if own is None or self.folder is None or self._look(self.folder, [*stems, *_names(repo)], repo) is not None:
+        found = self.folder is not None and self._look(self.folder, [*stems, *_names(repo)], repo) is not None
+        if own is None or found or "pretrained" in self.given:
             return self._file("pretrained", stems, repo)
         path = own()
         self.record("pretrained", path, repo or f"{path.parent.name}/{path.name}")
