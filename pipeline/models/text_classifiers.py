@@ -1,8 +1,10 @@
 """Zero-shot classifiers: a checkpoint folder's own, or made from the pre-trained text tower and cached for the user."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +21,8 @@ from probsurgery.pipeline.models.checkpoints import StateDict, check_state, dige
 from probsurgery.pipeline.models.encoders import Encoder
 from probsurgery.pipeline.models.open_clip_encoder import OpenClipEncoder
 from probsurgery.pipeline.models.sources import Weights
+from probsurgery.pipeline.models.transformers_encoder import TransformersEncoder
+from probsurgery.pipeline.models.transformers_text import TransformersText
 from probsurgery.pipeline.store.arrays import bad_rows
 from probsurgery.pipeline.store.manifest import described
 
@@ -86,38 +90,60 @@ def _from_text_tower(weights: Weights, tasks: Sequence[Task], device: torch.devi
             f"{weights.folder or 'the published place'} holds no classifier of {without!r} (classifiers.safetensors), "
             "and its suite has no `classifier` (false: none) and no `templates` to make one from"
         )
-    path, repo = weights.pretrained_file, weights.row.pretrained_repo
+    tower = _text_tower(weights, task, device)
+    files: dict[str, Path] = {}
+    kept: dict[str, Tensor] = {}
+    for task in tasks:
+        weights.files[f"classifier {task.name}"] = SourceFile(source="text tower", sha256=tower.digest)
+        key = fingerprint([weights.row.open_clip, *tower.key, task.class_names, task.templates])
+        if (folder := user_cache()) is None:
+            continue
+        files[task.name] = folder / "classifiers" / f"{key}.safetensors"
+        if (classifier := _read_cached(files[task.name], (len(task.class_names), tower.dim))) is not None:
+            kept[task.name] = classifier
+    missing = [task for task in tasks if task.name not in kept]
+    built = tower.classifiers(missing) if missing else {}
+    for name, file in files.items():
+        if name in built:
+            with suppress(OSError):  # on a full disk or in a read-only home, it is built again next time
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with replaced(file, shared=True) as beside:
+                    save_file({"classifier": built[name]}, beside)
+    return kept | built
+
+
+@dataclass(frozen=True)
+class _TextTower:
+    """A text tower that classifiers are made with."""
+
+    digest: str
+    """Of its weights."""
+    key: tuple[str, ...]
+    """What the classifiers depend on beside the prompts."""
+    dim: int
+    classifiers: Callable[[Sequence[Task]], dict[str, Tensor]]
+
+
+def _text_tower(weights: Weights, task: Task, device: torch.device) -> _TextTower:
+    """That of the pre-trained checkpoint, or of the published model. Raises `InputError` if there is none."""
+    path, repo, encoder = weights.pretrained_file, weights.row.pretrained_repo, weights.encoder
+    if isinstance(encoder, TransformersEncoder):
+        own = TransformersText(encoder, path)
+        make = partial(zero_shot, own, own.tokens, own.logit_scale, device=device)
+        return _TextTower(own.digest, (own.digest, *own.tokenizer_digests), own.dim, make)
     text = to_text(read_tensors(path))
     if text is None and weights.folder is not None and repo is not None:
         path = hub.download(repo, "--checkpoints")
         text = to_text(read_tensors(path))
     if text is None:
         raise InputError(
-            f"{path} has no text tower to make a classifier of {tasks[0].name} from; name a file by `classifier` in "
-            f"the suite, or put classifiers.safetensors or head_{tasks[0].title or tasks[0].name}.pt into --checkpoints"
+            f"{path} has no text tower to make a classifier of {task.name} from; name a file by `classifier` in "
+            f"the suite, or put classifiers.safetensors or head_{task.title or task.name}.pt into --checkpoints"
         )
-    check_state(text, text_shapes(weights.encoder), f"the text tower of {path}", weights.encoder.name)
+    check_state(text, text_shapes(encoder), f"the text tower of {path}", encoder.name)
     text = {name: tensor.float() for name, tensor in text.items()}
     tower, dim = digest(text), text["text_projection"].shape[1]
-    files: dict[str, Path] = {}
-    kept: dict[str, Tensor] = {}
-    for task in tasks:
-        weights.files[f"classifier {task.name}"] = SourceFile(source="text tower", sha256=tower)
-        key = fingerprint([weights.row.open_clip, tower, task.class_names, task.templates])
-        if (folder := user_cache()) is None:
-            continue
-        files[task.name] = folder / "classifiers" / f"{key}.safetensors"
-        if (classifier := _read_cached(files[task.name], (len(task.class_names), dim))) is not None:
-            kept[task.name] = classifier
-    missing = [task for task in tasks if task.name not in kept]
-    built = build_classifiers(weights.encoder, text, missing, device) if missing else {}
-    for name, file in files.items():
-        if name in built:
-            with suppress(OSError):  # on a full disk or in a read-only home, it is built again next time
-                file.parent.mkdir(parents=True, exist_ok=True)
-                with replaced(file, shared=True) as partial:
-                    save_file({"classifier": built[name]}, partial)
-    return kept | built
+    return _TextTower(tower, (tower,), dim, lambda tasks: build_classifiers(encoder, text, tasks, device))
 
 
 def user_cache() -> Path | None:
@@ -142,27 +168,38 @@ def text_shapes(encoder: Encoder) -> dict[str, torch.Size]:
         return {n: t.shape for n, t in _clip(encoder).state_dict().items() if not n.startswith("visual.")}
 
 
-@torch.no_grad()
 def build_classifiers(
     encoder: Encoder, text: StateDict, tasks: Sequence[Task], device: torch.device
 ) -> dict[str, Tensor]:
-    """Zero-shot classifiers (C, d) from a text tower with the shapes of `text_shapes`.
-
-    Each class name in each of the task's templates is embedded and normalised; the mean over templates is normalised
-    again, and multiplied by exp(logit_scale).
-    """
+    """Zero-shot classifiers (C, d) from a text tower with the shapes of `text_shapes`."""
     import open_clip
 
     model = _clip(encoder)
     missing, unexpected = model.load_state_dict(text, strict=False)  # of the whole model, only the text tower is used
     assert not unexpected
     assert all(name.startswith("visual.") for name in missing)
-    model.to(device).eval()
-    tokenizer = open_clip.SimpleTokenizer(
-        context_length=model.context_length
-    )  # OpenAI's, which every `CLIP` was trained with
-    scale = text["logit_scale"].to(device).exp()
-    classifiers = {}
+    # OpenAI's tokenizer, which every `CLIP` was trained with.
+    tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
+    return zero_shot(model.eval(), tokenizer, text["logit_scale"], tasks, device=device)
+
+
+@torch.no_grad()
+def zero_shot(
+    model: nn.Module,
+    tokenizer: Callable[[Sequence[str]], Tensor],
+    logit_scale: Tensor,
+    tasks: Sequence[Task],
+    *,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Zero-shot classifiers (C, d) by task.
+
+    Each class name in each of the task's templates is embedded and normalised; the mean over templates is normalised
+    again, and multiplied by exp(logit_scale).
+    """
+    import open_clip
+
+    model, scale, classifiers = model.to(device), logit_scale.to(device).exp(), {}
     for task in tasks:
         prompts = (task.class_names, task.templates)
         weights = open_clip.build_zero_shot_classifier(model, tokenizer, *prompts, device=device)

@@ -109,7 +109,7 @@ def read_tower(folder: Path) -> TowerConfig:
     """The image tower of a model's folder. Raises `InputError` that says what the folder is, if it is another thing."""
     if (folder / ADAPTER).is_file() and not (folder / CONFIG).is_file():
         raise InputError(f"{folder} holds an adapter (LoRA or the like) and no model; merge it into its model first")
-    return tower_config(_read(folder, CONFIG), folder / CONFIG)
+    return tower_config(read_json_object(folder, CONFIG), folder / CONFIG)
 
 
 def tower_config(config: Mapping[str, Any], path: Path) -> TowerConfig:
@@ -147,7 +147,7 @@ def _side(value: object) -> object:
     return value[0] if isinstance(value, list) and len(value) == 2 and value[0] == value[1] else value
 
 
-def _read(folder: Path, file: str) -> dict[str, Any]:
+def read_json_object(folder: Path, file: str) -> dict[str, Any]:
     try:
         value = read_json(folder / file, MAX_CONFIG_BYTES)
     except FileNotFoundError:
@@ -172,7 +172,7 @@ _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 def read_preprocessing(folder: Path, config: TowerConfig) -> Preprocessing:
     """What a folder says of its images. Raises `InputError` for what is not done here."""
     file = next((name for name in PROCESSORS if (folder / name).is_file()), PROCESSORS[0])
-    given = _read(folder, file)
+    given = read_json_object(folder, file)
     if file == PROCESSORS[1]:
         given = given.get("image_processor") or {}
     default = KINDS[config.model_type].processor

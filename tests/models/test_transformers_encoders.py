@@ -5,22 +5,25 @@ import shutil
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from probsurgery.pipeline.datasets.tasks import Task
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.files import decode
 from probsurgery.pipeline.models.checkpoints import digest, read_tensors
 from probsurgery.pipeline.models.encoders import encoder_of, get_encoder
 from probsurgery.pipeline.models.sources import Weights
+from probsurgery.pipeline.models.text_classifiers import load_classifiers
 from probsurgery.pipeline.store.manifest import Identity
 from support import identity, tiny_clip, to_visual
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL = SIZES | {"image_size": 32, "patch_size": 8}
-TEXT = SIZES | {"vocab_size": 64, "max_position_embeddings": 16}
+TEXT = SIZES | {"vocab_size": 64, "max_position_embeddings": 16, "eos_token_id": 63}
 WHOLE = {"vision_config": SMALL, "text_config": TEXT}
 KINDS = {
     "clip": (transformers.CLIPConfig(**WHOLE, projection_dim=24), "CLIPModel"),
@@ -342,3 +345,53 @@ def test_the_name_in_a_cache_is_not_followed(tmp_path, monkeypatch, arch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a: pytest.fail("it was fetched"))
     with pytest.raises(InputError, match="no encoder at|unknown arch"):
         encoder_of(identity(["a"], arch=arch))
+
+
+def tokenizer(folder):
+    """Of words, in the folder of a model with 64 tokens."""
+    words = {
+        word: number
+        for number, word in enumerate(["<pad>", "<unk>", *["a", "photo", "of", "the", "cat", "dog", "grey"]])
+    }
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words | {"<end>": 63}, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 63)])
+    names = {"unk_token": "<unk>", "eos_token": "<end>", "pad_token": "<pad>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(folder)
+
+
+ANIMALS = Task("animals", ("cat", "grey dog"), templates=("a photo of the {}", "{}"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_zero_shot_classifiers_come_from_the_models_own_text_tower(tmp_path, name):
+    model = model_of(name)
+    (tmp_path / "experts").mkdir()
+    weights = Weights(get_encoder(str(write_folder(tmp_path / "own", model))), tmp_path / "experts")
+    with pytest.raises(InputError, match="own has no tokenizer .* name a file by `classifier` in the suite"):
+        load_classifiers(weights, [ANIMALS], torch.device("cpu"))
+    tokenizer(tmp_path / "own")
+    classifier = load_classifiers(weights, [ANIMALS], torch.device("cpu"))["animals"].weight
+    own = transformers.AutoTokenizer.from_pretrained(tmp_path / "own")
+    for row, animal in zip(classifier, ANIMALS.class_names, strict=True):
+        prompts = [template.format(animal) for template in ANIMALS.templates]
+        tokens = own(prompts, padding="max_length", max_length=16, return_tensors="pt")
+        features = model.get_text_features(input_ids=tokens["input_ids"])
+        features = getattr(features, "pooler_output", features)
+        mean = torch.nn.functional.normalize(features, dim=-1).mean(0)
+        assert torch.allclose(row, model.logit_scale.exp() * mean / mean.norm(), atol=1e-4)
+    assert len(set(classifier[:, 0].tolist())) == 2
+
+
+def test_a_model_without_text_tower_or_of_another_width_says_what_to_give(tmp_path):
+    (tmp_path / "experts").mkdir()
+    for name, options, words in [
+        ("vit", {}, "own has no text tower to make classifiers with; name a file by `classifier` in the suite"),
+        ("clip", {"projection": False}, "gives 24 numbers, and own gives 32"),
+    ]:
+        folder = write_folder(tmp_path / name / "own", model_of(name))
+        tokenizer(folder)
+        weights = Weights(get_encoder(str(folder), **options), tmp_path / "experts")
+        with pytest.raises(InputError, match=words):
+            load_classifiers(weights, [ANIMALS], torch.device("cpu"))
