@@ -90,7 +90,7 @@ def _from_text_tower(weights: Weights, tasks: Sequence[Task], device: torch.devi
             f"{weights.folder or 'the published place'} holds no classifier of {without!r} (classifiers.safetensors), "
             "and its suite has no `classifier` (false: none) and no `templates` to make one from"
         )
-    tower = _text_tower(weights, task, device)
+    tower = _text_tower(weights, tasks[0], device)
     files: dict[str, Path] = {}
     kept: dict[str, Tensor] = {}
     for task in tasks:

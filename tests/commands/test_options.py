@@ -11,7 +11,7 @@ import typer
 from probsurgery.cli import CACHE_COMMANDS, COMMANDS
 from probsurgery.commands.extract import extract_command
 from probsurgery.commands.fit import fit_command, sweep_command
-from probsurgery.commands.options import comma_list, configured, key_values, number, real, whole
+from probsurgery.commands.options import comma_list, configured, key_values, number, real, real_or_auto, whole
 from probsurgery.pipeline.config import HEAD_SETTINGS, ExtractConfig, FitConfig, SweepConfig
 from probsurgery.pipeline.errors import InputError
 
@@ -61,7 +61,7 @@ def test_every_option_with_a_number_is_read_so():
             types = get_args(parameter.annotation)
             kinds = {types[0], *get_args(types[0])} if types else set()
             if kinds & {int, float}:
-                assert types[1].parser in (whole, real), (command, name)
+                assert types[1].parser in (whole, real, real_or_auto), (command, name)
 
 
 def test_keys_and_values_are_split_once():
