@@ -6,12 +6,15 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import zip_longest
 
 from probsurgery.pipeline.store.results import Spread, mean_if_known, spread
 from probsurgery.pipeline.texts import plain
 
 AVERAGE = "Avg"
 """The column of averages over tasks."""
+_MOST_COLUMNS = 12
+"""Of figures, on a page."""
 Value = Spread | float | str
 MEASURED, BASELINE, PUBLISHED, DIFFERENCE = "measured", "baseline", "published", "difference"
 _MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*<|$"})
@@ -85,6 +88,11 @@ class Table:
         object.__setattr__(self, "title", plain(self.title))
         object.__setattr__(self, "notes", tuple(map(plain, self.notes)))
 
+    @property
+    def is_turned(self) -> bool:
+        """Whether pages show a line for each column, because no page is as wide as so many columns."""
+        return len(self.columns) > max(_MOST_COLUMNS, len(self.lines))
+
     def is_best(self, line: Line, column: str) -> bool:
         """Whether a cell is within one standard deviation of the best of its column, or shown as the same number.
 
@@ -155,10 +163,8 @@ def to_markdown(tables: Sequence[Table]) -> str:
     """GitHub's tables, each under its title. The best of a column is bold."""
     blocks = []
     for table in tables:
-        rows = [[table.first, *table.columns], ["---", *["---:"] * len(table.columns)]]
-        rows += [
-            [_in_markdown(table.label(line)), *_cells(table, line, "**{}**", _in_markdown)] for line in table.lines
-        ]
+        header, *rows = _grid(table, "**{}**", _in_markdown)
+        rows = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
         text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
         blocks.append("\n\n".join([f"**{_in_markdown(table.title)}**", text, *map(_in_markdown, table.notes)]))
     return "\n\n".join(blocks) + "\n"
@@ -168,18 +174,20 @@ def to_latex(tables: Sequence[Table]) -> str:
     r"""`table` environments for the package booktabs. The best of a column is bold."""
     blocks = ["% \\usepackage{booktabs}"]
     for table in tables:
-        rows = [" & ".join(map(_in_latex, (table.first, *table.columns))) + r" \\", r"\midrule"]
-        previous = None
-        for line in table.lines:
-            ends_baselines = previous == BASELINE != line.kind
-            if ends_baselines or (line.kind == PUBLISHED and previous not in (PUBLISHED, DIFFERENCE)):
+        header, *cells = _grid(table, r"\textbf{{{}}}", _in_latex)
+        if table.is_turned:  # labels of methods are long
+            header = [r"\shortstack[r]{" + label.replace(" (", r" \\ (") + "}" for label in header]
+        rows, previous = [" & ".join(header) + r" \\", r"\midrule"], None
+        for row, line in zip_longest(cells, () if table.is_turned else table.lines):
+            kind = line.kind if line else None
+            ends_baselines = previous == BASELINE != kind
+            if ends_baselines or (kind == PUBLISHED and previous not in (PUBLISHED, DIFFERENCE)):
                 rows.append(r"\midrule")
-            previous = line.kind
-            cells = _cells(table, line, r"\textbf{{{}}}", _in_latex)
-            rows.append(" & ".join([_in_latex(table.label(line)), *cells]) + r" \\")
+            previous = kind
+            rows.append(" & ".join(row) + r" \\")
         caption = _in_latex(" ".join([f"{table.title}.", *table.notes]))
         begin = [r"\begin{table}", r"\centering", rf"\caption{{{caption}}}"]
-        begin += [rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}", r"\toprule"]
+        begin += [rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule"]
         blocks.append("\n".join([*begin, *rows, r"\bottomrule", r"\end{tabular}", r"\end{table}"]))
     return "\n\n".join(blocks) + "\n"
 
@@ -197,6 +205,13 @@ def to_csv(tables: Sequence[Table]) -> str:
                     figures = (value.mean, value.sd, value.seeds) if isinstance(value, Spread) else (value, None, None)
                     writer.writerow([*map(_in_csv, (table.title, line.label, line.kind, column)), *figures])
     return out.getvalue()
+
+
+def _grid(table: Table, bold: str, escaped: Callable[[str], str]) -> list[list[str]]:
+    """The header and a row for each line; turned, if the table is to be."""
+    rows = [[escaped(text) for text in (table.first, *table.columns)]]
+    rows += [[escaped(table.label(line)), *_cells(table, line, bold, escaped)] for line in table.lines]
+    return [list(column) for column in zip(*rows, strict=True)] if table.is_turned else rows
 
 
 def _cells(table: Table, line: Line, bold: str, escaped: Callable[[str], str] = str) -> list[str]:

@@ -132,3 +132,16 @@ def test_no_cell_of_csv_is_a_formula(name):
     (first, second) = csv.DictReader(io.StringIO(to_csv([table])))
     assert {first["table"], first["line"], first["value"]} == {f"'{name}"}
     assert (second["line"], second["value"]) == ("+ ridge", "-1.5")
+
+
+def test_tables_of_many_tasks_are_turned_on_pages():
+    columns = {f"task{number}": ".1f" for number in range(20)}
+    values = [{name: float(number) for number, name in enumerate(columns)}, dict.fromkeys(columns, 5.0)]
+    lines = tuple(Line(f"line{n} (x=1)", row) for n, row in enumerate(values))
+    wide = Table("t", columns, lines, best=max)
+    assert "| task7 | **7.0** | 5.0 |" in to_markdown([wide])
+    latex = to_latex([wide])
+    assert r"\begin{tabular}{lrr}" in latex
+    assert r"\shortstack[r]{line0 \\ (x=1)}" in latex
+    assert r"task4 & 4.0 & \textbf{5.0} \\" in latex
+    assert not Table("t", dict(list(columns.items())[:12]), lines).is_turned
