@@ -26,6 +26,7 @@ from probsurgery.pipeline.models.checkpoints import digest
 from probsurgery.pipeline.models.encoders import Encoder
 from probsurgery.pipeline.models.sources import Weights
 from probsurgery.pipeline.store import manifest as manifests
+from probsurgery.pipeline.store.arrays import array_kind
 from probsurgery.pipeline.store.manifest import COEFFICIENTS, MERGED, Identity, Manifest, MergeIdentity, MergeRecord
 from probsurgery.pipeline.store.writer import CacheWriter
 
@@ -189,7 +190,7 @@ def has_no_features(request: MergeRequest) -> bool:
     manifest = _manifest(request) if request.learns else None
     if manifest is None:
         return False
-    return not any(spec.size for name, spec in manifest.arrays.items() if name.endswith("/merged"))
+    return not any(spec.size for name, spec in manifest.arrays.items() if array_kind(name) == "merged")
 
 
 def make_merge(

@@ -41,6 +41,16 @@ def test_arrays_and_tensors_become_a_cache(tmp_path, store, form):
     assert rows[2].accuracy.merged is None
 
 
+def test_tasks_may_be_called_as_arrays_are(tmp_path, store):
+    names = ("labels", "merged", "classifiers", "biases", "train")
+    cache = probsurgery.open_cache(probsurgery.write_cache(tmp_path / "cache", dict.fromkeys(names, GOOD), store=store))
+    assert damage(cache) == []
+    for name in names:
+        assert np.array_equal(cache.classifier(name).numpy(), GOOD["classifier"])
+        assert np.array_equal(cache.labels(name).numpy(), GOOD["labels"])
+    assert len(fit(FitConfig(cache.path, RidgeSettings(), device="cpu")).rows) == len(names)
+
+
 def test_other_values_are_another_identity(tmp_path):
     of = {name: probsurgery.write_cache(tmp_path / name, {"a": GOOD | change}) for name, change in CHANGES.items()}
     caches = {name: probsurgery.open_cache(path) for name, path in of.items()}
