@@ -45,6 +45,20 @@ def rename_task(name):
     return change
 
 
+def bias_of(manifest):
+    """What a bias of the classifier of a would have in the manifest."""
+    return manifest["arrays"]["classifiers/a"] | {"shape": [3]}
+
+
+def test_a_bias_without_its_file_is_damage(cache):
+    forge(cache, lambda m: m["arrays"].update({"biases/a": bias_of(m)}))
+    with pytest.raises(DamagedCacheError, match="biases"):
+        Cache(cache.path).linear_classifier("a")
+    forge(cache, lambda m: m["arrays"]["biases/a"].update(shards=[None]))
+    with pytest.raises(DamagedCacheError, match="lacks biases/a"):
+        Cache(cache.path).features("a")
+
+
 @pytest.mark.parametrize(
     "name", ["..", "../../..", "/etc", "a/../../b", ".", "~", "a\x00b", "a\nb", "", "\x1b[2J", "-x"]
 )
@@ -82,6 +96,14 @@ def test_names_that_lead_out_of_the_folder_are_refused(cache, name):
         lambda m: m["tasks"]["a"]["splits"]["test"].update(skipped={"99": "x"}),
         lambda m: m["tasks"]["a"]["splits"]["test"].update(skipped={"-1": "x"}),
         lambda m: m["tasks"]["a"]["splits"]["test"].update(rows=10**15),
+        lambda m: m["tasks"]["a"]["splits"]["test"].update(labels="no"),
+        lambda m: m["tasks"]["a"].update(normalise="no"),
+        lambda m: m["tasks"]["a"].update(title="x" * 1001),
+        lambda m: m["arrays"].update({"biases/a": bias_of(m) | {"shape": [4]}}),
+        lambda m: m["arrays"].update({"biases/a": bias_of(m) | {"shape": [3, 1]}}),
+        lambda m: m["arrays"].update({"biases/a": bias_of(m) | {"dtype": "int64"}}),
+        lambda m: m["arrays"].update({"biases/b": bias_of(m)}),
+        lambda m: m["arrays"].update({"biases/a": bias_of(m)}) or m["arrays"].pop("classifiers/a"),
     ],
 )
 def test_a_manifest_that_has_not_its_form_is_refused(cache, change):
