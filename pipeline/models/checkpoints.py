@@ -334,7 +334,7 @@ def describe(state: Mapping[str, Tensor]) -> str:
         return f"a CLIP ViT of width {conv.shape[0]}, patch {conv.shape[-1]}, {max(blocks) + 1} blocks{d}"
     if any("layer1." in name for name in state):
         return "a ResNet"
-    if state.keys() <= {"weight", "bias"}:
-        return f"a classification head {tuple(state['weight'].shape) if 'weight' in state else ''}".strip()
+    if "weight" in state and state.keys() <= {"weight", "bias"}:
+        return f"a classification head {tuple(state['weight'].shape)}"
     names = list(state)
     return f"tensors named {', '.join(map(repr, names[:3]))}{', ...' if len(names) > 3 else ''}"

@@ -15,6 +15,7 @@ from probsurgery.pipeline.fingerprints import file_digest
 from probsurgery.pipeline.models.checkpoints import read_tensors, to_classifier
 from probsurgery.pipeline.store.arrays import KINDS
 from probsurgery.pipeline.store.imports import PARTS, Source, TaskSources, to_array
+from probsurgery.pipeline.store.manifest import FILE as MANIFEST
 
 ARRAYS = (".npy", ".npz", ".safetensors", ".pt", ".pth")
 TEXTS = (".txt", ".json")
@@ -32,7 +33,8 @@ def read_folder(folder: Path, *, plain_features: bool = False) -> dict[str, Task
     """
     if not is_folder(folder):
         raise InputError(f"{folder} is not a folder; import takes one with a folder for each task")
-    tasks = [path for path in sorted(folder.iterdir()) if is_folder(path) and not path.name.startswith(".")]
+    folders = [path for path in sorted(folder.iterdir()) if is_folder(path) and not path.name.startswith(".")]
+    tasks = [path for path in folders if not (path / MANIFEST).exists()]  # a cache may have been put among them
     example = f"{folder}/TASK/merged.npy and expert.npy"
     loose = next((path for path in sorted(folder.iterdir()) if path.suffix in ARRAYS and not is_folder(path)), None)
     if loose is not None:
@@ -135,7 +137,7 @@ def _classifier(path: Path, plain_features: bool) -> Classifier:
     if isinstance(named, np.ndarray):
         named = {"weight": np.array(named)}
     whole = "classifier" if "classifier" in named else next(iter(named)) if len(named) == 1 else None
-    if whole is not None and "weight" not in named:
+    if whole not in (None, "bias", "normalise") and "weight" not in named:
         parts = {"weight": _member(path, named, whole)}
     else:
         parts = {name: _member(path, named, name) for name in named}

@@ -90,7 +90,7 @@ def write_cache(
             "expert": expert,              # (N, d): the task's own encoder's, of the same N inputs
             "pretrained": pretrained,      # (N, d), optional
             "labels": labels,              # (N,) whole numbers from 0 to C - 1, optional
-            "classifier": weight,          # (C, d), or a Classifier, or {"weight", "bias", "normalise"}; optional
+            "classifier": weight,          # (C, d), or {"weight", "bias", "normalise"}, or another cache's; optional
             "class_names": names,          # C texts, optional
             "train": {"merged": ..., "expert": ...},  # other inputs to fit on, with labels or without; optional
         }})
@@ -148,8 +148,8 @@ def write_features(
     files = {array: found.source.file for array, found in checked.items()}
     for task, sources in tasks.items():
         files |= {f"{task}/{part}": file for part, file in sources.files.items()}
+    check_target(path, identity, store, fresh=fresh)
     with locked(path, option="--out"):
-        check_target(path, identity, store, fresh=fresh)
         writer = CacheWriter.begin(path, identity, store, fresh=fresh)
         writer.update(tasks=records, files=files)
         writer.request(f"{split}/{task}" for task, sources in tasks.items() for split in sources.splits)

@@ -170,6 +170,11 @@ def two_arrays(task):
     np.savez(task / "labels.npz", x=[1], y=[2])
 
 
+def only_bias(task):
+    (task / "classifier.npy").unlink()
+    np.savez(task / "classifier.npz", bias=np.ones(3))
+
+
 GOOD = synthetic(ROWS, DIM)
 
 
@@ -199,6 +204,7 @@ GOOD = synthetic(ROWS, DIM)
         (text("merged.npy", ""), ("merged.npy cannot be read as an array",)),
         (text("merged.npy", "1.0, 2.0"), ("merged.npy",)),
         (text("classifier.npy", "PK"), ("classifier.npy",)),
+        (only_bias, ("is not a classification head; it looks like tensors named 'bias'",)),
         (lambda task: (task / "merged.npy").unlink(), ("a (test) lacks merged features",)),
         (renamed("expert.npy", "experts.npy"), ("experts.npy is none of: merged, expert",)),
         (renamed("expert.npy", "expert.csv"), ("expert.csv is of no format that is read", ".npy, .npz")),
@@ -260,6 +266,9 @@ def test_an_existing_cache_stays_unless_it_is_replaced(folder, run, tmp_path):
     np.save(folder / "a" / "expert.npy", GOOD["expert"])
     assert run(*command, "--fresh")[0] == 0
     assert np.array_equal(Cache(tmp_path / "cache").features("a").numpy(), GOOD["merged"] + 1)
+    refused(run("import", folder, "--out", folder), f"{folder} exists and is not a cache (it holds a)")
+    assert run("import", folder, "--out", folder / "cache")[0] == 0
+    assert run("import", folder, "--out", tmp_path / "again")[1].startswith(f"{tmp_path}/again: written, 1 task")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("mine")
     refused(run("import", folder, "--out", tmp_path / "other", "--fresh"), "is not a cache")
