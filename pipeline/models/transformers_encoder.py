@@ -11,10 +11,11 @@ Features (`pooling`, `projection`):
 - ViT, DeiT, DINOv2: `cls`, the class token after the last layer norm; `mean`; of ViT and DeiT also `pooler`, the tanh
   layer that checkpoints of classifiers lack.
 
-`mean` is over the patches alone, after the last layer norm. Features agree with transformers' own to float noise. So do
-images with its Pillow processors; its default ones, of torchvision, differ by up to a grey level or two, as they resize
-with another rounding. DINOv2 interpolates its position embeddings to the size that images are prepared at, as it does
-in transformers; other models take their own size only.
+`mean` is over the patches alone, after the last layer norm. Features agree with transformers' own to float noise, and
+images with its Pillow processors exactly. Its default processors, of torchvision, resize with another rounding: on four
+photographs and noise, values differed by at most one grey level of 255, and by 0.004 in the mean. DINOv2 interpolates
+its position embeddings to the size that images are prepared at, as it does in transformers; other models take their own
+size only.
 """
 
 from __future__ import annotations
