@@ -69,7 +69,7 @@ class Weights:
         if own is None or found or "pretrained" in self.given:
             return self._file("pretrained", stems, repo)
         path = own()
-        self.record("pretrained", path, repo or f"{path.parent.name}/{path.name}")
+        self.record("pretrained", path, repo or str(path.absolute()))
         return path
 
     def pretrained(self) -> StateDict:

@@ -37,8 +37,8 @@ def transformers_folder(tmp_path):
     vit(tmp_path / "own", 0)
     processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
     (tmp_path / "own" / "preprocessor_config.json").write_text(json.dumps(processor))
-    for seed, name in enumerate(("pretrained", *(task.name for task in TASKS))):
-        vit(tmp_path / "experts" / name, seed)
+    for seed, task in enumerate(TASKS, 1):
+        vit(tmp_path / "experts" / task.name, seed)
     return tmp_path / "own"
 
 
@@ -88,7 +88,8 @@ def test_from_images_to_predictions(run, tmp_path, request, form):
             expected = get_encoder("mini").build(load_file(weights / "mnist.safetensors"))(batch)
     assert torch.allclose(cache.features("mnist", "expert"), expected, atol=1e-5)
 
-    path.unlink() if path.is_file() else shutil.rmtree(path)  # the caches know the encoder
+    for file in [path] if path.is_file() else path.glob("*.json"):  # the caches know the encoder; weights stay
+        file.unlink()
     Image.fromarray(np.zeros((40, 30, 3), np.uint8)).save(tmp_path / "black.png")
     for folder in caches:
         assert run("fit", "--cache", folder, "--steps", 3, "--name", "one")[0] == 0
