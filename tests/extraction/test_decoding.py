@@ -1,12 +1,17 @@
 """Features of image files that two versions decoded, perhaps to other pixels, do not come together."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from probsurgery.pipeline.config import ExtractConfig
 from probsurgery.pipeline.datasets.suites import select_tasks
+from probsurgery.pipeline.datasets.tasks import open_images
+from probsurgery.pipeline.extraction.run_plan import decoding_workers
 from probsurgery.pipeline.models.encoders import get_encoder
 from probsurgery.pipeline.store.cache import Cache
 from support import drop_seal, edit_manifest, idx, refused
@@ -50,6 +55,14 @@ def as_before(path):
                 assert split.pop("decoding") == 1
 
     edit_manifest(path, forget)
+
+
+def test_images_in_memory_need_no_processes_whatever_encodes_them():
+    images = open_images(select_tasks("mini", ["mnist"])[0], "test", limit=2)
+    config = ExtractConfig("vitb32")
+    assert decoding_workers(config, [images]) == 0
+    assert decoding_workers(config, [images, replace(images, decoding=1)]) >= 1
+    assert decoding_workers(replace(config, workers=3), [images]) == 3
 
 
 def test_an_older_cache_is_read_and_not_extended(extract, run, tmp_path):

@@ -194,7 +194,10 @@ def test_an_experts_projection_is_that_of_the_encoders_own_weights(tmp_path):
     expert = weights.load(folder / "digits")
     assert torch.equal(expert["visual_projection.weight"], whole.visual_projection.weight)
     assert not torch.equal(expert["post_layernorm.weight"], 0 * whole.vision_model.post_layernorm.weight)
-    write_folder(folder / "pretrained", model_of("clip"))  # the folder's own goes first
+    other = write_folder(tmp_path / "other", whole)
+    named = Weights(weights.encoder, folder, {"pretrained": str(other)})  # what a suite names goes first
+    assert named.pretrained_file == other / "model.safetensors"
+    write_folder(folder / "pretrained", whole)
     assert Weights(weights.encoder, folder).pretrained_file == folder / "pretrained" / "model.safetensors"
 
 
