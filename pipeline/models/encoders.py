@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from abc import ABC, abstractmethod
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from probsurgery.pipeline import hub
 from probsurgery.pipeline.errors import DamagedCacheError, InputError, unknown
-from probsurgery.pipeline.files import MalformedError, decode, json_text
+from probsurgery.pipeline.files import MalformedError, decode
 from probsurgery.pipeline.models.architectures import ARCHS, Arch, model_arch
 from probsurgery.pipeline.models.preprocessing import Preprocessing
 from probsurgery.pipeline.store.manifest import Identity
@@ -151,8 +152,12 @@ def described_encoder(name: str, description: Mapping[str, Any], preprocessing: 
     library = description.get("library")
     if library not in libraries:
         raise unknown(f"library of the encoder {name}", str(library)[:80], libraries)
-    if len(json_text(description)) > MAX_CONFIG_BYTES:
-        raise InputError(f"the description of {name} has more than {MAX_CONFIG_BYTES:,} bytes")
+    try:
+        size = len(json.dumps(description))
+    except RecursionError:
+        size = MAX_CONFIG_BYTES + 1
+    if size > MAX_CONFIG_BYTES:
+        raise InputError(f"the description of {name} has more than {MAX_CONFIG_BYTES:,} bytes, or is nested too deeply")
     return libraries[library](name, Arch(name), description, preprocessing)
 
 

@@ -19,7 +19,7 @@ from probsurgery.pipeline.models.preprocessing import Preprocessing
 
 _MOST = {"image_size": 4_096, "patch_size": 4_096, "layers": 512, "mlp_ratio": 64, "attn_pooler_queries": 4_096}
 """Largest numbers in a configuration, which may come from anybody."""
-_MOST_OTHER = 32_768
+_MOST_OTHER, _MOST_POSITIONS = 32_768, 2**28
 
 
 def has_model(name: str) -> bool:
@@ -168,8 +168,12 @@ def _checked(config: object, where: str) -> dict[str, Any]:
             if is_number and not 0 <= number <= most:
                 raise InputError(f"{where}: {key} is {number}; at most {most:,} can be built, and nothing below 0")
     sides = [vision.get("image_size", 224), vision.get("patch_size", 16)]
-    if type(config["embed_dim"]) is not int or not all(type(side) is int and side > 0 for side in sides):
-        raise InputError(f"{where}: embed_dim, image_size and patch_size must be whole numbers from 1")
+    if not all(
+        type(number) is int and number > 0 for number in (*sides, config["embed_dim"], vision.get("width", 768))
+    ):
+        raise InputError(f"{where}: embed_dim, width, image_size and patch_size must be whole numbers from 1")
+    if (sides[0] // sides[1]) ** 2 * vision.get("width", 768) > _MOST_POSITIONS:  # some are computed, in memory
+        raise InputError(f"{where}: too many patches ({sides[0]} // {sides[1]} in a row) for their width")
     timm_name = vision.get("timm_model_name")
     if timm_name is not None and not (isinstance(timm_name, str) and timm.is_model(timm_name)):
         raise InputError(f"{where}: timm has no model {str(timm_name)[:80]!r}, and none is fetched")

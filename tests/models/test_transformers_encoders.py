@@ -15,7 +15,7 @@ from probsurgery.pipeline.datasets.tasks import Task
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.files import decode
 from probsurgery.pipeline.models.checkpoints import digest, read_tensors
-from probsurgery.pipeline.models.encoders import encoder_of, get_encoder
+from probsurgery.pipeline.models.encoders import described_encoder, encoder_of, get_encoder
 from probsurgery.pipeline.models.sources import Weights
 from probsurgery.pipeline.models.text_classifiers import load_classifiers
 from probsurgery.pipeline.store.manifest import Identity
@@ -338,6 +338,17 @@ def test_a_description_by_anybody_is_one_line(tmp_path, change, words):
         change = {"config": {**encoder.description["config"], **change["config"]}}
     with pytest.raises(InputError, match=words):
         described(encoder, **change)
+
+
+def test_a_description_of_any_depth_is_one_line(tmp_path):
+    encoder = get_encoder(str(write_folder(tmp_path / "own", model_of("vit"))))
+    preprocessing, deep = encoder.preprocessing, []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(InputError, match="nested too deeply"):
+        described_encoder("own", {**encoder.description, "notes": deep}, preprocessing)
+    with pytest.raises(InputError, match="cannot be used"):
+        described_encoder("own", encoder.description | {"config": []}, preprocessing)
 
 
 @pytest.mark.parametrize("arch", ["hf:someone/model", "/etc/model.json", "../own"])
