@@ -144,10 +144,9 @@ class Feed:
         keys = [(*map(id, job.rows), job.seed, job.online) for job in jobs]
         unique = dict(zip(keys, jobs, strict=True))
         self._scale = settings.feature_scale
-        self._stream_of_head = None
-        if len(unique) < len(jobs):
-            order = list(unique)
-            self._stream_of_head = torch.tensor([order.index(key) for key in keys], device=device)
+        order = {key: number for number, key in enumerate(unique)}
+        self._streams = [order[key] for key in keys]
+        self._stream_of_head = torch.tensor(self._streams, device=device) if len(unique) < len(jobs) else None
         # Each task's features once on the device, however many streams read them.
         features = {id(values): values for job in jobs for r in job.rows for values in (r.merged, r.expert)}
         on_device = {key: values.to(device) for key, values in features.items()}
@@ -160,6 +159,8 @@ class Feed:
             for u, job in enumerate(unique.values())
             for t, r in enumerate(job.rows)
         }
+        self.tasks = tasks
+        """Tasks that each head takes in turn: a step is one update for each."""
         shape = (len(unique), tasks, BLOCK, batch, dim)
         self._z, self._expert = (torch.empty(shape, device=device) for _ in range(2))
         self._noise = torch.empty(*shape[:2], samples, *shape[2:], device=device)
@@ -201,6 +202,13 @@ class Feed:
     def _draw_on(self, threads: ThreadPoolExecutor) -> list[Future[Tensor]]:
         noise = self._host[0]
         return [threads.submit(stream.noise, noise[place]) for place, (stream, *_) in self._sources.items()]
+
+    def block(
+        self, k: int
+    ) -> tuple[Float[Tensor, "T BLOCK B d"], Float[Tensor, "T BLOCK B d"], Float[Tensor, "T S BLOCK B d"]]:
+        """Merged features, expert features and noise of head k in the whole block: views of the buffers."""
+        stream = self._streams[k]
+        return self._z[stream], self._expert[stream], self._noise[stream]
 
     def batch(self, update: int) -> Batch:
         """The batch of every head in one update of the block: views of the buffers if every head has its own stream."""

@@ -6,16 +6,19 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from probsurgery.pipeline.config import RidgeSettings
+from probsurgery.pipeline.config import HeadSettings, RidgeSettings
 from probsurgery.pipeline.errors import ProbsurgeryError, first_line
 from probsurgery.pipeline.heads.kinds import Params, initial_params
 from probsurgery.pipeline.heads.ridge import solve_ridge
 from probsurgery.pipeline.training.adam_step import Stack
 from probsurgery.pipeline.training.batches import BLOCK, Batch, Feed, Job, generator
+from probsurgery.pipeline.training.kernel import TORCH, CompiledStack, kernel_of
 
 LOSS_EVERY = 8
 """Steps from one evaluation of the loss to the next. The gradients do not need it, and it takes up to a quarter of a
@@ -80,7 +83,8 @@ def train_stack(
 ) -> list[Outcome]:
     """Train K heads as one stack; `advance` is called with the number of head-steps that have just been done.
 
-    The heads' settings may differ in `HeadKind.per_head` only, and all have the same number of tasks. A head whose loss
+    The heads agree in steps, batch size, samples and the number of tasks. Where torch trains, their settings may differ
+    in `HeadKind.per_head` only. A head whose loss
     is not finite becomes an error in the list and does not affect the others. Any other failure, such as memory that
     runs out, makes every head of the stack an error.
     """
@@ -102,8 +106,7 @@ def _run_steps(
     begun = time.perf_counter()
     settings, tasks = jobs[0].settings, len(jobs[0].rows)
     starts = [initial_params(job.settings, job.dim, generator(job.label, job.seed, "init")) for job in jobs]
-    stack = Stack([job.settings for job in jobs], starts, device)
-    step = _GraphedStep(stack) if graph else stack.step
+    stack, run = _stack(kernel_of(settings, device), [job.settings for job in jobs], starts, device, graph)
     feed = Feed(jobs, device, ahead=device.type == "cuda")
     curves: list[list[tuple[int, float]]] = [[] for _ in jobs]
     earlier: list[dict[int, Fitted]] = [{} for _ in jobs]
@@ -117,14 +120,15 @@ def _run_steps(
         updates = min(BLOCK * tasks, total - done)
         feed.fill(last=done + updates == total)
         stack.loss_sums.zero_()
-        noted = [update // tasks % LOSS_EVERY == 0 for update in range(updates)]  # for every task of a shared head
-        for update in range(updates):
-            step(*feed.batch(update), noted[update])
-            for k, steps in stops.get(done + update + 1, ()):
+        ends = [end for end in range(1, updates) if done + end in stops]
+        for first, last in pairwise([0, *ends, updates]):
+            run(feed, first, last)
+            for k, steps in stops.get(done + last, ()):
                 seconds = (time.perf_counter() - begun) / len(jobs)
                 earlier[k][steps] = Fitted(stack.params(k), [*curves[k]], seconds=seconds, from_run_of=settings.steps)
         done += updates
-        means = (stack.loss_sums / sum(noted)).tolist()
+        noted = sum(_notes_loss(feed, update) for update in range(updates))
+        means = (stack.loss_sums / noted).tolist()
         for k, mean in enumerate(means):
             if not math.isfinite(mean) and k not in failures:
                 failures[k] = ProbsurgeryError(f"the loss is {mean} by step {done}; lower --lr or --kl-weight")
@@ -137,6 +141,26 @@ def _run_steps(
         if k not in failures and not all(tensor.isfinite().all() for tensor in head.params.values()):
             failures[k] = ProbsurgeryError("weights became NaN or infinite; lower --lr or --kl-weight")
     return [failures.get(k, head) for k, head in enumerate(heads)]
+
+
+def _stack(
+    kernel: str, settings: Sequence[HeadSettings], starts: Sequence[Params], device: torch.device, graph: bool
+) -> tuple[Stack | CompiledStack, Callable[[Feed, int, int], None]]:
+    """Heads to train, and a function that takes updates of the feed's block, from the first to the last (exclusive)."""
+    if kernel != TORCH:
+        compiled = CompiledStack(kernel, settings, starts, LOSS_EVERY)
+        return compiled, compiled.run
+    stack = Stack(settings, starts, device)
+    return stack, partial(_each_update, _GraphedStep(stack) if graph else stack.step)
+
+
+def _each_update(step: Callable[..., None], feed: Feed, first: int, last: int) -> None:
+    for update in range(first, last):
+        step(*feed.batch(update), _notes_loss(feed, update))
+
+
+def _notes_loss(feed: Feed, update: int) -> bool:
+    return update // feed.tasks % LOSS_EVERY == 0  # for every task of a shared head
 
 
 def _solve(job: Job, device: torch.device) -> Outcome:

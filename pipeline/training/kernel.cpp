@@ -1,0 +1,360 @@
+// Training steps of one head, `z_hat = z - W_out relu(W_in z)`: what adam_step.py does with torch, written for one core.
+//
+// kernel.py calls `train` for a block of steps. The file is compiled once for each instruction set (setup.py), with the
+// compiler's vector types and no intrinsics. A head's weights and Adam's moments lie by hidden unit: the unit's row of
+// W_in and its column of W_out side by side. A step computes
+//   1. u = relu(W_in z), in tiles of rows and units that stay in registers;
+//   2. the outputs W_out u;
+//   3. in place of the outputs, the gradient of the loss with respect to them;
+//   4. for each unit, its gradient over the rows in which it is not zero, which Adam uses up at once, so that the
+//      gradient of the weights is never written to memory.
+// d is padded with zeros to a multiple of 32. Padding stays zero: its outputs, errors, noise and gradients are zero.
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, UNITS = 4, COLUMNS = 2;
+#elif defined(__AVX2__)
+constexpr int LANES = 8, UNITS = 2, COLUMNS = 1;
+#else  // 128 bits, as of NEON
+constexpr int LANES = 4, UNITS = 4, COLUMNS = 2;
+#endif
+constexpr int ROWS = 8;  // of a tile; the rows of u and of the outputs are padded to a multiple
+constexpr float BETA1 = 0.9f, BETA2 = 0.999f, EPSILON = 1e-8f, MIN_NORM = 1e-8f;
+
+// Inlined into their callers, these loops lose their registers to GCC's allocation.
+#define HOT __attribute__((noinline)) static
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef float unaligned_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+
+enum Loss { L1, MSE, SMOOTH_L1, COSINE };  // in the order of LOSSES in config.py
+
+extern "C" struct Head {  // as `_Head` in kernel.py
+    float *state;         // (width, 3, (1 + parts) padded): of each unit the weights, Adam's means, its means of squares
+    double *loss_sum;
+    double lr, kl_weight;
+    int64_t dim, padded, width, parts;  // parts: outputs for each feature, 1 (Surgery) or 2 (mean and log-variance)
+    int64_t batch, samples, loss, updates;  // updates of Adam so far
+};
+
+extern "C" struct Block {            // as `_Block` in kernel.py
+    const float *z, *expert, *noise; // (tasks, steps, batch, dim), twice; (tasks, samples, steps, batch, dim)
+    int64_t tasks, steps, loss_every;
+};
+
+namespace {
+
+struct Step {
+    const float *z, *expert, *noise;  // (batch, padded), twice; samples of it, `sample_stride` floats apart
+    int64_t sample_stride;
+    bool noted;                       // whether the loss is computed
+    float *u, *out, *gradient;        // (width, rows), (rows, parts padded), ((1 + parts) padded)
+    float *cosines;                   // (samples, 2)
+    int64_t rows;                     // the batch, padded
+};
+
+inline vec load(const float *p) { return *reinterpret_cast<const unaligned_vec *>(p); }
+inline void store(float *p, vec x) { *reinterpret_cast<unaligned_vec *>(p) = x; }
+inline vec all(float x) { return x - vec{}; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline float sum(vec x) {
+    float lane[LANES];
+    memcpy(lane, &x, sizeof x);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+    return lane[0];
+}
+
+// exp(x) to 2 units in the last place: 2^n times a polynomial of the rest. Infinite above 88.7, 0 below -87.3; NaN stays.
+inline vec exponential(vec x) {
+    const vec high = all(88.72f), low = all(-87.3f);
+    vec bounded = x > high ? high : x;
+    bounded = bounded < low ? low : bounded;
+    const vec shift = all(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number
+    const vec n = (bounded * 1.44269504f + shift) - shift;
+    const vec r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+    vec p = r * 1.9875691e-4f + 1.3981999e-3f;
+    p = p * r + 8.3334519e-3f;
+    p = p * r + 4.1665796e-2f;
+    p = p * r + 1.6666665e-1f;
+    p = p * r + 0.5f;
+    p = p * r * r + r + 1.f;
+    const ints whole = __builtin_convertvector(n, ints), half = whole >> 1;
+    const ints powers[] = {(half + 127) << 23, (whole - half + 127) << 23};  // two, as 2^128 is no float
+    vec factors[2];
+    memcpy(factors, powers, sizeof factors);
+    p = p * factors[0] * factors[1];
+    p = x < low ? vec{} : p;
+    return x > high ? all(INFINITY) : p;
+}
+
+// 1. u = relu(W_in z), (width, rows). Rows and units beyond the last repeat it. NaN stays NaN.
+HOT void hidden_units(const Head &head, const Step &step) {
+    const int64_t unit = 3 * (1 + head.parts) * head.padded;
+    for (int64_t j = 0; j < head.width; j += UNITS)
+        for (int64_t b = 0; b < step.rows; b += 4) {
+            const float *w[UNITS], *z[4];
+            for (int c = 0; c < UNITS; ++c) w[c] = head.state + least(j + c, head.width - 1) * unit;
+            for (int r = 0; r < 4; ++r) z[r] = step.z + least(b + r, head.batch - 1) * head.padded;
+            vec total[4][UNITS] = {};
+            for (int64_t i = 0; i < head.padded; i += LANES) {
+                vec row[4];
+                for (int r = 0; r < 4; ++r) row[r] = load(z[r] + i);
+                for (int c = 0; c < UNITS; ++c) {
+                    const vec weight = load(w[c] + i);
+                    for (int r = 0; r < 4; ++r) total[r][c] += row[r] * weight;
+                }
+            }
+            for (int c = 0; c < UNITS; ++c)
+                for (int r = 0; r < 4; ++r) {
+                    const float x = sum(total[r][c]);
+                    step.u[(j + c) * step.rows + b + r] = x < 0 ? 0 : x;
+                }
+        }
+}
+
+// 2. The outputs W_out u, (rows, parts padded).
+HOT void outputs(const Head &head, const Step &step) {
+    const int64_t unit = 3 * (1 + head.parts) * head.padded, size = head.parts * head.padded;
+    const float *w_out = head.state + head.padded;
+    for (int64_t b = 0; b < step.rows; b += ROWS)
+        for (int64_t i = 0; i < size; i += COLUMNS * LANES) {
+            vec total[ROWS][COLUMNS] = {};
+            for (int64_t j = 0; j < head.width; ++j) {
+                const float *u = step.u + j * step.rows + b;
+                vec weight[COLUMNS];
+                for (int c = 0; c < COLUMNS; ++c) weight[c] = load(w_out + j * unit + i + c * LANES);
+                for (int r = 0; r < ROWS; ++r)
+                    for (int c = 0; c < COLUMNS; ++c) total[r][c] += u[r] * weight[c];
+            }
+            for (int r = 0; r < ROWS; ++r)
+                for (int c = 0; c < COLUMNS; ++c) store(step.out + (b + r) * size + i + c * LANES, total[r][c]);
+        }
+}
+
+template <int LOSS> inline vec slope(vec error) {
+    const vec one = all(1.f);
+    if (LOSS == L1) return (error > 0 ? one : vec{}) - (error < 0 ? one : vec{});
+    if (LOSS == MSE) return 2.f * error;
+    error = error > one ? one : error;
+    return error < -one ? -one : error;
+}
+
+template <int LOSS> inline vec distance(vec error) {
+    const vec size = error < 0 ? -error : error;
+    if (LOSS == L1) return size;
+    if (LOSS == MSE) return error * error;
+    return size < 1 ? 0.5f * error * error : size - 0.5f;
+}
+
+// One row of a step, in its outputs' place.
+struct Row {
+    const float *z, *expert, *noise;
+    float *mu, *log_var;  // log_var: null for Surgery
+
+    vec sigma(int64_t i) const { return log_var ? exponential(0.5f * load(log_var + i)) : vec{}; }
+    vec spread(const Step &step, int64_t sample, int64_t i, vec sigma) const {
+        return noise ? load(noise + sample * step.sample_stride + i) * sigma : vec{};
+    }
+};
+
+// The cosine loss of a row, summed over samples; its gradient is `corrected * cosines[0] - expert * cosines[1]`.
+double cosine_loss(const Head &head, const Step &step, const Row &row, int64_t samples) {
+    double loss = 0;
+    for (int64_t s = 0; s < samples; ++s) {
+        vec product = {}, corrected_square = {}, expert_square = {};
+        for (int64_t i = 0; i < head.padded; i += LANES) {
+            const vec expert = load(row.expert + i);
+            const vec corrected = load(row.z + i) - row.spread(step, s, i, row.sigma(i)) - load(row.mu + i);
+            product += corrected * expert;
+            corrected_square += corrected * corrected;
+            expert_square += expert * expert;
+        }
+        float norm = std::sqrt(sum(corrected_square)), expert_norm = std::sqrt(sum(expert_square));
+        norm = norm < MIN_NORM ? MIN_NORM : norm;
+        expert_norm = expert_norm < MIN_NORM ? MIN_NORM : expert_norm;
+        const float cosine = sum(product) / (norm * expert_norm);
+        step.cosines[2 * s] = cosine / (norm * norm);
+        step.cosines[2 * s + 1] = 1 / (norm * expert_norm);
+        loss += 1 - cosine;
+    }
+    return loss;
+}
+
+// 3. The gradient of the loss with respect to the outputs, in their place; adds the loss to the head's sum if noted.
+template <int LOSS> HOT void output_gradient(const Head &head, const Step &step) {
+    const int64_t samples = head.samples ? head.samples : 1, size = head.parts * head.padded;
+    const double mean = 1.0 / (samples * head.batch * (LOSS == COSINE ? 1 : head.dim));
+    const float scale = mean, kl = head.kl_weight / head.batch;
+    double total = 0, divergence = 0;
+    for (int64_t b = 0; b < head.batch; ++b) {
+        const int64_t at = b * head.padded;
+        float *mu = step.out + b * size, *log_var = head.parts == 2 ? mu + head.padded : nullptr;
+        const Row row = {step.z + at, step.expert + at, step.noise ? step.noise + at : nullptr, mu, log_var};
+        if (LOSS == COSINE) total += cosine_loss(head, step, row, samples);
+        vec losses = {}, divergences = {};
+        for (int64_t i = 0; i < head.padded; i += LANES) {
+            const vec z = load(row.z + i), expert = load(row.expert + i), m = load(mu + i), sigma = row.sigma(i);
+            vec sum_g = {}, sum_g_spread = {};
+            for (int64_t s = 0; s < samples; ++s) {
+                const vec spread = row.spread(step, s, i, sigma), corrected = z - spread - m;
+                vec g;
+                if (LOSS == COSINE) {
+                    g = corrected * step.cosines[2 * s] - expert * step.cosines[2 * s + 1];
+                } else {
+                    g = slope<LOSS>(corrected - expert);
+                    if (step.noted) losses += distance<LOSS>(corrected - expert);
+                }
+                sum_g += g;
+                sum_g_spread += g * spread;
+            }
+            if (!log_var) {
+                store(mu + i, -scale * sum_g);
+                continue;
+            }
+            const vec variance = sigma * sigma;
+            if (step.noted) divergences += m * m + variance - 1.f - load(log_var + i);
+            store(mu + i, kl * m - scale * sum_g);
+            store(log_var + i, 0.5f * (kl * (variance - 1.f) - scale * sum_g_spread));
+        }
+        total += sum(losses);
+        divergence += sum(divergences);
+    }
+    if (step.noted) *head.loss_sum += mean * total + (head.parts == 2 ? 0.5 * head.kl_weight / head.batch * divergence : 0);
+}
+
+// Over R rows: adds `factor[r] * row[r]` to `total`, and writes the products of the rows with `weights` to `products`.
+template <int R>
+HOT void add_and_multiply(const float *const *row, const float *factor, const float *weights, int64_t size,
+                          float *total, float *products) {
+    vec product[R] = {};
+    for (int64_t i = 0; i < size; i += LANES) {
+        const vec weight = load(weights + i);
+        vec added = load(total + i);
+        for (int r = 0; r < R; ++r) {
+            const vec x = load(row[r] + i);
+            product[r] += x * weight;
+            added += x * factor[r];
+        }
+        store(total + i, added);
+    }
+    for (int r = 0; r < R; ++r) products[r] = sum(product[r]);
+}
+
+template <int R>
+HOT void add_rows(const float *const *row, const float *factor, int64_t size, float *total) {
+    for (int64_t i = 0; i < size; i += LANES) {
+        vec added = load(total + i);
+        for (int r = 0; r < R; ++r) added += load(row[r] + i) * factor[r];
+        store(total + i, added);
+    }
+}
+
+struct Adam {
+    float rate, root;  // the learning rate and the root of the squares, with the corrections of their biases
+
+    HOT void update(Adam adam, float *__restrict w, float *__restrict mean, float *__restrict square,
+                    const float *__restrict gradient, int64_t size) {
+        for (int64_t i = 0; i < size; ++i) {
+            const float g = gradient[i], m = mean[i] + (1 - BETA1) * (g - mean[i]);
+            const float v = BETA2 * square[i] + (1 - BETA2) * g * g;
+            mean[i] = m;
+            square[i] = v;
+            w[i] -= adam.rate * m / (adam.root * std::sqrt(v) + EPSILON);
+        }
+    }
+};
+
+// Up to R rows of a unit: its gradient over them is added to `gradient`.
+template <int R> void unit_gradient(int count, const float *const *g, const float *const *z, const float *u,
+                                    const float *w_out, const Head &head, float *gradient) {
+    if constexpr (R > 0) {
+        if (count < R) return unit_gradient<R - 1>(count, g, z, u, w_out, head, gradient);
+        float u_gradient[R];
+        add_and_multiply<R>(g, u, w_out, head.parts * head.padded, gradient + head.padded, u_gradient);
+        add_rows<R>(z, u_gradient, head.padded, gradient);
+    }
+}
+
+// 4. The gradient of each unit's weights, and Adam.
+void update_units(const Head &head, const Step &step) {
+    const int64_t size = (1 + head.parts) * head.padded;
+    const double count = head.updates + 1;
+    const Adam adam = {float(head.lr / (1 - std::pow(0.9, count))), float(1 / std::sqrt(1 - std::pow(0.999, count)))};
+    for (int64_t j = 0; j < head.width; ++j) {
+        float *w = head.state + j * 3 * size;
+        const float *u = step.u + j * step.rows, *g[ROWS], *z[ROWS];
+        memset(step.gradient, 0, size * sizeof(float));
+        float active[ROWS];
+        int count = 0;
+        for (int64_t b = 0; b < head.batch; ++b) {
+            if (u[b] != 0) {
+                g[count] = step.out + b * head.parts * head.padded;
+                z[count] = step.z + b * head.padded;
+                active[count++] = u[b];
+            }
+            if (count == ROWS || b + 1 == head.batch) {
+                unit_gradient<ROWS>(count, g, z, active, w + head.padded, head, step.gradient);
+                count = 0;
+            }
+        }
+        Adam::update(adam, w, w + size, w + 2 * size, step.gradient, size);
+    }
+}
+
+// Rows of `dim` floats to rows of `padded`, whose padding is zero already.
+void copy_rows(const float *from, float *to, const Head &head) {
+    for (int64_t b = 0; b < head.batch; ++b)
+        memcpy(to + b * head.padded, from + b * head.dim, head.dim * sizeof(float));
+}
+
+}  // namespace
+
+// Updates `first` to `last` (exclusive) of a block, which takes the tasks in turn. Returns 1 if memory ran out, else 0.
+extern "C" int train(Head *head, const Block *block, int64_t first, int64_t last) {
+    const int64_t rows = (head->batch + ROWS - 1) / ROWS * ROWS, width = (head->width + UNITS - 1) / UNITS * UNITS;
+    const int64_t features = head->batch * head->padded, values = head->batch * head->dim;
+    const bool is_padded = head->dim != head->padded;
+    const int64_t sizes[] = {rows * width, rows * head->parts * head->padded, (1 + head->parts) * head->padded,
+                             is_padded ? (2 + head->samples) * features : 0, 2 * (head->samples + 1)};
+    float *parts[5];
+    int64_t floats = 0;
+    for (int64_t size : sizes) floats += (size + 15) / 16 * 16;
+    float *memory = static_cast<float *>(aligned_alloc(64, floats * sizeof(float)));
+    if (!memory) return 1;
+    memset(memory, 0, floats * sizeof(float));
+    for (int64_t k = 0, at = 0; k < 5; at += (sizes[k++] + 15) / 16 * 16) parts[k] = memory + at;
+
+    constexpr decltype(&output_gradient<L1>) gradients[] = {output_gradient<L1>, output_gradient<MSE>,
+                                                            output_gradient<SMOOTH_L1>, output_gradient<COSINE>};
+    for (int64_t update = first; update < last; ++update, ++head->updates) {
+        const int64_t number = update / block->tasks, task = update % block->tasks;
+        const int64_t at = (task * block->steps + number) * values, stride = block->steps * values;
+        Step step = {block->z + at, block->expert + at, nullptr, stride, number % block->loss_every == 0,
+                     parts[0], parts[1], parts[2], parts[4], rows};
+        if (head->samples) step.noise = block->noise + task * head->samples * stride + number * values;
+        if (is_padded) {
+            float *padded = parts[3];
+            copy_rows(step.z, padded, *head);
+            copy_rows(step.expert, padded + features, *head);
+            for (int64_t s = 0; s < head->samples; ++s)
+                copy_rows(step.noise + s * stride, padded + (2 + s) * features, *head);
+            step.z = padded;
+            step.expert = padded + features;
+            step.noise = head->samples ? padded + 2 * features : nullptr;
+            step.sample_stride = features;
+        }
+        hidden_units(*head, step);
+        outputs(*head, step);
+        gradients[head->loss](*head, step);
+        update_units(*head, step);
+    }
+    free(memory);
+    return 0;
+}

@@ -1,0 +1,161 @@
+"""The training step compiled from `kernel.cpp`: which object runs here, and a stack of heads that is trained by it.
+
+An object is a plain shared library, called through ctypes, which releases Python's lock meanwhile. Without one for this
+processor, `adam_step` trains.
+"""
+
+import ctypes
+import os
+import platform
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from probsurgery.pipeline.config import LOSSES, HeadSettings, TrainedSettings
+from probsurgery.pipeline.errors import InputError, unknown
+from probsurgery.pipeline.heads.kinds import Params
+from probsurgery.pipeline.training.batches import BLOCK, Feed
+
+VARIABLE = "PROBSURGERY_KERNEL"
+TORCH = "torch"
+KERNELS = ("avx512", "avx2", "neon")
+"""In the order of preference."""
+MAX_BATCH = 512
+"""Rows of a batch above which torch's products of large matrices are faster."""
+PADDING = 32
+"""Features are padded to a multiple of this."""
+
+
+class _Head(ctypes.Structure):
+    """`Head` in kernel.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("state", "loss_sum")),
+        *((name, ctypes.c_double) for name in ("lr", "kl_weight")),
+        *((name, ctypes.c_int64) for name in ("dim", "padded", "width", "parts", "batch", "samples", "loss", "updates")),
+    ]
+
+
+class _Block(ctypes.Structure):
+    """`Block` in kernel.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("z", "expert", "noise")),
+        *((name, ctypes.c_int64) for name in ("tasks", "steps", "loss_every")),
+    ]
+
+
+def kernel_of(settings: HeadSettings, device: torch.device) -> str:
+    """The kernel that trains a head: one of `KERNELS`, or `torch`. It depends on nothing else that is trained."""
+    covered = settings.is_trained and device.type == "cpu" and settings.batch_size <= MAX_BATCH
+    return available_kernel() if covered else TORCH
+
+
+def available_kernel() -> str:
+    """The fastest kernel that was compiled and that this processor runs, or the one that `PROBSURGERY_KERNEL` names.
+
+    Raises `InputError` if that one cannot be used.
+    """
+    usable = [name for name in _supported() if _library(name) is not None]
+    asked = os.environ.get(VARIABLE, "")
+    if not asked:
+        return (*usable, TORCH)[0]
+    if asked not in (*KERNELS, TORCH):
+        raise unknown(VARIABLE, asked, (*KERNELS, TORCH))
+    if asked not in (*usable, TORCH):
+        raise InputError(f"{VARIABLE} is {asked}, which this installation or processor lacks; unset it, or use torch")
+    return asked
+
+
+def _supported() -> tuple[str, ...]:
+    """Kernels whose instructions this processor has."""
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return ("neon",)
+    # torch asks the processor, and calls it AVX512 if it has all of F, BW, DQ and VL, and FMA.
+    return {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}.get(torch.backends.cpu.get_cpu_capability(), ())
+
+
+@cache
+def _library(name: str) -> ctypes.CDLL | None:
+    for path in sorted(Path(__file__).parent.glob(f"_kernel_{name}.*")):
+        if path.suffix in (".so", ".dylib"):
+            try:
+                library = ctypes.CDLL(str(path))
+            except OSError:  # of another processor or system
+                continue
+            library.train.argtypes = [ctypes.POINTER(_Head), ctypes.POINTER(_Block), ctypes.c_int64, ctypes.c_int64]
+            return library
+    return None
+
+
+class CompiledStack:
+    """K heads that share batches, trained one after the other in each block. Each is the same as if trained alone.
+
+    Their settings may differ in anything but steps, batch size and samples. Each of `starts` holds one head's initial
+    parameters, without the stack dimension.
+    """
+
+    def __init__(
+        self, kernel: str, settings: Sequence[HeadSettings], starts: Sequence[Params], loss_every: int
+    ) -> None:
+        library = _library(kernel)
+        assert library is not None, "only a kernel that is available is chosen"
+        self._library, self._loss_every = library, loss_every
+        self._names = [list(start) for start in starts]
+        self.loss_sums = torch.zeros(len(starts), dtype=torch.float64)
+        """Each head's losses, summed over the steps that compute it."""
+        self._states = [_state(start) for start in starts]
+        self._heads = [
+            _head(s, start, state, self.loss_sums[k])
+            for k, (s, start, state) in enumerate(zip(settings, starts, self._states, strict=True))
+        ]
+
+    def run(self, feed: Feed, first: int, last: int) -> None:
+        """Take the updates from `first` to `last` (exclusive) of the feed's block."""
+        for k, head in enumerate(self._heads):
+            z, expert, noise = feed.block(k)
+            block = _Block(z.data_ptr(), expert.data_ptr(), noise.data_ptr(), feed.tasks, BLOCK, self._loss_every)
+            if self._library.train(head, block, first, last):
+                raise MemoryError("a step's intermediate results do not fit into memory")
+
+    def params(self, k: int) -> Params:
+        """A copy of head k's current parameters, a stack of one."""
+        head, state = self._heads[k], self._states[k]
+        first, *others = self._names[k]
+        weights = state[:, 0].view(head.width, 1 + head.parts, head.padded)[..., : head.dim]
+        outer = {name: weights[:, 1 + part].T for part, name in enumerate(others)}
+        # `contiguous` keeps a tensor that is so already, as W_out of a single unit.
+        return {name: w.clone(memory_format=torch.contiguous_format)[None] for name, w in ({first: weights[:, 0]} | outer).items()}
+
+
+def _state(start: Params) -> Tensor:
+    """Weights and Adam's moments by hidden unit, (w, 3, (1 + parts) padded): W_in and the columns of each W_out."""
+    inner, *outer = start.values()
+    width, dim = inner.shape
+    padded = -(-dim // PADDING) * PADDING
+    state = torch.zeros(width, 3, 1 + len(outer), padded)
+    for part, weight in enumerate([inner, *(w.T for w in outer)]):
+        state[:, 0, part, :dim] = weight
+    return state.view(width, 3, -1)
+
+
+def _head(settings: HeadSettings, start: Params, state: Tensor, loss_sum: Tensor) -> _Head:
+    assert isinstance(settings, TrainedSettings), "ridge is solved, not trained"
+    width, dim = next(iter(start.values())).shape
+    parts = len(start) - 1
+    return _Head(
+        state=state.data_ptr(),
+        loss_sum=loss_sum.data_ptr(),
+        lr=settings.lr,
+        kl_weight=settings.kl_weight,
+        dim=dim,
+        padded=state.shape[-1] // (1 + parts),
+        width=width,
+        parts=parts,
+        batch=settings.batch_size,
+        samples=settings.samples,
+        loss=LOSSES.index(settings.loss),
+    )
