@@ -18,7 +18,7 @@
 #if defined(__AVX512F__)
 constexpr int LANES = 16, UNITS = 4, COLUMNS = 2;
 #elif defined(__AVX2__)
-constexpr int LANES = 8, UNITS = 2, COLUMNS = 1;
+constexpr int LANES = 8, UNITS = 3, COLUMNS = 1;
 #else  // 128 bits, as of NEON
 constexpr int LANES = 4, UNITS = 4, COLUMNS = 2;
 #endif
@@ -31,6 +31,13 @@ constexpr float BETA1 = 0.9f, BETA2 = 0.999f, EPSILON = 1e-8f, MIN_NORM = 1e-8f;
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float unaligned_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef float quad __attribute__((vector_size(16)));
+#if defined(__clang__)
+#define PICK(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+typedef int32_t int_quad __attribute__((vector_size(16)));
+#define PICK(a, b, i, j, k, l) __builtin_shuffle(a, b, int_quad{i, j, k, l})
+#endif
 
 enum Loss { L1, MSE, SMOOTH_L1, COSINE };  // in the order of LOSSES in config.py
 
@@ -55,6 +62,7 @@ struct Step {
     bool noted;                       // whether the loss is computed
     float *u, *out, *gradient;        // (width, rows), (rows, parts padded), ((1 + parts) padded)
     float *cosines;                   // (samples, 2)
+    int32_t *active;                  // (batch): rows in which a unit is not zero
     int64_t rows;                     // the batch, padded
 };
 
@@ -63,12 +71,24 @@ inline void store(float *p, vec x) { *reinterpret_cast<unaligned_vec *>(p) = x; 
 inline vec all(float x) { return x - vec{}; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+inline quad folded(vec x) {
+    quad part[LANES / 4];
+    memcpy(part, &x, sizeof x);
+    for (int half = LANES / 8; half; half /= 2)
+        for (int i = 0; i < half; ++i) part[i] += part[i + half];
+    return part[0];
+}
+
+// The sums of four vectors.
+inline quad sums(const vec *x) {
+    const quad a = folded(x[0]), b = folded(x[1]), c = folded(x[2]), d = folded(x[3]);
+    const quad ab = PICK(a, b, 0, 4, 1, 5) + PICK(a, b, 2, 6, 3, 7), cd = PICK(c, d, 0, 4, 1, 5) + PICK(c, d, 2, 6, 3, 7);
+    return PICK(ab, cd, 0, 1, 4, 5) + PICK(ab, cd, 2, 3, 6, 7);
+}
+
 inline float sum(vec x) {
-    float lane[LANES];
-    memcpy(lane, &x, sizeof x);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-    return lane[0];
+    const quad part = folded(x);
+    return part[0] + part[2] + (part[1] + part[3]);
 }
 
 // exp(x) to 2 units in the last place: 2^n times a polynomial of the rest. Infinite above 88.7, 0 below -87.3; NaN stays.
@@ -102,20 +122,19 @@ HOT void hidden_units(const Head &head, const Step &step) {
             const float *w[UNITS], *z[4];
             for (int c = 0; c < UNITS; ++c) w[c] = head.state + least(j + c, head.width - 1) * unit;
             for (int r = 0; r < 4; ++r) z[r] = step.z + least(b + r, head.batch - 1) * head.padded;
-            vec total[4][UNITS] = {};
+            vec total[UNITS][4] = {};
             for (int64_t i = 0; i < head.padded; i += LANES) {
                 vec row[4];
                 for (int r = 0; r < 4; ++r) row[r] = load(z[r] + i);
                 for (int c = 0; c < UNITS; ++c) {
                     const vec weight = load(w[c] + i);
-                    for (int r = 0; r < 4; ++r) total[r][c] += row[r] * weight;
+                    for (int r = 0; r < 4; ++r) total[c][r] += row[r] * weight;
                 }
             }
-            for (int c = 0; c < UNITS; ++c)
-                for (int r = 0; r < 4; ++r) {
-                    const float x = sum(total[r][c]);
-                    step.u[(j + c) * step.rows + b + r] = x < 0 ? 0 : x;
-                }
+            for (int c = 0; c < UNITS; ++c) {
+                const quad x = sums(total[c]), u = x < 0 ? quad{} : x;
+                memcpy(step.u + (j + c) * step.rows + b, &u, sizeof u);
+            }
         }
 }
 
@@ -233,25 +252,33 @@ template <int LOSS> HOT void output_gradient(const Head &head, const Step &step)
 template <int R>
 HOT void add_and_multiply(const float *const *row, const float *factor, const float *weights, int64_t size,
                           float *total, float *products) {
-    vec product[R] = {};
+    const float *from[R];  // local, as a store could change the arguments' arrays
+    vec by[R], product[ROWS] = {};
+    for (int r = 0; r < R; ++r) from[r] = row[r], by[r] = all(factor[r]);
     for (int64_t i = 0; i < size; i += LANES) {
         const vec weight = load(weights + i);
         vec added = load(total + i);
         for (int r = 0; r < R; ++r) {
-            const vec x = load(row[r] + i);
+            const vec x = load(from[r] + i);
             product[r] += x * weight;
-            added += x * factor[r];
+            added += x * by[r];
         }
         store(total + i, added);
     }
-    for (int r = 0; r < R; ++r) products[r] = sum(product[r]);
+    for (int r = 0; r < R; r += 4) {
+        const quad part = sums(product + r);
+        memcpy(products + r, &part, sizeof part);
+    }
 }
 
 template <int R>
 HOT void add_rows(const float *const *row, const float *factor, int64_t size, float *total) {
+    const float *from[R];
+    vec by[R];
+    for (int r = 0; r < R; ++r) from[r] = row[r], by[r] = all(factor[r]);
     for (int64_t i = 0; i < size; i += LANES) {
         vec added = load(total + i);
-        for (int r = 0; r < R; ++r) added += load(row[r] + i) * factor[r];
+        for (int r = 0; r < R; ++r) added += load(from[r] + i) * by[r];
         store(total + i, added);
     }
 }
@@ -276,7 +303,7 @@ template <int R> void unit_gradient(int count, const float *const *g, const floa
                                     const float *w_out, const Head &head, float *gradient) {
     if constexpr (R > 0) {
         if (count < R) return unit_gradient<R - 1>(count, g, z, u, w_out, head, gradient);
-        float u_gradient[R];
+        float u_gradient[ROWS];
         add_and_multiply<R>(g, u, w_out, head.parts * head.padded, gradient + head.padded, u_gradient);
         add_rows<R>(z, u_gradient, head.padded, gradient);
     }
@@ -291,18 +318,21 @@ void update_units(const Head &head, const Step &step) {
         float *w = head.state + j * 3 * size;
         const float *u = step.u + j * step.rows, *g[ROWS], *z[ROWS];
         memset(step.gradient, 0, size * sizeof(float));
-        float active[ROWS];
-        int count = 0;
-        for (int64_t b = 0; b < head.batch; ++b) {
-            if (u[b] != 0) {
-                g[count] = step.out + b * head.parts * head.padded;
-                z[count] = step.z + b * head.padded;
-                active[count++] = u[b];
+        int64_t active = 0;
+        for (int64_t b = 0; b < head.batch; ++b) {  // no branch, as it could not be foreseen
+            step.active[active] = b;
+            active += u[b] != 0;
+        }
+        for (int64_t from = 0; from < active; from += ROWS) {
+            const int count = least(ROWS, active - from);
+            float factor[ROWS];
+            for (int r = 0; r < count; ++r) {
+                const int64_t b = step.active[from + r];
+                g[r] = step.out + b * head.parts * head.padded;
+                z[r] = step.z + b * head.padded;
+                factor[r] = u[b];
             }
-            if (count == ROWS || b + 1 == head.batch) {
-                unit_gradient<ROWS>(count, g, z, active, w + head.padded, head, step.gradient);
-                count = 0;
-            }
+            unit_gradient<ROWS>(count, g, z, factor, w + head.padded, head, step.gradient);
         }
         Adam::update(adam, w, w + size, w + 2 * size, step.gradient, size);
     }
@@ -322,14 +352,14 @@ extern "C" int train(Head *head, const Block *block, int64_t first, int64_t last
     const int64_t features = head->batch * head->padded, values = head->batch * head->dim;
     const bool is_padded = head->dim != head->padded;
     const int64_t sizes[] = {rows * width, rows * head->parts * head->padded, (1 + head->parts) * head->padded,
-                             is_padded ? (2 + head->samples) * features : 0, 2 * (head->samples + 1)};
-    float *parts[5];
+                             is_padded ? (2 + head->samples) * features : 0, 2 * (head->samples + 1), head->batch};
+    float *parts[6];
     int64_t floats = 0;
     for (int64_t size : sizes) floats += (size + 15) / 16 * 16;
     float *memory = static_cast<float *>(aligned_alloc(64, floats * sizeof(float)));
     if (!memory) return 1;
     memset(memory, 0, floats * sizeof(float));
-    for (int64_t k = 0, at = 0; k < 5; at += (sizes[k++] + 15) / 16 * 16) parts[k] = memory + at;
+    for (int64_t k = 0, at = 0; k < 6; at += (sizes[k++] + 15) / 16 * 16) parts[k] = memory + at;
 
     constexpr decltype(&output_gradient<L1>) gradients[] = {output_gradient<L1>, output_gradient<MSE>,
                                                             output_gradient<SMOOTH_L1>, output_gradient<COSINE>};
@@ -337,7 +367,7 @@ extern "C" int train(Head *head, const Block *block, int64_t first, int64_t last
         const int64_t number = update / block->tasks, task = update % block->tasks;
         const int64_t at = (task * block->steps + number) * values, stride = block->steps * values;
         Step step = {block->z + at, block->expert + at, nullptr, stride, number % block->loss_every == 0,
-                     parts[0], parts[1], parts[2], parts[4], rows};
+                     parts[0], parts[1], parts[2], parts[4], reinterpret_cast<int32_t *>(parts[5]), rows};
         if (head->samples) step.noise = block->noise + task * head->samples * stride + number * values;
         if (is_padded) {
             float *padded = parts[3];
