@@ -20,7 +20,15 @@ setup(
             language="c++",
             # A multiplication and an addition become one instruction; no error number and no trap, so that roots and
             # choices are vectorised. Nothing else of -ffast-math: NaN and infinity stay what they are.
-            extra_compile_args=["-std=c++17", "-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", *flags],
+            extra_compile_args=[
+                "-std=c++17",
+                "-O3",
+                "-g0",
+                "-ffp-contract=fast",
+                "-fno-math-errno",
+                "-fno-trapping-math",
+                *flags,
+            ],
             optional=True,
             py_limited_api=True,  # it uses nothing of Python's: one wheel serves all versions
         )

@@ -265,15 +265,15 @@ def _train(
     ]
     counter = StepCounter(sum(request.workload.head_steps for request in runs), progress)
     retries = []
-    workers = max(plan.workers for plan in plans)
-    # Workers take seconds to start, so they are started before features are read.
-    with Pool(workers) if workers else nullcontext() as pool:
+    processes = max(plan.processes for plan in plans)
+    # Processes take seconds to start, so they are started before features are read.
+    with Pool(processes) if processes else nullcontext() as pool:
         for group, plan in zip(groups.values(), plans, strict=True):
-            with scratch_folder() if is_large or plan.workers else nullcontext() as scratch:
+            with scratch_folder() if is_large or plan.processes else nullcontext() as scratch:
                 loaded = LoadedTasks(cache, _tasks_of(group), common.fit_split, scratch)
                 jobs = [_job(request, loaded, runs[request]) for request in group]
                 stacks = {number: stack for stack in plan.stacks for number in stack}
-                for number, outcome in execute(jobs, plan, pool if plan.workers else None, counter):
+                for number, outcome in execute(jobs, plan, pool if plan.processes else None, counter):
                     request = group[number]
                     if isinstance(outcome, ProbsurgeryError):
                         yield request, outcome

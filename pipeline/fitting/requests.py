@@ -68,7 +68,8 @@ def head_requests(config: FitConfig, cache: Cache, *, keep_heads: bool) -> tuple
         if config.online:
             steps = seen_count(config, cache.rows(tasks[0], config.fit_split))
             settings = changed_settings(settings, steps=steps)
-        workload = Workload(settings, len(tasks), cache.dim)
+        batches = (tasks, config.seed, config.fraction, config.holdout, config.online)
+        workload = Workload(settings, len(tasks), cache.dim, batches)
         requests.append(HeadRequest(config, name, tasks, workload, fingerprint(description(config, cache, tasks))))
     return tuple(requests)
 

@@ -67,10 +67,13 @@ class TrainingPlan(Record, frozen=True, omit_defaults=False):
     stack: Count = 1
     """Heads trained together."""
     workers: Count = 0
+    """Processes that trained stacks side by side, or threads if a compiled kernel did."""
     graph: bool = False
     """Whether a step was replayed as a CUDA graph."""
     precision: Text = "fp32"
     """`fp32`, `tf32`, or `fp64` for ridge."""
+    kernel: Text = "torch"
+    """`avx512`, `avx2` or `neon` if a compiled step trained."""
 
 
 class ResultRow(Record, frozen=True, kw_only=True):

@@ -23,8 +23,6 @@ VARIABLE = "PROBSURGERY_KERNEL"
 TORCH = "torch"
 KERNELS = ("avx512", "avx2", "neon")
 """In the order of preference."""
-MAX_BATCH = 512
-"""Rows of a batch above which torch's products of large matrices are faster."""
 PADDING = 32
 """Features are padded to a multiple of this."""
 
@@ -35,7 +33,10 @@ class _Head(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("state", "loss_sum")),
         *((name, ctypes.c_double) for name in ("lr", "kl_weight")),
-        *((name, ctypes.c_int64) for name in ("dim", "padded", "width", "parts", "batch", "samples", "loss", "updates")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("dim", "padded", "width", "parts", "batch", "samples", "loss", "updates")
+        ),
     ]
 
 
@@ -48,17 +49,13 @@ class _Block(ctypes.Structure):
     ]
 
 
-def kernel_of(settings: HeadSettings, device: torch.device) -> str:
-    """The kernel that trains a head: one of `KERNELS`, or `torch`. It depends on nothing else that is trained."""
-    covered = settings.is_trained and device.type == "cpu" and settings.batch_size <= MAX_BATCH
-    return available_kernel() if covered else TORCH
+def kernel_for(device: torch.device) -> str:
+    """What trains heads on a device: on a CPU the fastest of `KERNELS` that was compiled and that it runs, or `torch`.
 
-
-def available_kernel() -> str:
-    """The fastest kernel that was compiled and that this processor runs, or the one that `PROBSURGERY_KERNEL` names.
-
-    Raises `InputError` if that one cannot be used.
+    On a CPU, `PROBSURGERY_KERNEL` may name another. Raises `InputError` if that one cannot be used.
     """
+    if device.type != "cpu":
+        return TORCH
     usable = [name for name in _supported() if _library(name) is not None]
     asked = os.environ.get(VARIABLE, "")
     if not asked:
@@ -128,7 +125,10 @@ class CompiledStack:
         weights = state[:, 0].view(head.width, 1 + head.parts, head.padded)[..., : head.dim]
         outer = {name: weights[:, 1 + part].T for part, name in enumerate(others)}
         # `contiguous` keeps a tensor that is so already, as W_out of a single unit.
-        return {name: w.clone(memory_format=torch.contiguous_format)[None] for name, w in ({first: weights[:, 0]} | outer).items()}
+        return {
+            name: w.clone(memory_format=torch.contiguous_format)[None]
+            for name, w in ({first: weights[:, 0]} | outer).items()
+        }
 
 
 def _state(start: Params) -> Tensor:

@@ -18,7 +18,7 @@ from probsurgery.pipeline.heads.kinds import Params, initial_params
 from probsurgery.pipeline.heads.ridge import solve_ridge
 from probsurgery.pipeline.training.adam_step import Stack
 from probsurgery.pipeline.training.batches import BLOCK, Batch, Feed, Job, generator
-from probsurgery.pipeline.training.kernel import TORCH, CompiledStack, kernel_of
+from probsurgery.pipeline.training.kernel import TORCH, CompiledStack
 
 LOSS_EVERY = 8
 """Steps from one evaluation of the loss to the next. The gradients do not need it, and it takes up to a quarter of a
@@ -78,11 +78,13 @@ def train_stack(
     jobs: Sequence[Job],
     device: torch.device | str = "cpu",
     *,
+    kernel: str = TORCH,
     graph: bool = False,
     advance: Callable[[int], None] | None = None,
 ) -> list[Outcome]:
     """Train K heads as one stack; `advance` is called with the number of head-steps that have just been done.
 
+    `kernel` is `torch`, or one of `kernel.KERNELS` on a CPU; `graph` replays torch's step as a CUDA graph.
     The heads agree in steps, batch size, samples and the number of tasks. Where torch trains, their settings may differ
     in `HeadKind.per_head` only. A head whose loss
     is not finite becomes an error in the list and does not affect the others. Any other failure, such as memory that
@@ -95,18 +97,18 @@ def train_stack(
         with current:
             if not jobs[0].settings.is_trained:
                 return [_solve(job, device) for job in jobs]
-            return _run_steps(jobs, device, graph, advance)
+            return _run_steps(jobs, device, kernel, graph, advance)
     except (RuntimeError, MemoryError) as error:
         return [ProbsurgeryError(f"training failed: {first_line(error)}") for _ in jobs]
 
 
 def _run_steps(
-    jobs: Sequence[Job], device: torch.device, graph: bool, advance: Callable[[int], None] | None
+    jobs: Sequence[Job], device: torch.device, kernel: str, graph: bool, advance: Callable[[int], None] | None
 ) -> list[Outcome]:
     begun = time.perf_counter()
     settings, tasks = jobs[0].settings, len(jobs[0].rows)
     starts = [initial_params(job.settings, job.dim, generator(job.label, job.seed, "init")) for job in jobs]
-    stack, run = _stack(kernel_of(settings, device), [job.settings for job in jobs], starts, device, graph)
+    stack, run = _stack(kernel, [job.settings for job in jobs], starts, device, graph)
     feed = Feed(jobs, device, ahead=device.type == "cuda")
     curves: list[list[tuple[int, float]]] = [[] for _ in jobs]
     earlier: list[dict[int, Fitted]] = [{} for _ in jobs]

@@ -1,21 +1,21 @@
 """Which heads are trained together, and where. A plan decides how long a sweep takes, and changes no head's result.
 
-On a CPU the state of a stack (weights, gradients, Adam's moments) should stay in a core's share of the cache: wide
-heads are trained one or few at a time, narrow ones in stacks that share the overhead of a step's dozen calls. The
-stacks go to worker processes of one thread each. On CUDA one stack takes as many heads as memory allows, and its step
-is replayed as one graph.
+On a CPU a compiled kernel trains one head at a time; heads that see the same batches form a stack, which draws them
+once, and the stacks go to threads. Without a kernel, torch trains: the state of a stack (weights, gradients, Adam's
+moments) should stay in a core's share of the cache, so wide heads are trained one or few at a time, narrow ones in
+stacks that share the overhead of a step's dozen calls. These go to worker processes of one thread each. On CUDA one
+stack takes as many heads as memory allows, and its step is replayed as one graph.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Self
 
-import numpy as np
 import torch
 
 from probsurgery.pipeline.config import HeadSettings, changed_settings
@@ -26,7 +26,9 @@ from probsurgery.pipeline.progress import Progress, no_progress
 from probsurgery.pipeline.store.results import TrainingPlan
 from probsurgery.pipeline.store.scratch import scratch_folder
 from probsurgery.pipeline.training.batches import BLOCK, Job
+from probsurgery.pipeline.training.kernel import TORCH, kernel_for
 from probsurgery.pipeline.training.loop import Fitted, Outcome, train_stack
+from probsurgery.pipeline.training.threads import run_in_threads
 from probsurgery.pipeline.training.workers import SUPPORTED, Pool
 
 MIN_WORKER_UPDATES = 3e9
@@ -50,17 +52,28 @@ class Plan:
     stacks: tuple[tuple[int, ...], ...]
     """Numbers of the jobs trained together, the longest work first."""
     workers: int = 0
-    """Processes of one thread each; 0: this process trains."""
+    """Processes of one thread each, or threads of this process if a compiled kernel trains; 0: the caller's thread."""
+    kernel: str = TORCH
     graph: bool = False
     """Whether a step is replayed as a CUDA graph."""
     tf32: bool = False
     """Whether CUDA multiplies in TF32."""
 
+    @property
+    def processes(self) -> int:
+        """Worker processes that the plan needs."""
+        return self.workers if self.kernel == TORCH else 0
+
+    @property
+    def threads(self) -> int:
+        """Threads that train, besides the caller's."""
+        return self.workers - self.processes
+
     def record(self, stack: Sequence[int], settings: HeadSettings) -> TrainingPlan:
         """What the result of a head in this stack records of the plan."""
         if not settings.is_trained:  # solved by this process
             return TrainingPlan(precision="fp64")
-        return TrainingPlan(len(stack), self.workers, self.graph, "tf32" if self.tf32 else "fp32")
+        return TrainingPlan(len(stack), self.workers, self.graph, "tf32" if self.tf32 else "fp32", self.kernel)
 
 
 @dataclass(frozen=True)
@@ -72,10 +85,12 @@ class Workload:
     """Tasks whose batches the head takes in turn."""
     dim: int
     """d, the features' width."""
+    batches: Hashable = None
+    """Heads for which this is equal take the same rows and noise, if they agree in batch size and samples."""
 
     @classmethod
     def of(cls, job: Job) -> Self:
-        return cls(job.settings, len(job.rows), job.dim)
+        return cls(job.settings, len(job.rows), job.dim, (*map(id, job.rows), job.seed, job.online))
 
     @property
     def parameters(self) -> int:
@@ -104,11 +119,13 @@ class Workload:
         draws, batch_bytes = self.settings.samples, 4 * self.settings.batch_size * self.dim
         return self.state_bytes + batch_bytes * (BLOCK * self.tasks * (2 + draws) + 8 + 4 * draws)
 
-    @property
-    def stack_key(self) -> tuple[HeadSettings, int, int]:
-        """Heads with the same key can be trained in one stack."""
-        per_head = HEADS[self.settings.kind].per_head
-        return changed_settings(self.settings, **dict.fromkeys(per_head, 0)), self.tasks, self.dim
+    def stack_key(self, kernel: str) -> Hashable:
+        """Heads with the same key can be trained in one stack, and gain by it."""
+        settings = self.settings
+        if kernel == TORCH or not settings.is_trained:
+            per_head = HEADS[settings.kind].per_head
+            return changed_settings(settings, **dict.fromkeys(per_head, 0)), self.tasks, self.dim
+        return settings.steps, settings.batch_size, settings.samples, self.tasks, self.dim, self.batches
 
 
 def make_plan(
@@ -119,41 +136,50 @@ def make_plan(
     tf32: bool = False,
     held_bytes: int = 0,
 ) -> Plan:
-    """Choose stacks, workers and graph; `held_bytes` is memory that the caller needs besides.
+    """Choose kernel, stacks, workers and graph; `held_bytes` is memory that the caller needs besides.
 
     `workers` of None: as many as torch has threads, if the work is worth starting them. Raises `InputError` if memory
     is too small for one head at a time.
     """
     free = available_memory(device) - held_bytes
-    cuda = device.type == "cuda"
-    if cuda or not SUPPORTED:
+    cuda, kernel = device.type == "cuda", kernel_for(device)
+    worker_bytes = PROCESS_BYTES if kernel == TORCH else 0
+    if cuda or (kernel == TORCH and not SUPPORTED):
         workers = 0
     elif workers is None:
         updates = sum(workload.weight_updates for workload in workloads)
-        workers = torch.get_num_threads() if updates > MIN_WORKER_UPDATES else 0
-    workers = min(workers, max(0, free // PROCESS_BYTES))
+        workers = torch.get_num_threads() if updates > MIN_WORKER_UPDATES or kernel != TORCH else 0
+    if worker_bytes:
+        workers = min(workers, max(0, free // worker_bytes))
     groups, limits = defaultdict(list), {}
     for number, workload in enumerate(workloads):
-        groups[workload.stack_key].append(number)
-    for key, (first, *_) in groups.items():
-        in_memory = max(1, int(0.8 * free) // workloads[first].total_bytes)
-        limits[key] = in_memory if cuda else _cpu_limit(workloads[first], workers)
+        groups[workload.stack_key(kernel)].append(number)
+    for key, numbers in groups.items():
+        numbers.sort(key=lambda number: -workloads[number].parameters)
+        in_memory = max(1, int(0.8 * free) // workloads[numbers[0]].total_bytes)
+        if cuda:
+            limits[key] = in_memory
+        elif kernel == TORCH:
+            limits[key] = _cpu_limit(workloads[numbers[0]], workers)
+        else:
+            limits[key] = min(MAX_CPU_STACK, max(1, in_memory // max(1, workers)))
     many = sum(math.ceil(len(numbers) / limits[key]) for key, numbers in groups.items()) >= 2 * workers
     stacks = []
     for key, numbers in groups.items():
         # Few stacks are cut so that every worker has as much to do; many stacks even out by themselves.
         multiple = 1 if many else workers
         count = math.ceil(len(numbers) / (limits[key] * multiple)) * multiple
-        stacks += [stack.tolist() for stack in np.array_split(numbers, min(count, len(numbers)))]
+        count = min(count, len(numbers))
+        stacks += [numbers[first::count] for first in range(count)]  # the widest are spread over all
     stacks.sort(key=lambda stack: -sum(workloads[number].weight_updates for number in stack))
     trained = sum(workloads[stack[0]].settings.is_trained for stack in stacks)
     workers = min(workers, trained) if trained > 1 else 0
     largest = max((sum(workloads[number].total_bytes for number in stack) for stack in stacks), default=0)
-    workers = min(workers, max(1, free // (largest + PROCESS_BYTES)))
-    needed = largest if cuda else max(1, workers) * largest + workers * PROCESS_BYTES
+    workers = min(workers, max(1, free // (largest + worker_bytes)))
+    needed = largest if cuda else max(1, workers) * largest + workers * worker_bytes
     if needed > free:
         raise too_large(len(workloads), needed + held_bytes, free + held_bytes)
-    return Plan(device, tuple(map(tuple, stacks)), workers, graph=cuda, tf32=tf32 and cuda)
+    return Plan(device, tuple(map(tuple, stacks)), workers, kernel, graph=cuda, tf32=tf32 and cuda)
 
 
 def too_large(heads: int, needed: int, free: int) -> InputError:
@@ -196,20 +222,25 @@ def execute(
 ) -> Iterator[tuple[int, Outcome]]:
     """Train every job as planned. Yields (number of the job, outcome) as stacks finish.
 
-    A pool needs the rows of the jobs on disk (`Rows.spilled`). Ridge is solved by this process. `advance` is called
-    with the number of head-steps that have just been done.
+    A plan with processes takes a pool, which needs the rows of the jobs on disk (`Rows.spilled`). Ridge is solved by
+    the caller's thread. `advance` is called with the number of head-steps that have just been done.
     """
     for_workers = []
     for numbers in plan.stacks:
         stack = [jobs[number] for number in numbers]
-        if pool is not None and stack[0].settings.is_trained:
+        if stack[0].settings.is_trained and (pool is not None or plan.threads):
             for_workers.append((numbers, stack))
             continue
         with _torch_settings(stack, plan):
-            outcomes = train_stack(stack, plan.device, graph=plan.graph, advance=advance)
+            outcomes = train_stack(stack, plan.device, kernel=plan.kernel, graph=plan.graph, advance=advance)
         yield from zip(numbers, outcomes, strict=True)
+    stacks = [stack for _, stack in for_workers]
     if pool is not None:
-        for index, outcomes in pool.run([stack for _, stack in for_workers], advance):
+        finished = pool.run(stacks, advance)
+    else:
+        finished = run_in_threads(stacks, max(1, plan.threads), plan.kernel, advance)
+    with closing(finished):
+        for index, outcomes in finished:
             yield from zip(for_workers[index][0], outcomes, strict=True)
 
 
@@ -244,7 +275,7 @@ def fit_heads(
     workloads = [Workload.of(job) for job in jobs]
     plan = make_plan(workloads, torch.device(device), workers=workers)
     counter = StepCounter(sum(workload.head_steps for workload in workloads), progress)
-    if plan.workers:
+    if plan.processes:
         with scratch_folder() as scratch, Pool(plan.workers) as pool:
             spilled = {key: rows.spilled(Path(mkdtemp(dir=scratch))) for key, rows in distinct.items()}
             jobs = [replace(job, rows=tuple(spilled[id(rows)] for rows in job.rows)) for job in jobs]

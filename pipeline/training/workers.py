@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, Self
@@ -52,7 +52,7 @@ class Pool:
 
     def run(
         self, stacks: Sequence[Sequence[Job]], advance: Callable[[int], None] | None = None
-    ) -> Iterator[tuple[int, list[Outcome]]]:
+    ) -> Generator[tuple[int, list[Outcome]], None, None]:
         """Train every stack. Yields (number of the stack, outcomes of its heads) as stacks finish.
 
         The rows of the jobs must be on disk (`Rows.spilled`). If a worker dies, the heads that it was training become
