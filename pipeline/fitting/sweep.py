@@ -55,6 +55,8 @@ class SweepResult:
     """Heads fitted now; the others existed already, or failed."""
     failures: tuple[tuple[str, str], ...]
     """(label, reason) of each head that could not be fitted."""
+    kernels: tuple[str, ...]
+    """What trained the heads: `torch`, or the compiled steps of `TrainingPlan.kernel`."""
     seconds: float
 
 
@@ -97,6 +99,7 @@ def sweep(config: SweepConfig, progress: Progress = no_progress) -> SweepResult:
         heads=len(results) * (1 if config.shared else len(tasks)),
         fitted=sum(result.fitted for result in results),
         failures=tuple(failure for result in results for failure in result.failures),
+        kernels=tuple(sorted({row.plan.kernel for result in results for row in result.rows if row.plan})),
         seconds=time.perf_counter() - begun,
     )
 

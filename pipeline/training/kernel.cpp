@@ -23,7 +23,8 @@ constexpr int LANES = 8, UNITS = 3, COLUMNS = 1;
 constexpr int LANES = 4, UNITS = 4, COLUMNS = 2;
 #endif
 constexpr int ROWS = 8;  // of a tile; the rows of u and of the outputs are padded to a multiple
-constexpr float BETA1 = 0.9f, BETA2 = 0.999f, EPSILON = 1e-8f, MIN_NORM = 1e-8f;
+constexpr double BETA1 = 0.9, BETA2 = 0.999;  // in double, as 1 - 0.999f is not 0.001f
+constexpr float EPSILON = 1e-8f, MIN_NORM = 1e-8f;
 
 // Inlined into their callers, these loops lose their registers to GCC's allocation.
 #define HOT __attribute__((noinline)) static
@@ -289,8 +290,8 @@ struct Adam {
     HOT void update(Adam adam, float *__restrict w, float *__restrict mean, float *__restrict square,
                     const float *__restrict gradient, int64_t size) {
         for (int64_t i = 0; i < size; ++i) {
-            const float g = gradient[i], m = mean[i] + (1 - BETA1) * (g - mean[i]);
-            const float v = BETA2 * square[i] + (1 - BETA2) * g * g;
+            const float g = gradient[i], m = mean[i] + float(1 - BETA1) * (g - mean[i]);
+            const float v = float(BETA2) * square[i] + float(1 - BETA2) * g * g;
             mean[i] = m;
             square[i] = v;
             w[i] -= adam.rate * m / (adam.root * std::sqrt(v) + EPSILON);
@@ -313,7 +314,7 @@ template <int R> void unit_gradient(int count, const float *const *g, const floa
 void update_units(const Head &head, const Step &step) {
     const int64_t size = (1 + head.parts) * head.padded;
     const double count = head.updates + 1;
-    const Adam adam = {float(head.lr / (1 - std::pow(0.9, count))), float(1 / std::sqrt(1 - std::pow(0.999, count)))};
+    const Adam adam = {float(head.lr / (1 - std::pow(BETA1, count))), float(1 / std::sqrt(1 - std::pow(BETA2, count)))};
     for (int64_t j = 0; j < head.width; ++j) {
         float *w = head.state + j * 3 * size;
         const float *u = step.u + j * step.rows, *g[ROWS], *z[ROWS];

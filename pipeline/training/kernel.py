@@ -56,7 +56,7 @@ def kernel_for(device: torch.device) -> str:
     """
     if device.type != "cpu":
         return TORCH
-    usable = [name for name in _supported() if _library(name) is not None]
+    usable = usable_kernels()
     asked = os.environ.get(VARIABLE, "")
     if not asked:
         return (*usable, TORCH)[0]
@@ -65,6 +65,11 @@ def kernel_for(device: torch.device) -> str:
     if asked not in (*usable, TORCH):
         raise InputError(f"{VARIABLE} is {asked}, which this installation or processor lacks; unset it, or use torch")
     return asked
+
+
+def usable_kernels() -> tuple[str, ...]:
+    """Kernels that were compiled and that this processor runs, the fastest first."""
+    return tuple(name for name in _supported() if _library(name) is not None)
 
 
 def _supported() -> tuple[str, ...]:

@@ -174,6 +174,8 @@ def make_plan(
     stacks.sort(key=lambda stack: -sum(workloads[number].weight_updates for number in stack))
     trained = sum(workloads[stack[0]].settings.is_trained for stack in stacks)
     workers = min(workers, trained) if trained > 1 else 0
+    if kernel != TORCH and workers == 1:
+        workers = 0  # a single thread is the caller's
     largest = max((sum(workloads[number].total_bytes for number in stack) for stack in stacks), default=0)
     workers = min(workers, max(1, free // (largest + worker_bytes)))
     needed = largest if cuda else max(1, workers) * largest + workers * worker_bytes
