@@ -17,6 +17,7 @@ from probsurgery.pipeline.models import architectures
 from probsurgery.pipeline.store import arrays
 from probsurgery.pipeline.store.cache import Cache
 from probsurgery.pipeline.training import plan
+from probsurgery.pipeline.training.kernel import TORCH, VARIABLE
 from probsurgery.pipeline.training.workers import Pool
 from support import TINY, write_cache
 
@@ -77,6 +78,12 @@ def shared_workers():
         for module in (fit, plan):
             patch.setattr(module, "Pool", lambda workers: nullcontext(pool))
         yield
+
+
+@pytest.fixture
+def torch_trains(monkeypatch):
+    """Heads are trained by torch, also where a kernel was compiled; so stacks go to worker processes."""
+    monkeypatch.setenv(VARIABLE, TORCH)
 
 
 @pytest.fixture

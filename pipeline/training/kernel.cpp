@@ -92,7 +92,7 @@ inline float sum(vec x) {
     return part[0] + part[2] + (part[1] + part[3]);
 }
 
-// exp(x) to 2 units in the last place: 2^n times a polynomial of the rest. Infinite above 88.7, 0 below -87.3; NaN stays.
+// exp(x) to 1e-7 of its value: 2^n times a polynomial of the rest. Infinite above 88.7, 0 below -87.3; NaN stays.
 inline vec exponential(vec x) {
     const vec high = all(88.72f), low = all(-87.3f);
     vec bounded = x > high ? high : x;

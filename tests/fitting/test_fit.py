@@ -246,7 +246,7 @@ def test_the_loss_goes_down_and_is_recorded(tmp_path):
     (training,) = json.loads((result.path / "head.json").read_text())["fits"]
     assert training["loss_curve"][-1][0] == 500
     assert training["loss_curve"][-1][1] < 0.8 * training["loss_curve"][0][1]
-    assert training["plan"].keys() == {"stack", "workers", "graph", "precision"}
+    assert training["plan"].keys() == {"stack", "workers", "graph", "precision", "kernel"}
     ridge = fit(FitConfig(path, RidgeSettings()))
     assert json.loads((ridge.path / "head.json").read_text())["fits"][0]["penalty"] > 0
 

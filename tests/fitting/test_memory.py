@@ -11,6 +11,7 @@ from probsurgery.pipeline import device
 from probsurgery.pipeline.config import FitConfig, ProbSettings, RidgeSettings, SurgerySettings, SweepConfig
 from probsurgery.pipeline.device import available_memory
 from probsurgery.pipeline.fitting import fit, sweep
+from probsurgery.pipeline.training.kernel import TORCH, VARIABLE
 from support import write_cache
 
 ROWS, DIM = 75_000, 128
@@ -73,9 +74,10 @@ def test_features_beyond_memory_give_the_results_of_the_run_in_memory(large, tmp
     assert control.returncode != 0, "the limit does not bind"
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_one_task_at_a_time_gives_the_same_heads(tmp_path, monkeypatch, shared_workers, workers):
+@pytest.mark.parametrize(("kernel", "workers"), [("", 0), ("", 2), (TORCH, 2)])
+def test_one_task_at_a_time_gives_the_same_heads(tmp_path, monkeypatch, shared_workers, kernel, workers):
     """For whole grids, whatever is trained together."""
+    monkeypatch.setenv(VARIABLE, kernel)
     path = write_cache(tmp_path / "cache", {"a": 300, "b": 200, "c": 11}, splits=("test", "train"))
     settings = {"rank": (2, 4), "hidden": (4,), "steps": (60,)}
     grids = [

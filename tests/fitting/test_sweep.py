@@ -115,7 +115,7 @@ def test_rows_are_those_of_a_fit_and_name_their_plan(small_cache, tmp_path):
     expected = next(other for other in same.rows if other.task == row.task)
     values, expected_values = row.to_json(), expected.to_json()
     assert values.keys() == expected_values.keys()
-    assert values["plan"].keys() == {"stack", "workers", "graph", "precision"}
+    assert values["plan"].keys() == {"stack", "workers", "graph", "precision", "kernel"}
     for changing in ("seconds", "plan", "bias", "accuracy"):
         del values[changing], expected_values[changing]
     assert values == expected_values
@@ -183,7 +183,7 @@ def test_heads_are_kept_on_request(small_cache):
 
 
 def test_an_interrupt_keeps_every_finished_head(small_cache):
-    """The heads have two shapes, so one stack is done while the other is not."""
+    """Some stacks are done while others are not: the heads have two shapes, and six streams of batches."""
     seen = []
 
     def interrupt(done, total, best):
@@ -193,9 +193,10 @@ def test_an_interrupt_keeps_every_finished_head(small_cache):
 
     with pytest.raises(KeyboardInterrupt):
         sweep(grid(small_cache), interrupt)
-    assert len(read_results(small_cache.path)) == 12
+    kept = len(read_results(small_cache.path))
+    assert 12 <= kept < 24
     assert seen[0][1] == 24 * 60
-    assert sweep(grid(small_cache)).fitted == 12
+    assert sweep(grid(small_cache)).fitted == 24 - kept
 
 
 def test_the_best_so_far_is_by_bias_and_does_not_depend_on_labels(tmp_path):
@@ -324,12 +325,12 @@ def test_a_grid_that_memory_does_not_hold_is_refused_with_its_size(small_cache, 
     names = ("hidden", "kl-weight", "samples", "steps", "batch-size")
     every = [part for name in names for part in (f"--{name}", ",".join(map(str, range(1, 1_000))))]
     refused(run("sweep", "--cache", small_cache.path, "--seed", many, *every), "GiB", "in parts")
-    monkeypatch.setattr("probsurgery.pipeline.training.plan.available_memory", lambda device: 2**20)
+    monkeypatch.setattr("probsurgery.pipeline.training.plan.available_memory", lambda device: 2**15)
     with pytest.raises(InputError, match="24 heads need about .*run the grid in parts"):
         sweep(grid(small_cache))
 
 
-def test_an_interrupt_from_the_terminal_is_one_line_and_leaves_nothing_behind(small_cache, tmp_path):
+def test_an_interrupt_from_the_terminal_is_one_line_and_leaves_nothing_behind(small_cache, tmp_path, torch_trains):
     """Ctrl-C goes to the whole process group, workers that are just starting included; SIGTERM to the command."""
     (scratch := tmp_path / "scratch").mkdir()
     command = [sys.executable, "-m", "probsurgery", "sweep", "--cache", small_cache.path, "--workers", "2"]
@@ -356,7 +357,7 @@ def test_an_interrupt_from_the_terminal_is_one_line_and_leaves_nothing_behind(sm
         assert list(scratch.iterdir()) == []
 
 
-def test_a_full_scratch_folder_is_one_line(small_cache, run, monkeypatch):
+def test_a_full_scratch_folder_is_one_line(small_cache, run, monkeypatch, torch_trains):
     def full(*arguments):
         raise OSError("94528 requested and 25568 written")
 
@@ -409,7 +410,7 @@ def test_a_head_that_fails_is_named_and_the_others_are_kept(tmp_path, run):
     assert "0 of 4 heads fitted" in out
 
 
-def test_a_dead_workers_heads_are_named_and_the_others_are_kept(small_cache, run, monkeypatch):
+def test_a_dead_workers_heads_are_named_and_the_others_are_kept(small_cache, run, monkeypatch, torch_trains):
     real = fit_module.execute
 
     def with_a_kill(jobs, plan, pool, advance):

@@ -22,6 +22,13 @@ from probsurgery.pipeline.training.threads import run_in_threads
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not usable_kernels(), reason="no kernel was compiled for this processor")
+
+
+@pytest.fixture(autouse=True)
+def _no_choice(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+
+
 every_kernel = pytest.mark.parametrize("kernel", usable_kernels() or [None])
 
 

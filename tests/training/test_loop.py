@@ -10,8 +10,15 @@ from autograd_loop import DIM, assert_same, plain_loop, rows
 from probsurgery.pipeline.config import LOSSES, ProbSettings, RidgeSettings, SurgerySettings
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
 from probsurgery.pipeline.training.batches import Job, Rows, Stream
+from probsurgery.pipeline.training.kernel import TORCH, VARIABLE
 from probsurgery.pipeline.training.loop import train_stack
 from probsurgery.pipeline.training.plan import fit_heads
+
+
+@pytest.fixture(autouse=True, params=["torch", "the fastest"])
+def _kernel(request, monkeypatch):
+    """Every test runs with torch's step, and with a compiled one if there is one."""
+    monkeypatch.setenv(VARIABLE, TORCH if request.param == "torch" else "")
 
 
 def assert_parity(jobs):

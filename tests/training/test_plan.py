@@ -53,7 +53,7 @@ def trained(plan, all_jobs, tmp_path, advance=None):
 
 
 @pytest.mark.parametrize("path", ["stacks", "single heads", "workers"])
-def test_every_path_takes_the_steps_of_the_plain_loop(path, tmp_path):
+def test_every_path_takes_the_steps_of_the_plain_loop(path, tmp_path, torch_trains):
     all_jobs = jobs()
     plan = make_plan([Workload.of(job) for job in all_jobs], CPU, workers=2 if path == "workers" else 0)
     if path == "single heads":
@@ -83,7 +83,7 @@ def test_at_the_papers_steps_metrics_are_those_of_the_plain_loop_within_seed_noi
     assert abs(biases[0] - bias(plain_loop(Job((data,), settings, 0)))) < spread
 
 
-def test_other_heads_in_a_sweep_change_a_head_by_float_noise_at_most():
+def test_other_heads_in_a_sweep_change_a_head_by_float_noise_at_most(torch_trains):
     everything = jobs()
     among = fit_heads(everything)
     for number in (0, 4, 7):
@@ -91,7 +91,7 @@ def test_other_heads_in_a_sweep_change_a_head_by_float_noise_at_most():
         assert all(torch.allclose(alone[n], among[number].params[n], atol=1e-5, rtol=0) for n in alone)
 
 
-def test_a_head_that_fails_does_not_affect_the_others_of_its_stack():
+def test_a_head_that_fails_does_not_affect_the_others_of_its_stack(torch_trains):
     settings, huge = ProbSettings(steps=128, hidden=8, loss="mse"), rows("a", 50).merged * 1e25
     wild, tame = Job((Rows("a", huge, -huge),), settings), Job((rows("b", 50, 1),), settings)
     plan = make_plan([Workload.of(job) for job in (wild, tame)], CPU)
@@ -123,7 +123,7 @@ def plan_of(settings, heads, **choices):
     return make_plan([Workload(settings, 1, 512)] * heads, CPU, **choices)
 
 
-def test_wide_heads_go_singly_or_in_few_and_narrow_ones_in_stacks(monkeypatch):
+def test_wide_heads_go_singly_or_in_few_and_narrow_ones_in_stacks(monkeypatch, torch_trains):
     monkeypatch.setattr(plan_module, "_last_level_cache", lambda: 16 * 2**20)
     wide, narrow = ProbSettings(hidden=256), SurgerySettings(rank=4)
     assert {len(stack) for stack in plan_of(wide, 8, workers=2).stacks} == {1}
@@ -138,7 +138,7 @@ def test_wide_heads_go_singly_or_in_few_and_narrow_ones_in_stacks(monkeypatch):
     assert {len(stack) for stack in plan_of(ProbSettings(), 8, workers=2).stacks} == {4}
 
 
-def test_workers_are_started_when_the_work_is_worth_it():
+def test_workers_are_started_when_the_work_is_worth_it(torch_trains):
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
@@ -152,7 +152,7 @@ def test_workers_are_started_when_the_work_is_worth_it():
         torch.set_num_threads(before)
 
 
-def test_every_head_is_planned_once_and_the_longest_first():
+def test_every_head_is_planned_once_and_the_longest_first(torch_trains):
     workloads = [Workload(ProbSettings(hidden=h, kl_weight=k), 1, 64) for h in (8, 128, 32) for k in (0, 1, 2)]
     plan = make_plan(workloads, CPU, workers=2)
     assert sorted(number for stack in plan.stacks for number in stack) == list(range(9))
@@ -178,7 +178,7 @@ def test_cuda_takes_stacks_as_large_as_memory_allows_and_a_graph(monkeypatch):
     assert 1 < max(map(len, small.stacks)) < 100
 
 
-def test_what_memory_does_not_hold_is_refused_with_its_size(monkeypatch):
+def test_what_memory_does_not_hold_is_refused_with_its_size(monkeypatch, torch_trains):
     monkeypatch.setattr(plan_module, "available_memory", lambda device: 2 * 2**30)
     with pytest.raises(
         InputError, match=r"8 heads need about .* GiB of memory, and 2\.0 GiB are free; run the grid in"
@@ -289,7 +289,7 @@ fit_heads([Job((Rows(t, z, z),), ProbSettings(steps=10**6, hidden=64)) for t in 
 """
 
 
-def test_workers_end_when_their_parent_is_killed(tmp_path):
+def test_workers_end_when_their_parent_is_killed(tmp_path, torch_trains):
     """The script has no `__main__` guard, so workers must not import it."""
     (script := tmp_path / "script.py").write_text(ORPHANS)
     parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
