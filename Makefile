@@ -9,8 +9,8 @@ JOBS ?= 3
 
 .PHONY: demo test test-all lint clean
 
-# Reinstalls only when pyproject.toml changes.
-.venv/installed: pyproject.toml
+# Reinstalls only when what determines the installation changes: the kernel is compiled by it, beside its source.
+.venv/installed: pyproject.toml setup.py pipeline/training/kernel.cpp
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "probsurgery needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
@@ -36,4 +36,5 @@ lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports --no-cache && $(BIN)/mypy
 
 clean:
+	rm -f pipeline/training/_kernel_*.so
 	rm -rf .venv .mypy_cache build dist *.egg-info

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -17,6 +18,8 @@ from probsurgery.pipeline.mini import MINI_TASKS
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
+KERNELS = ("neon",) if platform.machine().lower() in ("arm64", "aarch64") else ("avx2", "avx512")
+KERNELS = KERNELS if shutil.which("c++") else ()
 
 
 def test_imports_follow_the_contracts():
@@ -88,10 +91,19 @@ def wheel(tmp_path_factory):
     """Built from a copy, so that no build folder is left in the checkout."""
     folder = tmp_path_factory.mktemp("wheel")
     (folder / "source").mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "__init__.py", "__main__.py", "cli.py", "py.typed"):
+    for name in (
+        "pyproject.toml",
+        "setup.py",
+        "README.md",
+        "LICENSE",
+        "__init__.py",
+        "__main__.py",
+        "cli.py",
+        "py.typed",
+    ):
         shutil.copy(ROOT / name, folder / "source")
     for name in ("commands", "pipeline", "tests", "benchmarks", "cache"):
-        ignored = shutil.ignore_patterns("__pycache__", "*_*") if name == "cache" else None
+        ignored = shutil.ignore_patterns("__pycache__", "*_*" if name == "cache" else "_kernel_*")
         shutil.copytree(ROOT / name, folder / "source" / name, ignore=ignored)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, folder / "source"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -106,6 +118,10 @@ def test_the_wheel_holds_the_package_and_nothing_beside_it(wheel):
     sources = [ROOT / n for n in ("__init__.py", "__main__.py", "cli.py", "py.typed")]
     for package in ("commands", "pipeline"):
         sources += [p for p in (ROOT / package).rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    sources = [p for p in sources if p.suffix not in (".cpp", ".so")]
+    compiled = {name for name in names if name.endswith(".so")}
+    assert compiled == {f"probsurgery/pipeline/training/_kernel_{name}.abi3.so" for name in KERNELS}
+    names -= compiled
     expected = {f"probsurgery/{p.relative_to(ROOT).as_posix()}" for p in sources}
     assert {n for n in names if ".dist-info/" not in n} == expected
     information = f"probsurgery-{probsurgery.__version__}.dist-info"
@@ -129,6 +145,8 @@ def test_the_wheel_works_where_there_is_no_checkout(wheel, tmp_path):
         "from probsurgery.pipeline.models.sources import Weights\n"
         "assert len(select_tasks('clip8', None)) == 8\n"
         "assert Weights('mini').pretrained()\n"
+        "from probsurgery.pipeline.training import kernel\n"
+        f"assert all(kernel._library(name) for name in {KERNELS!r})\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

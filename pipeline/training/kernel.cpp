@@ -40,6 +40,11 @@ typedef int32_t int_quad __attribute__((vector_size(16)));
 #define PICK(a, b, i, j, k, l) __builtin_shuffle(a, b, int_quad{i, j, k, l})
 #endif
 
+extern "C" {
+extern const int32_t interface;
+const int32_t interface = 1;  // as `INTERFACE` in kernel.py
+}
+
 enum Loss { L1, MSE, SMOOTH_L1, COSINE };  // in the order of LOSSES in config.py
 
 extern "C" struct Head {  // as `_Head` in kernel.py

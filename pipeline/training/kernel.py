@@ -19,6 +19,8 @@ from probsurgery.pipeline.errors import InputError, unknown
 from probsurgery.pipeline.heads.kinds import Params
 from probsurgery.pipeline.training.batches import BLOCK, Feed
 
+INTERFACE = 1
+"""Changes here and in kernel.cpp whenever structures or their meaning do: objects of another source are passed over."""
 VARIABLE = "PROBSURGERY_KERNEL"
 TORCH = "torch"
 KERNELS = ("avx512", "avx2", "neon")
@@ -82,14 +84,15 @@ def _supported() -> tuple[str, ...]:
 
 @cache
 def _library(name: str) -> ctypes.CDLL | None:
-    for path in sorted(Path(__file__).parent.glob(f"_kernel_{name}.*")):
-        if path.suffix in (".so", ".dylib"):
-            try:
-                library = ctypes.CDLL(str(path))
-            except OSError:  # of another processor or system
+    for path in Path(__file__).parent.glob(f"_kernel_{name}.*so"):
+        try:
+            library = ctypes.CDLL(str(path))
+            if ctypes.c_int32.in_dll(library, "interface").value != INTERFACE:
                 continue
-            library.train.argtypes = [ctypes.POINTER(_Head), ctypes.POINTER(_Block), ctypes.c_int64, ctypes.c_int64]
-            return library
+        except (OSError, ValueError):  # of another system, or from a source without that number
+            continue
+        library.train.argtypes = [ctypes.POINTER(_Head), ctypes.POINTER(_Block), ctypes.c_int64, ctypes.c_int64]
+        return library
     return None
 
 
