@@ -1,19 +1,21 @@
 """How much faster is stage two than one autograd loop for each head, and than the public code?
 
-Trains heads on random features with the row counts of the eight tasks, and prints each time beside what the naive loop
-would take in the same run on the same machine:
+Trains heads on random features with the row counts of the eight tasks, on a CPU with torch's step and with the compiled
+one, and prints each time beside what the naive loop would take in the same run on the same machine:
 
     python benchmarks/stage_two.py [--device auto] [--quick]
 
 The naive loop (nn.Linear, autograd, torch's default Adam, with one thread or all, whichever is faster) is timed for
 some steps before and after each case, and multiplied. So are the two encoder passes that the public code makes in every
-step. Times of stage two include starting workers and writing scratch files, but not evaluation.
+step. Times of stage two include starting workers and writing scratch files, but not evaluation. The floor on a CPU is
+the time of the steps' matrix products alone, at the rate at which torch multiplies large matrices on all threads.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import time
 from dataclasses import dataclass
 from itertools import product
@@ -27,6 +29,7 @@ from probsurgery.pipeline.config import HeadSettings, ProbSettings, SurgerySetti
 from probsurgery.pipeline.device import choose_device
 from probsurgery.pipeline.heads.kinds import parameter_count
 from probsurgery.pipeline.training.batches import Job, Rows
+from probsurgery.pipeline.training.kernel import TORCH, VARIABLE, kernel_for
 from probsurgery.pipeline.training.plan import Workload, fit_heads, make_plan
 
 ROWS = {"sun397": 19_850, "cars": 8_041, "resisc45": 6_300, "eurosat": 2_700}
@@ -154,16 +157,44 @@ def copy_bandwidth(device: torch.device) -> float:
     return 10 * 2 * source.nbytes / (time.perf_counter() - start)
 
 
-def measure(case: Case, rows: list[Rows], device: torch.device) -> tuple[float, float, int]:
-    """Seconds of stage two, seconds that the naive loop would take, and head-steps."""
-    jobs = [Job((task_rows,), settings) for settings in case.settings for task_rows in rows]
+def product_rate() -> float:
+    """Floating-point operations a second of a product of large matrices, at best."""
+    a, b, times = torch.randn(1024, 1024), torch.randn(1024, 1024), []
+    for _ in range(20):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        times.append(time.perf_counter() - start)
+    return 2 * 1024**3 / min(times)
+
+
+def product_operations(settings: HeadSettings, dim: int) -> int:
+    """Floating-point operations of one step's matrix products: forward, and the gradients of weights and of u."""
+    parameters, inner = parameter_count(settings, dim), dim * getattr(settings, settings.width_name)
+    return 2 * settings.batch_size * (2 * parameters + parameters - inner)
+
+
+def stage_two(jobs: list[Job], device: torch.device, kernel: str) -> tuple[float, float]:
+    """Seconds of stage two with this kernel, start-up included, and of the training of its heads; prints the plan."""
+    os.environ[VARIABLE] = kernel
     plan = make_plan([Workload.of(job) for job in jobs], device)
-    shapes = {parameter_count(s, case.dim): s for s in case.settings}
-    naive = {shape: [naive_seconds(s, rows[0], device, 2)] for shape, s in shapes.items()}
+    sizes = [len(stack) for stack in plan.stacks]
+    print(
+        f"  {plan.kernel}: {len(sizes)} stacks of {min(sizes)} to {max(sizes)}, {plan.workers} "
+        f"{'threads' if plan.threads else 'processes'}, graph {plan.graph}"
+    )
     start = time.perf_counter()
     fitted = fit_heads(jobs, device)
     synchronize(device)
-    seconds = time.perf_counter() - start
+    return time.perf_counter() - start, sum(head.seconds for head in fitted) / max(1, plan.workers)
+
+
+def measure(case: Case, rows: list[Rows], device: torch.device, kernels: list[str]) -> tuple[float, float, int]:
+    """Seconds of stage two with the last kernel, seconds that the naive loop would take, and head-steps."""
+    jobs = [Job((task_rows,), settings) for settings in case.settings for task_rows in rows]
+    print(f"\n{case.title}, d={case.dim}: {len(jobs)} heads x {jobs[0].settings.steps:,} steps")
+    shapes = {parameter_count(s, case.dim): s for s in case.settings}
+    naive = {shape: [naive_seconds(s, rows[0], device, 2)] for shape, s in shapes.items()}
+    times = {kernel: stage_two(jobs, device, kernel) for kernel in kernels}
     for shape, s in shapes.items():
         naive[shape].append(naive_seconds(s, rows[0], device, 2))
     steps = dict.fromkeys(shapes, 0)
@@ -171,15 +202,21 @@ def measure(case: Case, rows: list[Rows], device: torch.device) -> tuple[float, 
         steps[parameter_count(job.settings, case.dim)] += Workload.of(job).head_steps
     naive_sum = sum(steps[shape] * sum(taken) / len(taken) for shape, taken in naive.items())
     total = sum(steps.values())
-    busy = sum(head.seconds for head in fitted) / max(1, plan.workers)
-    print(f"\n{case.title}, d={case.dim}: {len(jobs)} heads x {total // len(jobs):,} steps")
-    sizes = [len(stack) for stack in plan.stacks]
-    print(f"  plan: {len(sizes)} stacks of {min(sizes)} to {max(sizes)}, {plan.workers} workers, graph {plan.graph}")
-    print(
-        f"  naive loop  {naive_sum:8.1f} s  {total / naive_sum:9,.0f} head-steps/s  (timed for some steps, multiplied)"
-    )
-    print(f"  stage two   {seconds:8.1f} s  {total / seconds:9,.0f} head-steps/s  {naive_sum / seconds:6.1f}x")
-    print(f"  training    {busy:8.1f} s  {total / busy:9,.0f} head-steps/s  {naive_sum / busy:6.1f}x", flush=True)
+    print(f"  naive loop        {naive_sum:8.2f} s {total / naive_sum:9,.0f} head-steps/s (some steps, multiplied)")
+    for kernel, both in times.items():
+        for what, taken in zip((f"stage two, {kernel}", "  of it training"), both, strict=True):
+            print(f"  {what:17} {taken:8.2f} s {total / taken:9,.0f} head-steps/s  {naive_sum / taken:6.1f}x")
+    seconds, busy = times[kernels[-1]]
+    if device.type == "cpu":
+        operations, rate = (
+            sum(product_operations(j.settings, case.dim) * j.settings.steps for j in jobs),
+            product_rate(),
+        )
+        floor = operations / rate
+        print(
+            f"  products alone    {floor:8.2f} s at {rate / 1e9:.0f} GFLOP/s: {floor / busy:.2f} of the training's time",
+            flush=True,
+        )
     return seconds, naive_sum, total
 
 
@@ -191,12 +228,16 @@ def main() -> None:
     device = choose_device(options.device)
     steps = 500 if options.quick else 5_000
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, {name}; batch 16, float32; rows: {sum(ROWS.values()):,} in 8 tasks", flush=True)
+    kernels = list(dict.fromkeys([TORCH, kernel_for(device)]))
+    print(
+        f"torch {torch.__version__}, {name}; {' and '.join(kernels)}; batch 16, float32; rows: {sum(ROWS.values()):,} in 8 tasks",
+        flush=True,
+    )
     held = {}
     for case in [*cases(steps), *(cuda_cases(steps) if device.type == "cuda" else [])]:
         if case.dim not in held:
             held = {case.dim: features(case.dim)}
-        seconds, naive, total = measure(case, held[case.dim], device)
+        seconds, naive, total = measure(case, held[case.dim], device, kernels)
         if case == cases(steps)[0]:
             encoders = total * reference_seconds(device)
             reference = naive + encoders
