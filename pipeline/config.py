@@ -287,7 +287,8 @@ class FitConfig:
     seed: int = 0
     device: str = "auto"
     workers: int | None = None
-    """Processes that train on a CPU; 0: this process; None: as many as torch has threads, if the work is worth it."""
+    """Threads that train on a CPU (processes, where torch takes the steps); 0: none besides; None: as many as torch has
+    threads, if the work is worth it."""
     tf32: bool = False
     """Multiply in TF32 on CUDA: faster, and less exact."""
     name: str | None = None
