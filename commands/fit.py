@@ -39,12 +39,7 @@ Holdout = Annotated[float, Real(help="Share of the test rows to exclude from the
 FitSplit = Annotated[str, Option(help="Fit on test (the papers' protocol) or train images.")]
 Tasks = Annotated[Several | None, comma_list(str, "Tasks to fit. [all in the cache]")]
 Online = Annotated[bool, Option("--online", help="See each row once, in order of arrival, one at a time.")]
-Workers = Annotated[
-    int | None,
-    Whole(
-        help="Threads that train on a CPU, or processes without the compiled step; 0: none besides. [the number of cores]"
-    ),
-]
+Workers = Annotated[int | None, Whole(help="Threads (or processes, if torch trains) on a CPU. [by the amount of work]")]
 Tf32 = Annotated[bool, Option("--tf32", help="Multiply in TF32 on CUDA: faster, less exact.")]
 Samples = Annotated[int | None, Whole(help=f"prob: noise samples in a step; 0: no noise. [{ProbSettings.samples}]")]
 FeatureScale = Annotated[

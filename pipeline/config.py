@@ -287,8 +287,7 @@ class FitConfig:
     seed: int = 0
     device: str = "auto"
     workers: int | None = None
-    """Threads that train on a CPU (processes, where torch takes the steps); 0: none besides; None: as many as torch has
-    threads, if the work is worth it."""
+    """Threads (where torch takes the steps: processes) that train on a CPU; 0: none besides; None: by the work."""
     tf32: bool = False
     """Multiply in TF32 on CUDA: faster, and less exact."""
     name: str | None = None
