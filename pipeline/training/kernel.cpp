@@ -1,4 +1,4 @@
-// Training steps of one head, `z_hat = z - W_out relu(W_in z)`: what adam_step.py does with torch, written for one core.
+// Training steps of one head, `z_hat = z - W_out relu(W_in z)`: what adam_step.py does with torch, for one core.
 //
 // kernel.py calls `train` for a block of steps. The file is compiled once for each instruction set (setup.py), with the
 // compiler's vector types and no intrinsics. A head's weights and Adam's moments lie by hidden unit: the unit's row of
@@ -22,7 +22,8 @@ constexpr int LANES = 8, UNITS = 3, COLUMNS = 1;
 #else  // 128 bits, as of NEON
 constexpr int LANES = 4, UNITS = 4, COLUMNS = 2;
 #endif
-constexpr int ROWS = 8;  // of a tile; the rows of u and of the outputs are padded to a multiple
+constexpr int ROWS = 8;    // of a tile of the outputs; the rows of u and of the outputs are padded to a multiple
+constexpr int GROUP = 12;  // rows whose gradients are added at once: of a batch of 16, seldom more are on
 constexpr double BETA1 = 0.9, BETA2 = 0.999;  // in double, as 1 - 0.999f is not 0.001f
 constexpr float EPSILON = 1e-8f, MIN_NORM = 1e-8f;
 
@@ -48,7 +49,7 @@ const int32_t interface = 1;  // as `INTERFACE` in kernel.py
 enum Loss { L1, MSE, SMOOTH_L1, COSINE };  // in the order of LOSSES in config.py
 
 extern "C" struct Head {  // as `_Head` in kernel.py
-    float *state;         // (width, 3, (1 + parts) padded): of each unit the weights, Adam's means, its means of squares
+    float *state;         // (width, 3, (1 + parts) padded): of each unit weights, Adam's means, its means of squares
     double *loss_sum;
     double lr, kl_weight;
     int64_t dim, padded, width, parts;  // parts: outputs for each feature, 1 (Surgery) or 2 (mean and log-variance)
@@ -75,6 +76,7 @@ struct Step {
 inline vec load(const float *p) { return *reinterpret_cast<const unaligned_vec *>(p); }
 inline void store(float *p, vec x) { *reinterpret_cast<unaligned_vec *>(p) = x; }
 inline vec all(float x) { return x - vec{}; }
+inline int64_t rounded(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline quad folded(vec x) {
@@ -88,7 +90,8 @@ inline quad folded(vec x) {
 // The sums of four vectors.
 inline quad sums(const vec *x) {
     const quad a = folded(x[0]), b = folded(x[1]), c = folded(x[2]), d = folded(x[3]);
-    const quad ab = PICK(a, b, 0, 4, 1, 5) + PICK(a, b, 2, 6, 3, 7), cd = PICK(c, d, 0, 4, 1, 5) + PICK(c, d, 2, 6, 3, 7);
+    const quad ab = PICK(a, b, 0, 4, 1, 5) + PICK(a, b, 2, 6, 3, 7);
+    const quad cd = PICK(c, d, 0, 4, 1, 5) + PICK(c, d, 2, 6, 3, 7);
     return PICK(ab, cd, 0, 1, 4, 5) + PICK(ab, cd, 2, 3, 6, 7);
 }
 
@@ -251,96 +254,91 @@ template <int LOSS> HOT void output_gradient(const Head &head, const Step &step)
         total += sum(losses);
         divergence += sum(divergences);
     }
-    if (step.noted) *head.loss_sum += mean * total + (head.parts == 2 ? 0.5 * head.kl_weight / head.batch * divergence : 0);
+    if (!step.noted) return;
+    *head.loss_sum += mean * total;
+    if (head.parts == 2) *head.loss_sum += 0.5 * head.kl_weight / head.batch * divergence;
 }
 
-// Over R rows: adds `factor[r] * row[r]` to `total`, and writes the products of the rows with `weights` to `products`.
-template <int R>
-HOT void add_and_multiply(const float *const *row, const float *factor, const float *weights, int64_t size,
-                          float *total, float *products) {
-    const float *from[R];  // local, as a store could change the arguments' arrays
-    vec by[R], product[ROWS] = {};
-    for (int r = 0; r < R; ++r) from[r] = row[r], by[r] = all(factor[r]);
-    for (int64_t i = 0; i < size; i += LANES) {
-        const vec weight = load(weights + i);
-        vec added = load(total + i);
-        for (int r = 0; r < R; ++r) {
-            const vec x = load(from[r] + i);
-            product[r] += x * weight;
-            added += x * by[r];
-        }
-        store(total + i, added);
-    }
-    for (int r = 0; r < R; r += 4) {
-        const quad part = sums(product + r);
-        memcpy(products + r, &part, sizeof part);
-    }
-}
-
-template <int R>
-HOT void add_rows(const float *const *row, const float *factor, int64_t size, float *total) {
-    const float *from[R];
-    vec by[R];
-    for (int r = 0; r < R; ++r) from[r] = row[r], by[r] = all(factor[r]);
-    for (int64_t i = 0; i < size; i += LANES) {
-        vec added = load(total + i);
-        for (int r = 0; r < R; ++r) added += load(from[r] + i) * by[r];
-        store(total + i, added);
-    }
-}
-
+// Adam's step for one vector of a unit's weights; the means, and the means of squares, lie `size` and `2 size` further.
 struct Adam {
     float rate, root;  // the learning rate and the root of the squares, with the corrections of their biases
+    int64_t size;
 
-    HOT void update(Adam adam, float *__restrict w, float *__restrict mean, float *__restrict square,
-                    const float *__restrict gradient, int64_t size) {
-        for (int64_t i = 0; i < size; ++i) {
-            const float g = gradient[i], m = mean[i] + float(1 - BETA1) * (g - mean[i]);
-            const float v = float(BETA2) * square[i] + float(1 - BETA2) * g * g;
-            mean[i] = m;
-            square[i] = v;
-            w[i] -= adam.rate * m / (adam.root * std::sqrt(v) + EPSILON);
-        }
+    void update(float *weights, vec gradient) const {
+        vec mean = load(weights + size), square = load(weights + 2 * size), root_square;
+        mean += float(1 - BETA1) * (gradient - mean);
+        square = float(BETA2) * square + float(1 - BETA2) * gradient * gradient;
+        for (int i = 0; i < LANES; ++i) root_square[i] = std::sqrt(square[i]);
+        store(weights + size, mean);
+        store(weights + 2 * size, square);
+        store(weights, load(weights) - rate * mean / (root * root_square + EPSILON));
     }
 };
 
-// Up to R rows of a unit: its gradient over them is added to `gradient`.
-template <int R> void unit_gradient(int count, const float *const *g, const float *const *z, const float *u,
-                                    const float *w_out, const Head &head, float *gradient) {
-    if constexpr (R > 0) {
-        if (count < R) return unit_gradient<R - 1>(count, g, z, u, w_out, head, gradient);
-        float u_gradient[ROWS];
-        add_and_multiply<R>(g, u, w_out, head.parts * head.padded, gradient + head.padded, u_gradient);
-        add_rows<R>(z, u_gradient, head.padded, gradient);
+// Adds up to GROUP rows, each times its factor, to the gradient of some of a unit's weights, which Adam takes if it is
+// complete. With `products`, writes the rows' products with the weights before that.
+template <int R, bool COMPLETE, bool PRODUCTS>
+HOT void add_rows(const float *const *row, const float *factor, int64_t size, float *weights, float *gradient,
+                  const Adam &adam, float *products) {
+    const float *from[R + 1];  // local, as a store could change the arguments' arrays
+    vec by[R + 1], product[GROUP] = {};
+    for (int r = 0; r < R; ++r) from[r] = row[r], by[r] = all(factor[r]);
+    for (int64_t i = 0; i < size; i += LANES) {
+        vec sum = load(gradient + i), weight = load(weights + i);
+        for (int r = 0; r < R; ++r) {
+            const vec x = load(from[r] + i);
+            sum += x * by[r];
+            if (PRODUCTS) product[r] += x * weight;
+        }
+        if (COMPLETE) adam.update(weights + i, sum);
+        else store(gradient + i, sum);
     }
+    if (PRODUCTS)
+        for (int r = 0; r < R; r += 4) {
+            const quad part = sums(product + r);
+            memcpy(products + r, &part, sizeof part);
+        }
+}
+
+// The rows of one step in which a unit is not zero, GROUP at a time: W_out first, whose products with the outputs'
+// gradients are the gradients of u.
+template <int R, bool COMPLETE>
+void add_group(int count, const float *const *g, const float *const *z, const float *u, const Head &head,
+               float *weights, float *gradient, const Adam &adam) {
+    if constexpr (R > 0)
+        if (count < R) return add_group<R - 1, COMPLETE>(count, g, z, u, head, weights, gradient, adam);
+    float u_gradient[GROUP];
+    const int64_t inner = head.padded;
+    add_rows<R, COMPLETE, true>(g, u, head.parts * inner, weights + inner, gradient + inner, adam, u_gradient);
+    add_rows<R, COMPLETE, false>(z, u_gradient, inner, weights, gradient, adam, nullptr);
 }
 
 // 4. The gradient of each unit's weights, and Adam.
 void update_units(const Head &head, const Step &step) {
     const int64_t size = (1 + head.parts) * head.padded;
     const double count = head.updates + 1;
-    const Adam adam = {float(head.lr / (1 - std::pow(BETA1, count))), float(1 / std::sqrt(1 - std::pow(BETA2, count)))};
+    const Adam adam = {float(head.lr / (1 - std::pow(BETA1, count))),
+                       float(1 / std::sqrt(1 - std::pow(BETA2, count))), size};
     for (int64_t j = 0; j < head.width; ++j) {
-        float *w = head.state + j * 3 * size;
-        const float *u = step.u + j * step.rows, *g[ROWS], *z[ROWS];
-        memset(step.gradient, 0, size * sizeof(float));
+        float *weights = head.state + j * 3 * size, factor[GROUP];
+        const float *u = step.u + j * step.rows, *g[GROUP], *z[GROUP];
         int64_t active = 0;
         for (int64_t b = 0; b < head.batch; ++b) {  // no branch, as it could not be foreseen
             step.active[active] = b;
             active += u[b] != 0;
         }
-        for (int64_t from = 0; from < active; from += ROWS) {
-            const int count = least(ROWS, active - from);
-            float factor[ROWS];
+        for (int64_t from = 0; from == 0 || from < active; from += GROUP) {
+            const int count = least(GROUP, active - from);
             for (int r = 0; r < count; ++r) {
                 const int64_t b = step.active[from + r];
                 g[r] = step.out + b * head.parts * head.padded;
                 z[r] = step.z + b * head.padded;
                 factor[r] = u[b];
             }
-            unit_gradient<ROWS>(count, g, z, factor, w + head.padded, head, step.gradient);
+            if (from + GROUP >= active) add_group<GROUP, true>(count, g, z, factor, head, weights, step.gradient, adam);
+            else add_group<GROUP, false>(count, g, z, factor, head, weights, step.gradient, adam);
         }
-        Adam::update(adam, w, w + size, w + 2 * size, step.gradient, size);
+        if (active > GROUP) memset(step.gradient, 0, size * sizeof(float));
     }
 }
 
@@ -354,29 +352,34 @@ void copy_rows(const float *from, float *to, const Head &head) {
 
 // Updates `first` to `last` (exclusive) of a block, which takes the tasks in turn. Returns 1 if memory ran out, else 0.
 extern "C" int train(Head *head, const Block *block, int64_t first, int64_t last) {
-    const int64_t rows = (head->batch + ROWS - 1) / ROWS * ROWS, width = (head->width + UNITS - 1) / UNITS * UNITS;
-    const int64_t features = head->batch * head->padded, values = head->batch * head->dim;
+    const int64_t rows = rounded(head->batch, ROWS), features = head->batch * head->padded;
+    const int64_t values = head->batch * head->dim;
     const bool is_padded = head->dim != head->padded;
-    const int64_t sizes[] = {rows * width, rows * head->parts * head->padded, (1 + head->parts) * head->padded,
-                             is_padded ? (2 + head->samples) * features : 0, 2 * (head->samples + 1), head->batch};
-    float *parts[6];
-    int64_t floats = 0;
-    for (int64_t size : sizes) floats += (size + 15) / 16 * 16;
-    float *memory = static_cast<float *>(aligned_alloc(64, floats * sizeof(float)));
+    const int64_t sizes[] = {
+        rows * rounded(head->width, UNITS),              // u
+        rows * head->parts * head->padded,               // outputs
+        (1 + head->parts) * head->padded,                // gradient
+        2 * head->samples + 2,                           // cosines
+        head->batch,                                     // active
+        is_padded ? (2 + head->samples) * features : 0,  // a step's rows
+    };
+    int64_t place[7] = {};
+    for (int k = 0; k < 6; ++k) place[k + 1] = place[k] + rounded(sizes[k], 16);
+    float *memory = static_cast<float *>(aligned_alloc(64, place[6] * sizeof(float)));
     if (!memory) return 1;
-    memset(memory, 0, floats * sizeof(float));
-    for (int64_t k = 0, at = 0; k < 6; at += (sizes[k++] + 15) / 16 * 16) parts[k] = memory + at;
+    memset(memory, 0, place[6] * sizeof(float));
 
     constexpr decltype(&output_gradient<L1>) gradients[] = {output_gradient<L1>, output_gradient<MSE>,
                                                             output_gradient<SMOOTH_L1>, output_gradient<COSINE>};
     for (int64_t update = first; update < last; ++update, ++head->updates) {
         const int64_t number = update / block->tasks, task = update % block->tasks;
         const int64_t at = (task * block->steps + number) * values, stride = block->steps * values;
-        Step step = {block->z + at, block->expert + at, nullptr, stride, number % block->loss_every == 0,
-                     parts[0], parts[1], parts[2], parts[4], reinterpret_cast<int32_t *>(parts[5]), rows};
+        Step step = {block->z + at, block->expert + at, nullptr, stride, number % block->loss_every == 0, memory,
+                     memory + place[1], memory + place[2], memory + place[3],
+                     reinterpret_cast<int32_t *>(memory + place[4]), rows};
         if (head->samples) step.noise = block->noise + task * head->samples * stride + number * values;
         if (is_padded) {
-            float *padded = parts[3];
+            float *padded = memory + place[5];
             copy_rows(step.z, padded, *head);
             copy_rows(step.expert, padded + features, *head);
             for (int64_t s = 0; s < head->samples; ++s)
