@@ -30,6 +30,15 @@ constexpr float EPSILON = 1e-8f, MIN_NORM = 1e-8f;
 // Inlined into their callers, these loops lose their registers to GCC's allocation.
 #define HOT __attribute__((noinline)) static
 
+// No instruction; GCC would load a vector that is used twice twice.
+#if defined(__x86_64__)
+#define IN_REGISTER(x) asm("" : "+v"(x))
+#elif defined(__aarch64__)
+#define IN_REGISTER(x) asm("" : "+w"(x))
+#else
+#define IN_REGISTER(x)
+#endif
+
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float unaligned_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -286,7 +295,8 @@ HOT void add_rows(const float *const *row, const float *factor, int64_t size, fl
     for (int64_t i = 0; i < size; i += LANES) {
         vec sum = load(gradient + i), weight = load(weights + i);
         for (int r = 0; r < R; ++r) {
-            const vec x = load(from[r] + i);
+            vec x = load(from[r] + i);
+            IN_REGISTER(x);
             sum += x * by[r];
             if (PRODUCTS) product[r] += x * weight;
         }

@@ -129,14 +129,9 @@ class CompiledStack:
     def params(self, k: int) -> Params:
         """A copy of head k's current parameters, a stack of one."""
         head, state = self._heads[k], self._states[k]
-        first, *others = self._names[k]
-        weights = state[:, 0].view(head.width, 1 + head.parts, head.padded)[..., : head.dim]
-        outer = {name: weights[:, 1 + part].T for part, name in enumerate(others)}
-        # `contiguous` keeps a tensor that is so already, as W_out of a single unit.
-        return {
-            name: w.clone(memory_format=torch.contiguous_format)[None]
-            for name, w in ({first: weights[:, 0]} | outer).items()
-        }
+        inner, *outer = state[:, 0].view(head.width, 1 + head.parts, head.padded)[..., : head.dim].unbind(1)
+        weights = zip(self._names[k], [inner, *(columns.T for columns in outer)], strict=True)
+        return {name: weight.clone(memory_format=torch.contiguous_format)[None] for name, weight in weights}
 
 
 def _state(start: Params) -> Tensor:
