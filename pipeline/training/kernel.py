@@ -99,8 +99,8 @@ def _library(name: str) -> ctypes.CDLL | None:
 class CompiledStack:
     """K heads that share batches, trained one after the other in each block. Each is the same as if trained alone.
 
-    Their settings may differ in anything but steps, batch size and samples. Each of `starts` holds one head's initial
-    parameters, without the stack dimension.
+    They agree in steps, batch size, samples and feature scale. Each of `starts` holds one head's initial parameters,
+    without the stack dimension.
     """
 
     def __init__(

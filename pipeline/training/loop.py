@@ -85,10 +85,9 @@ def train_stack(
     """Train K heads as one stack; `advance` is called with the number of head-steps that have just been done.
 
     `kernel` is `torch`, or one of `kernel.KERNELS` on a CPU; `graph` replays torch's step as a CUDA graph.
-    The heads agree in steps, batch size, samples and the number of tasks. Where torch trains, their settings may differ
-    in `HeadKind.per_head` only. A head whose loss
-    is not finite becomes an error in the list and does not affect the others. Any other failure, such as memory that
-    runs out, makes every head of the stack an error.
+    The heads agree in steps, batch size, samples, feature scale and the number of tasks; where torch trains, in all
+    settings but `HeadKind.per_head`. A head whose loss is not finite becomes an error in the list and does not affect
+    the others. Any other failure, such as memory that runs out, makes every head of the stack an error.
     """
     device = torch.device(device)
     # A CUDA graph is captured on the current device, whichever holds the tensors.

@@ -125,7 +125,8 @@ class Workload:
         if kernel == TORCH or not settings.is_trained:
             per_head = HEADS[settings.kind].per_head
             return changed_settings(settings, **dict.fromkeys(per_head, 0)), self.tasks, self.dim
-        return settings.steps, settings.batch_size, settings.samples, self.tasks, self.dim, self.batches
+        fed = settings.steps, settings.batch_size, settings.samples, settings.feature_scale
+        return fed, self.tasks, self.dim, self.batches
 
 
 def make_plan(

@@ -146,6 +146,7 @@ def mixed_jobs():
     a, b = rows("a", 120), rows("b", 37, 1)
     settings = [ProbSettings(steps=100, hidden=h, kl_weight=k) for h in (5, 16) for k in (0, 1e-2)]
     settings += [replace(settings[0], loss=loss, lr=1e-2) for loss in LOSSES]
+    settings += [replace(settings[0], feature_scale=3.0)]
     jobs = [Job((a,), s, seed) for s in settings for seed in (0, 1)]
     return [*jobs, Job((b,), SurgerySettings(steps=70, rank=3)), Job((a, b), settings[0], stops=(30, 64))]
 
@@ -168,7 +169,7 @@ def test_heads_of_one_stream_form_a_stack_and_are_spread_over_threads():
     plan = make_plan(workloads, CPU, workers=2)
     assert plan.kernel == usable_kernels()[0]
     assert (plan.threads, plan.processes) == (2, 0)
-    assert sorted(map(len, plan.stacks)) == [1, 1, 8, 8]
+    assert sorted(map(len, plan.stacks)) == [1, 1, 1, 1, 8, 8]
     assert {jobs[number].seed for number in max(plan.stacks, key=len)} in ({0}, {1})
     one_stream = make_plan(workloads[:16:2], CPU, workers=2)
     assert sorted(map(len, one_stream.stacks)) == [4, 4]
