@@ -3,7 +3,7 @@
 Trains heads on random features with the row counts of the eight tasks, on a CPU with torch's step and with the compiled
 one, and prints each time beside what the naive loop would take in the same run on the same machine:
 
-    python benchmarks/stage_two.py [--device auto] [--quick]
+    python benchmarks/stage_two.py [--device auto] [--quick] [--steps]
 
 The naive loop (nn.Linear, autograd, torch's default Adam, with one thread or all, whichever is faster) is timed for
 some steps before and after each case, and multiplied. So are the two encoder passes that the public code makes in every
@@ -17,6 +17,7 @@ import argparse
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
@@ -27,9 +28,10 @@ from torch import nn
 
 from probsurgery.pipeline.config import HeadSettings, ProbSettings, SurgerySettings
 from probsurgery.pipeline.device import choose_device
-from probsurgery.pipeline.heads.kinds import parameter_count
-from probsurgery.pipeline.training.batches import Job, Rows
-from probsurgery.pipeline.training.kernel import TORCH, VARIABLE, kernel_for
+from probsurgery.pipeline.heads.kinds import initial_params, parameter_count
+from probsurgery.pipeline.training.batches import BLOCK, Feed, Job, Rows
+from probsurgery.pipeline.training.kernel import TORCH, VARIABLE, kernel_for, usable_kernels
+from probsurgery.pipeline.training.loop import make_stack
 from probsurgery.pipeline.training.plan import Workload, fit_heads, make_plan
 
 ROWS = {"sun397": 19_850, "cars": 8_041, "resisc45": 6_300, "eurosat": 2_700}
@@ -86,21 +88,27 @@ class Naive(nn.Module):
         return F.l1_loss(z - drawn, expert) + self.settings.kl_weight * kl
 
 
-def naive_seconds(settings: HeadSettings, rows: Rows, device: torch.device, duration: float) -> float:
-    """Seconds of one step of the naive loop, timed for about `duration` seconds."""
+def naive_seconds(
+    settings: HeadSettings,
+    rows: Rows,
+    device: torch.device,
+    duration: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Seconds of one step of the naive loop by a clock, timed for about `duration` seconds."""
     merged, expert = rows.merged.to(device), rows.expert.to(device)
     head = Naive(settings, merged.shape[1]).to(device)
     optimizer = torch.optim.Adam(head.parameters(), lr=settings.lr)
     order = torch.randint(len(merged), (100, settings.batch_size))
 
     def steps() -> float:
-        start = time.perf_counter()
+        start = clock()
         for picked in order:
             optimizer.zero_grad()
             head.loss(merged[picked], expert[picked]).backward()
             optimizer.step()
         synchronize(device)
-        return (time.perf_counter() - start) / len(order)
+        return (clock() - start) / len(order)
 
     all_threads, times = torch.get_num_threads(), {}
     for threads in {1, all_threads}:
@@ -175,6 +183,35 @@ def product_operations(settings: HeadSettings, dim: int) -> int:
     return 2 * settings.batch_size * (2 * parameters + parameters - inner)
 
 
+def step_times(rate: float) -> None:
+    """Print the least time of one step of one head, batches drawn, by every kernel; with what autograd takes for it.
+
+    The times are the thread's own, and the kernels take turns, so that other work on the machine changes little.
+    """
+    kernels, cpu = [TORCH, *usable_kernels()], torch.device("cpu")
+    print(
+        f"\none step of one head on one thread, in microseconds{'':9}naive", *(f"{k:>7}" for k in kernels), "products"
+    )
+    for settings, dim in product((ProbSettings(), ProbSettings(hidden=32), SurgerySettings()), (64, 512, 768)):
+        merged = torch.randn(4_000, dim)
+        job = Job((Rows("t", merged, merged + 0.3 * torch.randn(4_000, dim)),), settings)
+        feed, start = Feed([job], cpu, ahead=False), initial_params(settings, dim, torch.Generator())
+        runs = [make_stack(kernel, [settings], [start], cpu, graph=False)[1] for kernel in kernels]
+        times: list[list[float]] = [[] for _ in runs]
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            for _ in range(10):
+                feed.fill()
+                for run, taken in zip(runs, times, strict=True):
+                    begun = time.thread_time()
+                    run(feed, 0, BLOCK)
+                    taken.append((time.thread_time() - begun) / BLOCK)
+        naive = naive_seconds(settings, job.rows[0], cpu, 0.5, clock=time.thread_time)
+        floor = product_operations(settings, dim) / rate
+        title = f"{settings.title} {settings.width_name} {getattr(settings, settings.width_name)}, d={dim}"
+        print(f"  {title:54}", *(f"{1e6 * seconds:7.0f}" for seconds in (naive, *map(min, times), floor)), flush=True)
+
+
 def stage_two(jobs: list[Job], device: torch.device, kernel: str) -> tuple[float, float]:
     """Seconds of stage two with this kernel, start-up included, and of the training of its heads; prints the plan."""
     os.environ[VARIABLE] = kernel
@@ -221,6 +258,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--quick", action="store_true", help="500 steps instead of 5,000")
+    parser.add_argument("--steps", action="store_true", help="only the times of single steps, which take seconds")
     options = parser.parse_args()
     device = choose_device(options.device)
     steps = 500 if options.quick else 5_000
@@ -228,6 +266,12 @@ def main() -> None:
     kernels = list(dict.fromkeys([TORCH, kernel_for(device)]))
     print(f"torch {torch.__version__}, {name}; {' and '.join(kernels)}")
     print(f"batch 16, float32; rows: {sum(ROWS.values()):,} in 8 tasks", flush=True)
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        step_times(product_rate() / threads)
+        torch.set_num_threads(threads)
+    if options.steps:
+        return
     held = {}
     for case in [*cases(steps), *(cuda_cases(steps) if device.type == "cuda" else [])]:
         if case.dim not in held:

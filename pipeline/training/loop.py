@@ -107,7 +107,7 @@ def _run_steps(
     begun = time.perf_counter()
     settings, tasks = jobs[0].settings, len(jobs[0].rows)
     starts = [initial_params(job.settings, job.dim, generator(job.label, job.seed, "init")) for job in jobs]
-    stack, run = _stack(kernel, [job.settings for job in jobs], starts, device, graph)
+    stack, run = make_stack(kernel, [job.settings for job in jobs], starts, device, graph)
     feed = Feed(jobs, device, ahead=device.type == "cuda")
     curves: list[list[tuple[int, float]]] = [[] for _ in jobs]
     earlier: list[dict[int, Fitted]] = [{} for _ in jobs]
@@ -144,7 +144,7 @@ def _run_steps(
     return [failures.get(k, head) for k, head in enumerate(heads)]
 
 
-def _stack(
+def make_stack(
     kernel: str, settings: Sequence[HeadSettings], starts: Sequence[Params], device: torch.device, graph: bool
 ) -> tuple[Stack | CompiledStack, Callable[[Feed, int, int], None]]:
     """Heads to train, and a function that takes updates of the feed's block, from the first to the last (exclusive)."""
