@@ -102,7 +102,7 @@ def fit_command(
         return
     if result.repeated:
         note(f"{result.path} exists with the same settings; nothing to do")
-    print_tables([fit_table(result.rows, result.path)])
+    print_tables([fit_table(result.rows, result.path)], titles=opened.titles)
 
 
 def sweep_command(
@@ -136,13 +136,14 @@ def sweep_command(
     config = configured(SweepConfig, locals(), values=_given_settings(locals()))
     from probsurgery.pipeline.analysis.runs import sweep_tables
     from probsurgery.pipeline.fitting.sweep import sweep
+    from probsurgery.pipeline.store.cache import Cache
 
     with shown_progress("head-steps") as progress:
         result = sweep(config, progress)
     if as_json:
         print_json(asdict(result))
     else:
-        print_tables(sweep_tables(result))
+        print_tables(sweep_tables(result), titles=Cache(cache).titles)
         reused = result.heads - result.fitted - len(result.failures)
         counts = [f"{result.fitted:,} of {result.heads:,} heads fitted in {result.seconds:.1f} s"]
         counts += [f"{reused:,} were there already"] if reused else []
@@ -168,6 +169,7 @@ def study_command(
     """The papers' analyses, each a sweep; settings that have results are not fitted again."""
     config = configured(SweepConfig, locals())
     from probsurgery.pipeline.analysis.study import STUDIES, study
+    from probsurgery.pipeline.store.cache import Cache
 
     form = "json" if as_json else form
     if not names and form == "json":
@@ -187,7 +189,7 @@ def study_command(
         with shown_progress("head-steps") as progress:
             studied.append(study(name, config, progress))
         note(f"{name}: {studied[-1].fitted:,} heads fitted")
-    print_tables([result.table for result in studied], form)
+    print_tables([result.table for result in studied], form, Cache(cache).titles)
     _raise_failures([failure for result in studied for failure in result.failures])
 
 

@@ -2,7 +2,8 @@
 
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from rich import box
@@ -47,8 +48,9 @@ def rate_text(per_second: float) -> str:
     return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.2g}"
 
 
-def print_tables(tables: Sequence[Table], form: str = "text") -> None:
-    """Print tables as text, JSON, or another of `tables.FORMATS`."""
+def print_tables(tables: Sequence[Table], form: str = "text", titles: Mapping[str, str] | None = None) -> None:
+    """Print tables as text, JSON, or another of `tables.FORMATS`; `titles` are shown instead of tasks' names."""
+    tables = [replace(table, titles=titles) for table in tables] if titles else tables
     if form == "json":
         print_json([table.to_json() for table in tables])
         return
@@ -57,7 +59,7 @@ def print_tables(tables: Sequence[Table], form: str = "text") -> None:
         return
     for table in tables:
         _print_text(table.title)
-        header = [table.first, *table.columns]
+        header = list(table.header)
         rows = [[Text(table.label(line)), *_cells(table, line)] for line in table.lines]
         if sys.stdout.isatty() and len(rows) < len(header):
             turned = [[Text(column), *(row[index] for row in rows)] for index, column in enumerate(header) if index]

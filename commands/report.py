@@ -65,7 +65,8 @@ def report_command(
     if form == "json":
         print_json([report.to_json() for report in reports] + [{"uncertainty": t.to_json()} for t in uncertainty])
     else:
-        print_tables([table for report in reports for table in report.tables] + uncertainty, form)
+        titles = {task: title for report in reports for task, title in report.titles.items()}
+        print_tables([table for report in reports for table in report.tables] + uncertainty, form, titles)
 
 
 def transfer_command(
@@ -79,5 +80,6 @@ def transfer_command(
 ) -> None:
     """Accuracy of saved heads on tasks and caches that they were not fitted on."""
     from probsurgery.pipeline.analysis.transfer import transfer
+    from probsurgery.pipeline.store.cache import Cache
 
-    print_tables(transfer(cache, on or (), results), "json" if as_json else form)
+    print_tables(transfer(cache, on or (), results), "json" if as_json else form, Cache(cache).titles)

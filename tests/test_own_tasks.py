@@ -24,6 +24,7 @@ def folder(tmp_path_factory):
     own_models.make(folder)
     small = SUITE.replace('"ViT-B-32-quickgelu"', '"encoder.json"')
     assert small != SUITE
+    small = small.replace("[tasks.birds]", '[tasks.birds]\ntitle = "Birds of Europe"')
     (folder / "animals.toml").write_text(small)
     return folder
 
@@ -62,6 +63,7 @@ def test_from_folders_and_checkpoints_to_a_table(walk, extracted):
     assert "birds: 20 test images, 2 classes, classifier from text tower" in checked
     table = walk("report --cache cache/animals_ta")
     assert re.search(r"individual experts +100.0 +100.0 +100.0", table)
+    assert re.search(r"method +pets +Birds of Europe +Avg", table)
     rows = [json.loads(line) for line in Path("cache/animals_ta/results.jsonl").read_text().splitlines()]
     assert all(row["bias"]["after"] < row["bias"]["before"] / 2 for row in rows)
     assert all(row["accuracy"]["head"] >= 0.9 for row in rows)

@@ -2,6 +2,7 @@
 
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -36,7 +37,8 @@ def write_page(
     caches = list(dict.fromkeys(cache for report in reports for cache in report.caches))
     sections = [(f"Results: {report.arch}, {report.protocol}", report.tables) for report in reports]
     if uncertainties:
-        sections.append(("Uncertainty", tuple(map(uncertainty_table, uncertainties))))
+        titles = {task: title for report in reports for task, title in report.titles.items()}
+        sections.append(("Uncertainty", tuple(replace(uncertainty_table(h), titles=titles) for h in uncertainties)))
     with TemporaryDirectory() as folder:
         titles = draw(reports, folder, uncertainties, projections)
         figures = [(title, b64encode(png.with_suffix(".svg").read_bytes()).decode()) for png, title in titles.items()]

@@ -1,9 +1,9 @@
 """Results -> tables: the heads fitted on one or several caches, beside the encoders between which they stand."""
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from probsurgery.pipeline.analysis import labels
@@ -44,13 +44,16 @@ class Report:
     curves: tuple[Curve, ...] = ()
     grids: tuple[Grid, ...] = ()
     """Where hidden width and KL weight were swept together."""
+    titles: Mapping[str, str] = field(default_factory=dict)
+    """Of tasks, in tables."""
     others: int = 0
     """Settings of sweeps that have no line of their own."""
 
     @property
     def tables(self) -> tuple[Table, ...]:
         """All tables: accuracy, bias, costs, then one for each curve."""
-        return (self.accuracy, self.bias, self.costs, *(curve_table(curve, self.tasks) for curve in self.curves))
+        all_tables = (self.accuracy, self.bias, self.costs, *(curve_table(c, self.tasks) for c in self.curves))
+        return tuple(replace(table, titles=self.titles) for table in all_tables)
 
     def to_json(self) -> dict[str, object]:
         """Circumstances and tables, with figures in full."""
@@ -157,6 +160,7 @@ def _report(protocol: str, sources: Sequence[_Source], with_published: bool, eve
         costs=Table(cost_title, _COSTS, tuple(costs)),
         curves=tuple(curves),
         grids=tuple(grids),
+        titles={task: title for source in sources for task, title in source.cache.titles.items()},
         others=others,
     )
 

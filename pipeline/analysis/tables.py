@@ -4,7 +4,7 @@ import csv
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import zip_longest
 
@@ -82,6 +82,8 @@ class Table:
     first: str = "method"
     """Header of the column of labels."""
     notes: tuple[str, ...] = ()
+    titles: Mapping[str, str] = field(default_factory=dict)
+    """What is shown instead of the names of some columns and lines: the tasks' titles."""
 
     def __post_init__(self) -> None:
         # Names of files and folders are in them, which every format would show.
@@ -123,9 +125,15 @@ class Table:
         margin = max(deviation for number, deviation in compared.values() if number == best)
         return {line for line, (number, _) in compared.items() if abs(number - best) <= margin}
 
+    @property
+    def header(self) -> tuple[str, ...]:
+        """The header as it is shown."""
+        return (self.first, *(self.titles.get(column, column) for column in self.columns))
+
     def label(self, line: Line) -> str:
-        """A line's label, with the number of seeds where lines differ in it."""
-        return f"{line.label} (n={line.seeds})" if line.seeds and self._seeds_differ else line.label
+        """A line's label as it is shown, with the number of seeds where lines differ in it."""
+        label = self.titles.get(line.label, line.label)
+        return f"{label} (n={line.seeds})" if line.seeds and self._seeds_differ else label
 
     @cached_property
     def _seeds_differ(self) -> bool:
@@ -209,7 +217,7 @@ def to_csv(tables: Sequence[Table]) -> str:
 
 def _grid(table: Table, bold: str, escaped: Callable[[str], str]) -> list[list[str]]:
     """The header and a row for each line; turned, if the table is to be."""
-    rows = [[escaped(text) for text in (table.first, *table.columns)]]
+    rows = [[escaped(text) for text in table.header]]
     rows += [[escaped(table.label(line)), *_cells(table, line, bold, escaped)] for line in table.lines]
     return [list(column) for column in zip(*rows, strict=True)] if table.is_turned else rows
 

@@ -54,7 +54,9 @@ def assemble(
     encoder = encoder_of(identity)
     folder = Path(checkpoints) if checkpoints else encoder.arch.folder
     weights = Weights(encoder, checkpoints, _recorded_places(opened, folder))
-    state = _merged_state(opened, weights, [Task(name, title=opened.title(name)) for name in identity.tasks], merged)
+    state = _merged_state(
+        opened, weights, [Task(name, title=opened.titles.get(name, "")) for name in identity.tasks], merged
+    )
     if digest(state) != identity.merge.digest:
         where = merged or weights.folder or "the published place"
         advice = "give --checkpoints as for its `probsurgery extract`"

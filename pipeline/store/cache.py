@@ -60,10 +60,10 @@ class Cache:
             self._fingerprints[task, split] = fingerprint(parts)
         return self._fingerprints[task, split]
 
-    def title(self, task: str) -> str:
-        """A task's name in tables."""
-        record = self.manifest.tasks.get(task)
-        return (record.title if record else "") or task
+    @property
+    def titles(self) -> dict[str, str]:
+        """Names in tables of the tasks that have others there, by task."""
+        return {name: record.title for name, record in self.manifest.tasks.items() if record.title}
 
     @property
     def dim(self) -> int:
