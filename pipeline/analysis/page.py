@@ -37,8 +37,8 @@ def write_page(
     caches = list(dict.fromkeys(cache for report in reports for cache in report.caches))
     sections = [(f"Results: {report.arch}, {report.protocol}", report.tables) for report in reports]
     if uncertainties:
-        titles = {task: title for report in reports for task, title in report.titles.items()}
-        sections.append(("Uncertainty", tuple(replace(uncertainty_table(h), titles=titles) for h in uncertainties)))
+        names = {task: title for report in reports for task, title in report.titles.items()}
+        sections.append(("Uncertainty", tuple(replace(uncertainty_table(h), titles=names) for h in uncertainties)))
     with TemporaryDirectory() as folder:
         titles = draw(reports, folder, uncertainties, projections)
         figures = [(title, b64encode(png.with_suffix(".svg").read_bytes()).decode()) for png, title in titles.items()]
