@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -409,3 +410,10 @@ def test_a_model_without_text_tower_or_of_another_width_says_what_to_give(tmp_pa
         weights = Weights(get_encoder(str(folder), **options), tmp_path / "experts")
         with pytest.raises(InputError, match=words):
             load_classifiers(weights, [ANIMALS], torch.device("cpu"))
+
+
+def test_without_the_library_the_extra_is_named(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "own", model_of("vit"))
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(InputError, match=r"needs transformers; pip install 'probsurgery\[transformers\]'"):
+        get_encoder(str(folder))
