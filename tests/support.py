@@ -11,6 +11,7 @@ import types
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
 import transformers
 from msgspec.structs import replace
@@ -221,6 +222,17 @@ def tiny_clip():
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     return model
+
+
+def write_tokenizer(folder):
+    """Of words, in the folder of a model with 64 tokens."""
+    names = ("<pad>", "<unk>", "a", "photo", "of", "the", "cat", "dog", "grey")
+    words = {name: number for number, name in enumerate(names)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words | {"<end>": 63}, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 63)])
+    special = {"unk_token": "<unk>", "eos_token": "<end>", "pad_token": "<pad>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(folder)
 
 
 def pickled_like_task_vectors(path, weights, *, plain=False, legacy=False):

@@ -20,7 +20,7 @@ from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.hub import explain
 from probsurgery.pipeline.models.encoders import get_encoder
 from probsurgery.pipeline.store.cache import Cache
-from support import hub_data_set, hugging_face_config, tiny_clip, to_visual
+from support import hub_data_set, hugging_face_config, tiny_clip, to_visual, write_tokenizer
 
 TASKS = ("eurosat", "svhn", "mnist")
 DATA = {"eurosat": "tanganke/eurosat", "svhn": "ufldl-stanford/svhn", "mnist": "ylecun/mnist"}
@@ -219,3 +219,32 @@ def test_an_encoder_of_the_hub_brings_its_preprocessing_and_its_weights(hub, com
     assert offline.returncode == 0, offline.stderr
     refused(command("extract", "--arch", "hf:someone/none"), f"there is no model someone/none at {hub.url}")
     refused(command("extract", "--arch", "hf:someone"), "'hf:someone'", "hf:owner/name")
+
+
+def test_a_clip_of_the_hub_makes_classifiers_with_its_own_tokenizer(hub, command, tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = sizes | {"vocab_size": 64, "max_position_embeddings": 8, "eos_token_id": 63}
+    config = transformers.CLIPConfig(
+        vision_config=sizes | {"image_size": 16, "patch_size": 8}, text_config=text, projection_dim=12
+    )
+    repo = hub.root / "models/someone/small-clip"
+    transformers.CLIPModel(config).save_pretrained(repo)
+    processor = {"image_processor_type": "CLIPImageProcessor", "size": 16, "crop_size": 16}
+    (repo / "preprocessor_config.json").write_text(json.dumps(processor))
+    (tmp_path / "numbers.toml").write_text(
+        """name = "numbers"
+        encoder = "hf:someone/small-clip"
+        [tasks.mnist]
+        test = "mini:mnist"
+        expert = "hf:someone/small-clip"
+        templates = ["a photo of the {}"]
+        """
+    )
+    asked = ("extract", "--suite", tmp_path / "numbers.toml", "--limit", 8, "--device", "cpu", "--out", tmp_path / "c")
+    refused(command(*asked), "has no tokenizer (tokenizer.json)", "name a file by `classifier` in the suite")
+    write_tokenizer(repo)
+    done = command(*asked)
+    assert done.returncode == 0, done.stderr
+    cache = Cache(tmp_path / "c")
+    assert cache.manifest.files["classifier mnist"].source == "text tower"
+    assert cache.classifier("mnist").shape == (10, 12)

@@ -6,7 +6,6 @@ import sys
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 import transformers
 from PIL import Image
@@ -20,7 +19,7 @@ from probsurgery.pipeline.models.encoders import described_encoder, encoder_of, 
 from probsurgery.pipeline.models.sources import Weights
 from probsurgery.pipeline.models.text_classifiers import load_classifiers
 from probsurgery.pipeline.store.manifest import Identity
-from support import identity, tiny_clip, to_visual
+from support import identity, tiny_clip, to_visual, write_tokenizer
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL = SIZES | {"image_size": 32, "patch_size": 8}
@@ -362,19 +361,6 @@ def test_the_name_in_a_cache_is_not_followed(tmp_path, monkeypatch, arch):
         encoder_of(identity(["a"], arch=arch))
 
 
-def tokenizer(folder):
-    """Of words, in the folder of a model with 64 tokens."""
-    words = {
-        word: number
-        for number, word in enumerate(["<pad>", "<unk>", *["a", "photo", "of", "the", "cat", "dog", "grey"]])
-    }
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words | {"<end>": 63}, unk_token="<unk>"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    made.post_processor = tokenizers.processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 63)])
-    names = {"unk_token": "<unk>", "eos_token": "<end>", "pad_token": "<pad>"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(folder)
-
-
 ANIMALS = Task("animals", ("cat", "grey dog"), templates=("a photo of the {}", "{}"))
 
 
@@ -386,7 +372,7 @@ def test_zero_shot_classifiers_come_from_the_models_own_text_tower(tmp_path, nam
     weights = Weights(get_encoder(str(write_folder(tmp_path / "own", model))), tmp_path / "experts")
     with pytest.raises(InputError, match="own has no tokenizer .* name a file by `classifier` in the suite"):
         load_classifiers(weights, [ANIMALS], torch.device("cpu"))
-    tokenizer(tmp_path / "own")
+    write_tokenizer(tmp_path / "own")
     classifier = load_classifiers(weights, [ANIMALS], torch.device("cpu"))["animals"].weight
     own = transformers.AutoTokenizer.from_pretrained(tmp_path / "own")
     for row, animal in zip(classifier, ANIMALS.class_names, strict=True):
@@ -406,7 +392,7 @@ def test_a_model_without_text_tower_or_of_another_width_says_what_to_give(tmp_pa
         ("clip", {"projection": False}, "gives 24 numbers, and own gives 32"),
     ]:
         folder = write_folder(tmp_path / name / "own", model_of(name))
-        tokenizer(folder)
+        write_tokenizer(folder)
         weights = Weights(get_encoder(str(folder), **options), tmp_path / "experts")
         with pytest.raises(InputError, match=words):
             load_classifiers(weights, [ANIMALS], torch.device("cpu"))
