@@ -14,6 +14,15 @@ SMALL = 2**20
 """Values of features below which a second thread gains nothing."""
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether a CPU has instructions for products of bf16 numbers, as far as Linux says so."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text() if device.type == "cpu" else ""
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """The device for `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:n`. Without n, each local rank has a GPU.
 

@@ -1,5 +1,6 @@
 """The loop of stage one: images of one task and split -> features of the encoders that lack some -> shards."""
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +20,7 @@ from probsurgery.pipeline.extraction.run_plan import RunPlan
 from probsurgery.pipeline.store.arrays import bad_rows, shard_rows
 from probsurgery.pipeline.store.writer import CacheWriter, JournalEntry
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _MOST_DIFFERENCE = 0.1
 
 
@@ -84,7 +85,7 @@ def fill(
     """
     config, shards = plan.config, shards_of(targets)
     batch_rows = _batch_rows(shards, len(images), config.batch_size)
-    _check_precision(plan, images, batch_rows[:1], targets, towers)
+    towers = _in_precision(plan, images, batch_rows[:1], targets, towers)
     batches = read_batches(images, plan.encoder, batch_rows, plan.workers, plan.device)
     with ThreadPoolExecutor(max_workers=1) as thread:
         writing: Future[None] | None = None
@@ -102,7 +103,7 @@ def fill(
                 undecoded |= problems
                 with tally.timed("encode"):
                     for name in names:
-                        encoded[name].append(encode(towers[name], batch, config.precision))
+                        encoded[name].append(encode(towers[name], batch))
                 tally.images += len(batch)
                 tally.passes += len(batch) * len(names)
                 progress()
@@ -152,34 +153,42 @@ def _as_stored(features: np.ndarray, target: Target, dtype: str, first_row: int)
     return stored
 
 
-def _check_precision(
+def _in_precision(
     plan: RunPlan, images: Images, first: list[range], targets: Sequence[Target], towers: Mapping[str, nn.Module]
-) -> None:
-    """Compare the first batch with fp32, and record the relative difference |z - z32| / |z32| in the manifests.
+) -> Mapping[str, nn.Module]:
+    """The towers in the run's type. The relative difference |z - z32| / |z32| of the first batch goes to the manifests.
 
     Raises `ProbsurgeryError` if an encoder's is above `_MOST_DIFFERENCE`, which rounding alone does not cause.
     """
     precision = plan.config.precision
     if precision == "fp32":
-        return
+        return towers
     batch, _ = next(read_batches(images, plan.encoder, first, 0, plan.device))
+    used = {}
     for target in targets:
         if target.encoder == "labels":
             continue
-        exact = encode(towers[target.encoder], batch, "fp32")
-        difference = ((encode(towers[target.encoder], batch, precision) - exact).norm() / exact.norm()).item()
+        exact, used[target.encoder] = towers[target.encoder], cast(towers[target.encoder], precision)
+        features = encode(exact, batch)
+        difference = ((encode(used[target.encoder], batch) - features).norm() / features.norm()).item()
         if not difference <= _MOST_DIFFERENCE:
             change = f"changes the first features of {target.array} by {difference:.1%} of their length"
             raise ProbsurgeryError(f"{precision} {change}; use --precision fp32")
         target.writer.note(JournalEntry(precision={target.array: difference}))
+    return used
+
+
+def cast(tower: nn.Module, precision: str) -> nn.Module:
+    """A copy of a tower with weights in another type: cast once, where autocast would cast them in every pass.
+
+    Layer norms are not kept in fp32: torch sums in fp32 within each anyway, and features do not come nearer to fp32's.
+    """
+    return copy.deepcopy(tower).to(TYPES[precision])
 
 
 @torch.inference_mode()
-def encode(tower: nn.Module, images: Tensor, precision: str) -> Tensor:
-    """Images (B, 3, size, size) -> features (B, d) in float32, not normalised."""
-    if precision == "fp32":
-        # Otherwise cuDNN would compute the patch embedding in TF32.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            return tower(images).float()
-    with torch.autocast(images.device.type, _AUTOCAST[precision]):
-        return tower(images).float()
+def encode(tower: nn.Module, images: Tensor) -> Tensor:
+    """Images (B, 3, size, size) -> features (B, d) in float32, not normalised, computed in the type of the weights."""
+    # Otherwise cuDNN would compute the patch embedding in TF32.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        return tower(images.to(next(tower.parameters()).dtype)).float()

@@ -21,6 +21,7 @@ from torch import nn
 from probsurgery.pipeline.config import ExtractConfig
 from probsurgery.pipeline.datasets.corruptions import checked
 from probsurgery.pipeline.datasets.tasks import Task
+from probsurgery.pipeline.device import multiplies_bf16
 from probsurgery.pipeline.errors import ProbsurgeryError
 from probsurgery.pipeline.extraction.distributed import Ranks, joined
 from probsurgery.pipeline.extraction.encode import Tally, Target, fill, shards_of
@@ -37,6 +38,8 @@ from probsurgery.pipeline.store.siblings import take_from_siblings
 from probsurgery.pipeline.store.target import check_target
 from probsurgery.pipeline.store.writer import CacheWriter
 
+_WORTH_A_NOTE = 60
+"""Seconds of encoding from which a faster way is worth a line."""
 Opened = Sequence[tuple[MergedModel, CacheWriter]]
 """The merged models of a run, each with the cache that its features go to."""
 
@@ -228,6 +231,10 @@ def _fill_caches(plan: RunPlan, opened: Opened, ranks: Ranks, result: Extraction
         for writer in writers:
             writer.update(runs=(*writer.manifest.runs, run))
     result.notes += _notes(writers[0].manifest)
+    is_slow = result.seconds["encode"] > _WORTH_A_NOTE
+    if plan.config.precision == "fp32" and is_slow and multiplies_bf16(plan.device):
+        gain = "--precision bf16 encoded ViT-B/32 more than twice as fast, to features that differ by 1 %"
+        result.notes.append(f"this processor multiplies bf16 numbers: {gain}")
 
 
 def _missing_work(plan: RunPlan, opened: Opened) -> list[_Work]:

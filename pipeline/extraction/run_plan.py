@@ -61,7 +61,7 @@ class RunPlan:
             suite=self.suite,
             dim=self.dim,
             dtype=config.dtype,
-            precision=config.precision,
+            precision=config.precision if config.precision == "fp32" else f"{config.precision} weights",
             limit=config.limit,
             tasks=tuple(task.name for task in self.tasks),
             checkpoints=self.checkpoints,

@@ -352,6 +352,7 @@ def test_half_precision_is_compared_with_full_and_what_is_far_off_refused(tmp_pa
     manifest = Cache(extract.extract(config(tmp_path / "fp32")).caches[0]).manifest
     assert not manifest.precision
     result = extract.extract(config(tmp_path / "bf16", precision="bf16"))
+    assert Cache(result.caches[0]).identity.precision == "bf16 weights"  # not mixed with those of autocast
     measured = Cache(result.caches[0]).manifest.precision
     assert set(measured) == {f"test/{t}/{kind}" for t in TASKS for kind in ("merged", "expert", "pretrained")}
     assert all(0 < difference < 0.05 for difference in measured.values())
@@ -359,6 +360,16 @@ def test_half_precision_is_compared_with_full_and_what_is_far_off_refused(tmp_pa
     monkeypatch.setattr(encode, "_MOST_DIFFERENCE", 1e-6)
     with pytest.raises(ProbsurgeryError, match=r"bf16 changes the first features of .* use --precision fp32"):
         extract.extract(config(tmp_path / "strict", precision="bf16"))
+
+
+def test_weights_are_cast_once_and_fp32_says_what_that_could_gain(tmp_path, monkeypatch):
+    tower = torch.nn.Linear(4, 2)
+    assert {p.dtype for p in encode.cast(tower, "bf16").parameters()} == {torch.bfloat16}
+    assert tower.weight.dtype == torch.float32
+    monkeypatch.setattr(extract, "_WORTH_A_NOTE", 0)
+    monkeypatch.setattr(extract, "multiplies_bf16", lambda device: True)
+    assert any("--precision bf16" in note for note in extract.extract(config(tmp_path / "fp32")).notes)
+    assert not any("--precision" in note for note in extract.extract(config(tmp_path / "bf", precision="bf16")).notes)
 
 
 def test_the_manifest_says_what_a_cache_was_made_from(tmp_path):
