@@ -1,6 +1,6 @@
 """How fast is `extract` on JPEG files, compared with bare forward passes of the same encoders on prepared tensors?
 
-    python benchmarks/stage_one.py [--arch vitb32] [--images 192] [--batch-size 64] [--precision fp32,bf16] [--device cpu]
+    python benchmarks/stage_one.py [--arch vitb32] [--images 192] [--batch-size 64] [--precision fp32,bf16] [--device X]
 
 The files are photographs from scikit-learn and scikit-image, cropped to the sizes of SUN397's images. The encoders have
 random weights, which take as long as trained ones. Both sides run the merged, the expert and the pre-trained encoder at
