@@ -12,7 +12,7 @@ from probsurgery.pipeline.errors import DamagedCacheError, InputError, first_lin
 from probsurgery.pipeline.files import SYSTEM_ERRORS, broken_seal, file_size
 from probsurgery.pipeline.fingerprints import fingerprint
 from probsurgery.pipeline.store.arrays import KINDS, bad_rows, shard_rows, values_digest
-from probsurgery.pipeline.store.formats import FORMATS
+from probsurgery.pipeline.store.formats import open_format
 from probsurgery.pipeline.store.manifest import IMPORTED, Identity, read_manifest
 from probsurgery.pipeline.store.memmap import spill
 
@@ -28,7 +28,7 @@ class Cache:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
-        self.format = FORMATS[self.manifest.store](self.path)
+        self.format = open_format(self.manifest.store, self.path)
         self._fingerprints: dict[tuple[str, str], str] = {}
 
     def __repr__(self) -> str:

@@ -29,7 +29,7 @@ from probsurgery.pipeline.files import (
 from probsurgery.pipeline.fingerprints import differences
 from probsurgery.pipeline.store import manifest as manifests
 from probsurgery.pipeline.store.arrays import ArraySpec, Seals, ShardSeal, shard_count, values_digest, with_seals
-from probsurgery.pipeline.store.formats import FORMATS
+from probsurgery.pipeline.store.formats import open_format
 from probsurgery.pipeline.store.manifest import Identity, Manifest, RowNumber
 from probsurgery.pipeline.store.target import FEATURES, JOURNAL, check_target, remove_features
 
@@ -56,7 +56,7 @@ class CacheWriter:
 
     def __init__(self, path: Path, manifest: Manifest, journal: Path | None = None) -> None:
         self.path, self.manifest, self._journal = path, manifest, journal
-        self.format = FORMATS[manifest.store](path)
+        self.format = open_format(manifest.store, path)
         self._collected: Counter[Path] = Counter()
         """Bytes of each journal that were taken over."""
         self._lock = threading.RLock()  # shards are written by a thread, while the main one collects

@@ -13,8 +13,8 @@ from probsurgery.pipeline.files import MalformedError, open_file, parse_json, re
 from probsurgery.pipeline.fitting.fit import fit
 from probsurgery.pipeline.heads.head import load_head
 from probsurgery.pipeline.store.cache import Cache
-from probsurgery.pipeline.store.formats import ZarrFormat, zarr
 from probsurgery.pipeline.store.results import read_results
+from probsurgery.pipeline.store.zarr_format import ZarrFormat, zarr
 from support import damage, refused, write_cache
 
 PROB = ProbSettings(hidden=8, steps=5)
