@@ -33,10 +33,8 @@ constexpr float EPSILON = 1e-8f, MIN_NORM = 1e-8f;
 // No instruction; GCC would load a vector that is used twice twice.
 #if defined(__x86_64__)
 #define IN_REGISTER(x) asm("" : "+v"(x))
-#elif defined(__aarch64__)
+#else  // ARM
 #define IN_REGISTER(x) asm("" : "+w"(x))
-#else
-#define IN_REGISTER(x)
 #endif
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -50,10 +48,7 @@ typedef int32_t int_quad __attribute__((vector_size(16)));
 #define PICK(a, b, i, j, k, l) __builtin_shuffle(a, b, int_quad{i, j, k, l})
 #endif
 
-extern "C" {
-extern const int32_t interface;
-const int32_t interface = 1;  // as `INTERFACE` in kernel.py
-}
+extern "C" int32_t interface() { return 1; }  // as `INTERFACE` in kernel.py
 
 enum Loss { L1, MSE, SMOOTH_L1, COSINE };  // in the order of LOSSES in config.py
 
@@ -194,7 +189,6 @@ template <int LOSS> inline vec distance(vec error) {
 struct Row {
     const float *z, *expert, *noise;
     float *mu, *log_var;  // log_var: null for Surgery
-
     vec sigma(int64_t i) const { return log_var ? exponential(0.5f * load(log_var + i)) : vec{}; }
     vec spread(const Step &step, int64_t sample, int64_t i, vec sigma) const {
         return noise ? load(noise + sample * step.sample_stride + i) * sigma : vec{};
@@ -272,7 +266,6 @@ template <int LOSS> HOT void output_gradient(const Head &head, const Step &step)
 struct Adam {
     float rate, root;  // the learning rate and the root of the squares, with the corrections of their biases
     int64_t size;
-
     void update(float *weights, vec gradient) const {
         vec mean = load(weights + size), square = load(weights + 2 * size), root_square;
         mean += float(1 - BETA1) * (gradient - mean);

@@ -87,9 +87,9 @@ def _library(name: str) -> ctypes.CDLL | None:
     for path in Path(__file__).parent.glob(f"_kernel_{name}.*so"):
         try:
             library = ctypes.CDLL(str(path))
-            if ctypes.c_int32.in_dll(library, "interface").value != INTERFACE:
+            if library.interface() != INTERFACE:
                 continue
-        except (OSError, ValueError):  # of another system, or from a source without that number
+        except (OSError, AttributeError):  # of another system, or from a source without that number
             continue
         library.train.argtypes = [ctypes.POINTER(_Head), ctypes.POINTER(_Block), ctypes.c_int64, ctypes.c_int64]
         return library
