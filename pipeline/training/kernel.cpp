@@ -106,10 +106,9 @@ inline float sum(vec x) {
 
 // exp(x) to 1e-7 of its value: 2^n times a polynomial of the rest. Infinite above 88.7, 0 below -87.3; NaN stays.
 inline vec exponential(vec x) {
-    const vec high = all(88.72f), low = all(-87.3f);
+    const vec high = all(88.72f), low = all(-87.3f), shift = all(12582912.f);  // 1.5 * 2^23: adding it rounds
     vec bounded = x > high ? high : x;
     bounded = bounded < low ? low : bounded;
-    const vec shift = all(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number
     const vec n = (bounded * 1.44269504f + shift) - shift;
     const vec r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
     vec p = r * 1.9875691e-4f + 1.3981999e-3f;
@@ -122,8 +121,7 @@ inline vec exponential(vec x) {
     const ints powers[] = {(half + 127) << 23, (whole - half + 127) << 23};  // two, as 2^128 is no float
     vec factors[2];
     memcpy(factors, powers, sizeof factors);
-    p = p * factors[0] * factors[1];
-    p = x < low ? vec{} : p;
+    p = x < low ? vec{} : p * factors[0] * factors[1];
     return x > high ? all(INFINITY) : p;
 }
 
@@ -355,8 +353,8 @@ void copy_rows(const float *from, float *to, const Head &head) {
 
 // Updates `first` to `last` (exclusive) of a block, which takes the tasks in turn. Returns 1 if memory ran out, else 0.
 extern "C" int train(Head *head, const Block *block, int64_t first, int64_t last) {
-    const int64_t rows = rounded(head->batch, ROWS), features = head->batch * head->padded;
-    const int64_t values = head->batch * head->dim;
+    const int64_t rows = rounded(head->batch, ROWS);
+    const int64_t features = head->batch * head->padded, values = head->batch * head->dim;
     const bool is_padded = head->dim != head->padded;
     const int64_t sizes[] = {
         rows * rounded(head->width, UNITS),              // u
@@ -372,8 +370,8 @@ extern "C" int train(Head *head, const Block *block, int64_t first, int64_t last
     if (!memory) return 1;
     memset(memory, 0, place[6] * sizeof(float));
 
-    constexpr decltype(&output_gradient<L1>) gradients[] = {output_gradient<L1>, output_gradient<MSE>,
-                                                            output_gradient<SMOOTH_L1>, output_gradient<COSINE>};
+    constexpr auto smooth = output_gradient<SMOOTH_L1>, cosine = output_gradient<COSINE>;
+    constexpr decltype(smooth) gradients[] = {output_gradient<L1>, output_gradient<MSE>, smooth, cosine};
     for (int64_t update = first; update < last; ++update, ++head->updates) {
         const int64_t number = update / block->tasks, task = update % block->tasks;
         const int64_t at = (task * block->steps + number) * values, stride = block->steps * values;

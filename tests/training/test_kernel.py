@@ -233,6 +233,12 @@ def test_the_variable_chooses_the_kernel(monkeypatch):
         kernel_for(CPU)
 
 
+def test_objects_of_another_source_are_passed_over(monkeypatch):
+    monkeypatch.setattr(kernel_module, "INTERFACE", kernel_module.INTERFACE + 1)
+    monkeypatch.setattr(kernel_module, "_library", kernel_module._library.__wrapped__)
+    assert kernel_for(CPU) == TORCH
+
+
 def test_without_a_compiled_object_torch_trains(monkeypatch):
     monkeypatch.setattr(kernel_module, "_library", lambda name: None)
     assert make_plan([Workload.of(job) for job in mixed_jobs()], CPU).kernel == TORCH
