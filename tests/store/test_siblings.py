@@ -69,9 +69,9 @@ def counted(monkeypatch):
     """Images that each encoder really sees."""
     seen = []
 
-    def counting(tower, images, precision, inner=encode.encode):
+    def counting(tower, images, inner=encode.encode):
         seen.append(len(images))
-        return inner(tower, images, precision)
+        return inner(tower, images)
 
     monkeypatch.setattr(encode, "encode", counting)
     return seen
