@@ -56,7 +56,9 @@ def check_command(
         print_json({"tasks": checked, "problems": problems})
     for name, task in {} if as_json else checked.items():
         images = ", ".join(f"{rows:,} {split}" for split, rows in task["images"].items())
-        say(f"{name}: {images} images, {task['classes']} classes, {task['classifier']}, expert {task['expert']}")
+        listed = ", ".join(task["class_names"][:5]) + (", ..." if len(task["class_names"]) > 5 else "")
+        classes = f"{task['classes']} classes{f' ({listed})' if listed else ''}"
+        say(f"{name}: {images} images, {classes}, {task['classifier']}, expert {task['expert']}")
     for problem in problems:
         note(problem)
     if problems:

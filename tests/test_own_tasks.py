@@ -59,8 +59,8 @@ def test_the_suite_has_as_many_lines_as_the_page_says():
 
 def test_from_folders_and_checkpoints_to_a_table(walk, extracted):
     checked = walk("suites check")
-    assert "pets: 20 test images, 2 classes, classifier from" in checked
-    assert "birds: 20 test images, 2 classes, classifier from text tower" in checked
+    assert "pets: 20 test images, 2 classes (cat, dog), classifier from" in checked
+    assert "birds: 20 test images, 2 classes (crow, gull), classifier from text tower" in checked
     table = walk("report --cache cache/animals_ta")
     assert re.search(r"individual experts +100.0 +100.0 +100.0", table)
     assert re.search(r"method +pets +Birds of Europe +Avg", table)

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,16 @@ from probsurgery.pipeline.errors import InputError, first_line
 
 _IMAGES = {".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp"}  # as torchvision's
 _DROPPINGS = re.compile(
-    r"\..*|.*~|~\$.*|#.*#|@eadir|@recycle|@recently-snapshot|@tmp|#recycle|#snapshot|\$recycle\.bin|recycler|recycled"
-    r"|system volume information|found\.\d{3}|lost\+found|(eh)?thumbs(_vista)?\.db.*|desktop\.ini|icon\r|__macosx"
-    r"|__pycache__|cvs|network trash folder|temporary items|thevolumesettingsfolder",
+    r"\..*|.*~|~\$.*|#.*#|@eadir|@recycle|@recently-snapshot|@tmp|#recycle|#snapshot|\$recycle\.bin"
+    r"|system volume information|lost\+found|(eh)?thumbs(_vista)?\.db.*|desktop\.ini|icon\r|__macosx",
     re.IGNORECASE,
 )
 """Names of files and folders that file managers, file servers, archivers and tools leave among others."""
+_PERHAPS = re.compile(
+    r"recycler|recycled|found\.\d{3}|__pycache__|cvs|network trash folder|temporary items|thevolumesettingsfolder",
+    re.IGNORECASE,
+)
+"""Such names of folders that may also be those of a class, and are if there are images in them."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +57,18 @@ class Listing:
         return self.files[row].read_bytes() if self.pixels is None else self.pixels[row].tobytes()
 
 
-_SPLIT_FOLDERS = {"train", "test", "val", "valid", "validation"}
+SPLIT_WORDS = {"test": {"test", "testing", "eval", "evaluation"}, "train": {"train", "training"}}
+"""By split: what folders or files of it are called."""
+_SPLIT_FOLDERS = {*SPLIT_WORDS["test"], *SPLIT_WORDS["train"], "val", "valid", "validation", "dev"}
 
 
 class ClassIndex:
     """Maps class names, in any spelling of the published data sets, to labels 0..C-1."""
 
-    def __init__(self, task: str, names: Sequence[str], aliases: Sequence[str] = ()) -> None:
-        self.task = task
-        self.names = names
+    def __init__(self, task: str, names: Sequence[str], aliases: Sequence[str] = (), *, prefixed: bool = False) -> None:
+        self.task, self.names, self._prefixed = task, names, prefixed
+        self._numbered = not any(name.isascii() and name.isdigit() for name in names)
+        """Whether a number is a position, because no class is called by one."""
         self._exact = {name: label for label, name in enumerate(names)}
         self._spelled: dict[str, int | None] = {"": None}
         """By what is left of a name without case and separators; None where two classes differ in those only."""
@@ -73,11 +80,13 @@ class ClassIndex:
         """The label of a class name, regardless of case and separators; None if the name is unknown."""
         if name in self._exact:
             return self._exact[name]
-        prefixed = re.fullmatch(r"/?[a-z][_/](.+)", name)  # SUN397 has /a/abbey, and copies of it a_abbey
+        # SUN397 has /a/abbey, and copies of it a_abbey.
+        prefixed = re.fullmatch(r"/?[a-z][_/](.+)", name) if self._prefixed else None
         for spelling in map(_key, (name, prefixed.group(1) if prefixed else name)):
             if (label := self._spelled.get(spelling)) is not None:
                 return label
-        return int(name) if name.isascii() and name.isdigit() and int(name) < len(self.names) else None
+        is_position = self._numbered and name.isascii() and name.isdigit() and int(name) < len(self.names)
+        return int(name) if is_position else None
 
     def label(self, name: str, where: Path | str) -> int:
         """The label of a class name. Raises `InputError` if the name is unknown."""
@@ -107,6 +116,11 @@ def _key(name: str) -> str:
     return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", name).casefold()))
 
 
+def same_spelling(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Pairs of names that differ in case, separators or marks only."""
+    return [pair for pair in combinations(names, 2) if _key(pair[0]) == _key(pair[1])] if len(names) < 2_000 else []
+
+
 def listed(folder: Path, pattern: str = "*") -> list[Path]:
     """What a folder of data holds, sorted: the paths that match, without what other programs left there."""
     paths = folder.glob(pattern)
@@ -119,12 +133,17 @@ def _files(folder: Path) -> list[Path]:
 
 def folders(folder: Path) -> list[Path]:
     """The folders in a folder of data, sorted."""
-    return [p for p in listed(folder) if p.is_dir()]
+    return [p for p in listed(folder) if p.is_dir() and not (_PERHAPS.fullmatch(p.name) and not _files(p))]
 
 
 def class_files(named: Iterable[Path], classes: ClassIndex) -> Listing:
     """The images in folders that are named after classes, and in folders within them."""
     labels = {folder: classes.label(folder.name, folder.parent) for folder in named}
+    of_label: dict[int, Path] = {}
+    for folder, label in labels.items():
+        if (other := of_label.setdefault(label, folder)) != folder:
+            both = f"{other.name!r} and {folder.name!r}"
+            raise InputError(f"{folder.parent} has two folders of the class {classes.names[label]!r}: {both}")
     files = {folder: _files(folder) for folder in labels}
     empty = next((folder for folder, paths in files.items() if not paths), None)
     if empty is not None:
@@ -135,11 +154,16 @@ def class_files(named: Iterable[Path], classes: ClassIndex) -> Listing:
 
 def read_text(path: Path) -> str:
     """A list that people edit: UTF-8, with the mark that Windows begins it with or not, or UTF-16 with its mark."""
-    content = path.read_bytes()
     try:
-        return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        return path.read_bytes().decode(text_encoding(path))
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({first_line(error)}); save it as UTF-8") from None
+
+
+def text_encoding(path: Path) -> str:
+    """How a text is encoded that `read_text` reads."""
+    with path.open("rb") as file:
+        return "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
 
 
 def _names(path: Path) -> list[str]:
@@ -164,19 +188,28 @@ def class_folders(folder: Path, split: str, classes: ClassIndex) -> Listing | No
     return class_files(folders(base), classes)
 
 
-def class_root(path: Path, split: str) -> Path | None:
-    """The folder whose folders are named after classes: this one, or the split's if it holds those of splits.
+def split_root(path: Path, split: str) -> Path:
+    """The folder of a split: that in a folder which holds those of splits and nothing else, or the folder itself.
 
-    None if the folders in it hold no images. Raises `InputError` if only other splits are there.
+    Raises `InputError` if only other splits are there.
     """
     inner = {folder.name.lower(): folder for folder in folders(path)} if path.is_dir() else {}
-    if inner and inner.keys() <= _SPLIT_FOLDERS:
-        if split not in inner:
-            raise InputError(
-                f"{path} holds folders of splits ({', '.join(inner)}) and none is {split!r}; name one of them"
-            )
-        path = inner[split]
-    return path if any(map(_files, folders(path))) else None
+    if not inner or not inner.keys() <= _SPLIT_FOLDERS:
+        return path
+    found = next((inner[name] for name in (split, *SPLIT_WORDS.get(split, ())) if name in inner), None)
+    if found is None:
+        raise InputError(f"{path} holds folders of splits ({', '.join(inner)}) and none is {split!r}; name one of them")
+    return found
+
+
+def holds_classes(folder: Path) -> bool:
+    """Whether folders in it hold images, some of them at their top."""
+    return any(path.parent.parent == folder for inner in folders(folder) for path in _files(inner))
+
+
+def holds_images_below(folder: Path) -> bool:
+    """Whether folders in it hold images, at any depth."""
+    return any(map(_files, folders(folder)))
 
 
 def unlabelled(folder: Path) -> Listing:

@@ -3,6 +3,7 @@
 Paths in a file are relative to it; `hf:` marks the Hub. docs/own-tasks.md describes the keys.
 """
 
+import os
 import re
 import tomllib
 from collections import Counter
@@ -20,6 +21,7 @@ from probsurgery.pipeline.datasets.tables import HubDataset
 from probsurgery.pipeline.datasets.tasks import DataSource, Task, with_classes
 from probsurgery.pipeline.errors import InputError, first_line, nearest, unknown
 from probsurgery.pipeline.files import Record, open_file
+from probsurgery.pipeline.store.manifest import RESERVED_TASKS
 
 _FOLDER = Path(__file__).parent / "suites"
 _MOST_BYTES = 2**24
@@ -198,10 +200,13 @@ def _problems(plain: Mapping[str, Any], path: Path, base: Suite | None) -> Itera
     for name, times in Counter(name.lower() for name in known).items():
         if times > 1:
             yield f"tasks.{name} is there {times} times, in other case; choose another name"
-    if plain.get("name") in SUITES and path.parent != _FOLDER:
-        yield f"name {plain['name']!r} is that of a suite of the package; choose another"
+    if path.parent != _FOLDER:
+        own = {*SUITES, *(arch for suite in SUITES for arch in load_suite(suite).architectures)}
+        if plain.get("name") in own:
+            yield f"name {plain['name']!r} is that of a suite or an architecture of the package; choose another"
     yield from _missing_paths([("pretrained", plain.get("pretrained"))], path)
     titles = Counter(task.get("title") or name for name, task in named.items() if isinstance(task, dict))
+    titles.update(task.title or name for name, task in (base.tasks if base else {}).items())
     for title, times in titles.items():
         if times > 1:
             yield f"{times} tasks have the title {title!r}; give each its own"
@@ -243,6 +248,10 @@ def _wrong_task(name: str, task: Mapping[str, Any], path: Path) -> Iterator[str]
             yield f"templates: {template!r} needs {{}} once, for the class name"
     if templates and "classifier" in task:
         yield "classifier is given beside templates; give one of them"
+    if name.lower() in {reserved.lower() for reserved in RESERVED_TASKS}:
+        yield f"a task cannot be called {name!r}, as that stands for something else; choose another name"
+    if templates and task.get("labels") is False and not task.get("classes"):
+        yield "templates need `classes` where images have no labels"
     if task.get("classifier") is True:
         yield "classifier is a file, or false for none"
     if "normalise" in task and not task.get("classifier"):
@@ -256,7 +265,9 @@ def _wrong_task(name: str, task: Mapping[str, Any], path: Path) -> Iterator[str]
 def _missing_paths(places: Sequence[tuple[str, Any]], path: Path) -> Iterator[str]:
     """The keys whose values are paths of nothing."""
     for key, place in places:
-        if isinstance(place, str) and not place.startswith(_SCHEMES):
+        if isinstance(place, str) and not place.strip():
+            yield f"{key} is empty; give a path, or leave it out"
+        elif isinstance(place, str) and not place.startswith(_SCHEMES):
             found = Path(_resolved(place, path))
             if not found.exists():
                 siblings = [inner.name for inner in found.parent.iterdir()] if found.parent.is_dir() else []
@@ -285,7 +296,7 @@ def _completed(plain: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 def _resolved(place: str, path: Path) -> str:
     """A place that a file names, its path made absolute."""
-    return place if place.startswith(_SCHEMES) else str(path.absolute().parent / Path(place).expanduser())
+    return place if place.startswith(_SCHEMES) else os.path.normpath(path.absolute().parent / os.path.expanduser(place))
 
 
 def _is_name(model: str, path: Path) -> bool:

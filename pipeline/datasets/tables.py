@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from probsurgery.pipeline.datasets.layouts import ClassIndex, listed, read_text
+from probsurgery.pipeline.datasets.layouts import SPLIT_WORDS, ClassIndex, listed, read_text, text_encoding
 from probsurgery.pipeline.datasets.pictures import read_rgb, to_rgb
 from probsurgery.pipeline.errors import InputError, first_line
 from probsurgery.pipeline.files import Record
@@ -21,8 +21,6 @@ from probsurgery.pipeline.hub import explain, storage_problem
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_SPLIT_WORDS = {"test": {"test", "testing", "eval", "evaluation"}, "train": {"train", "training"}}
-"""By split: what the path of its files has as a word."""
 _BYTES_OR_PATHS = ("binary", "large_binary", "string", "large_string")
 _BUILDERS = {
     ".parquet": "parquet",
@@ -31,6 +29,7 @@ _BUILDERS = {
     ".tar": "webdataset",
 }
 """The library's builder by the suffix of a single file."""
+_MOST_CLASSES = 2**16
 _COLUMNS = {
     "image": ("image", "img", "file_name", "filename", "file", "path", "filepath", "image_path", "jpg", "png"),
     "label": ("label", "labels", "class", "class_name", "category", "target", "fine_label", "cls"),
@@ -75,6 +74,7 @@ class Table:
             if content is not None:
                 return read_rgb(content)
             path = (self.folder or Path()) / name
+            path = path if path.is_file() else (self.folder or Path()) / name.replace("\\", "/")
             return read_rgb(path) if path.is_file() else self._fetched(name)
         except Exception as error:  # damaged image files raise anything in their decoders
             raise ValueError(f"{name}: {first_line(error)}" if name else first_line(error)) from None
@@ -82,6 +82,11 @@ class Table:
     def _fetched(self, name: str) -> Image.Image:
         """An image that is in an archive or in a repository of the Hub, which the library can open."""
         import datasets
+
+        archive = name.rpartition("::")[2]
+        # What a file of one's own names is nowhere else, as in the working directory or at an address.
+        if self.folder is not None and (archive == name or not Path(archive).is_file()):
+            raise ValueError(f"there is no such file in {self.folder}")
 
         return to_rgb(datasets.Image().decode_example({"path": name, "bytes": None}))
 
@@ -144,17 +149,24 @@ def open_table(source: TableSource, classes: ClassIndex, *, labelled: bool = Tru
     return Table(labels, images, image, str(source.place or source.hub.id), names, order, source.folder, paths)
 
 
-def class_names(source: TableSource, task: str) -> list[str]:
-    """The classes of a data set: those that it lists, else the distinct labels in order, or 0 to the largest."""
+def class_names(source: TableSource, task: str) -> tuple[list[str], bool]:
+    """The classes of a data set, and whether they are in the order of the labels.
+
+    They are those that it lists, or 0 to the largest label; else the distinct labels, sorted.
+    """
     table = _load(source, task)
     label = _column(table, "label", source)
     if names := getattr(table.features[label], "names", None) or _listed_names(source.folder):
-        return list(names)
-    values = [value for value in set(table[label]) if value is not None]
+        return list(names), True
+    values = _plain_labels(list(table[label]), f"{source} ({source.split})")
     if all(isinstance(value, str) for value in values):
-        return sorted(values)
-    numbers = [value for value in values if isinstance(value, int | float) and 0 <= value < 2**16]
-    return [str(number) for number in range(int(max(numbers, default=-1)) + 1)]
+        if not all(value.isascii() and value.isdigit() and str(int(value)) == value for value in values):
+            return sorted(set(values)), False
+        values = [int(value) for value in values]
+    largest = max(values, default=-1)
+    if largest >= _MOST_CLASSES:
+        raise InputError(f"{source} has a label {largest}; list the names of its classes as `classes`")
+    return [str(number) for number in range(int(largest) + 1)], True
 
 
 def _column(table: "Dataset", kind: str, source: TableSource) -> str:
@@ -162,7 +174,8 @@ def _column(table: "Dataset", kind: str, source: TableSource) -> str:
     import datasets
 
     names, given = table.column_names, source.hub.image if kind == "image" else source.hub.label
-    if "__key__" in names:  # of tars, whose columns are called after the suffixes of their files
+    # Columns of tars are called after the suffixes of their files.
+    if "__key__" in names and not (source.is_exact and given):
         of_images = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
         given = (of_images or [given])[0] if kind == "image" else "cls"
     found = given or next((name for name in _COLUMNS[kind] if name in names), _COLUMNS[kind][0])
@@ -210,6 +223,7 @@ def _load_files(files: Sequence[Path], split: str) -> "Dataset":
     if _BUILDERS[suffix] == "csv":  # cells as they stand: 01 is no number and NA not missing, as either may be a class
         header = next(iter(read_text(files[0]).splitlines()), "")
         settings = {"sep": max(",;\t", key=header.count), "keep_default_na": False, "skipinitialspace": True}
+        settings |= {"index_col": False, "encoding": text_encoding(files[0])}
         settings["converters"] = dict.fromkeys(range(header.count(settings["sep"]) + 1), str)
     paths = {split: [escape(str(path)) for path in files]}
     return datasets.load_dataset(_BUILDERS[suffix], data_files=paths, split=split, **settings)
@@ -232,9 +246,9 @@ def _load_folder(folder: Path, source: TableSource) -> "Dataset":
     # The library's own search takes what other programs leave, and guesses a format from it.
     files = listed(folder, "**/*.parquet") or listed(folder, "**/*.tar")
     words = {path: set(re.split("[^a-z]+", path.relative_to(folder).as_posix().lower())) for path in files}
-    own = [path for path in files if words[path] & _SPLIT_WORDS.get(split, {split})]
+    own = [path for path in files if words[path] & SPLIT_WORDS.get(split, {split})]
     own = [path for path in own if config in path.parts] or own
-    if source.is_exact and not own and not any(words[path] & set().union(*_SPLIT_WORDS.values()) for path in files):
+    if source.is_exact and not own and not any(words[path] & set().union(*SPLIT_WORDS.values()) for path in files):
         own = files
     if not own:
         found = ", ".join(path.relative_to(folder).as_posix() for path in files[:4])
@@ -256,13 +270,23 @@ def _listed_names(folder: Path | None) -> list[str] | None:
 
 def _labels(values: Sequence[Any], where: str, classes: ClassIndex) -> tuple[np.ndarray, bool]:
     """Labels (N,), from numbers or from class names, and whether they are from names."""
-    missing = next((row for row, value in enumerate(values) if value is None or value != value), None)
+    plain = _plain_labels(values, where)
+    are_names = all(name.isascii() and name.isdigit() for name in classes.names)
+    if plain and (are_names or isinstance(plain[0], str)):
+        known = {value: classes.label(str(value), where) for value in dict.fromkeys(plain)}
+        return np.array([known[value] for value in plain], dtype=np.int64), True
+    return np.array(plain, dtype=np.int64), False
+
+
+def _plain_labels(values: Sequence[Any], where: str) -> list[Any]:
+    """Labels that are all whole numbers from 0, or all class names. Raises `InputError` for anything else."""
+    plain = [value.strip() if isinstance(value, str) else value for value in values]
+    missing = next((row for row, value in enumerate(plain) if value in (None, "") or value != value), None)
     if missing is not None:
         raise InputError(f"{where} has no label in row {missing}; give it one, or remove the row")
-    if values and all(isinstance(value, str) for value in values):
-        known = {name: classes.label(name, where) for name in dict.fromkeys(values)}
-        return np.array([known[value] for value in values], dtype=np.int64), True
-    for value in values:
+    if plain and all(isinstance(value, str) for value in plain):
+        return plain
+    for value in plain:
         if not isinstance(value, int | float) or not abs(value) < 2**31 or value != int(value):
             raise InputError(f"{where} has a label {str(value)[:80]!r}; labels are numbers from 0, or class names")
-    return np.array(values, dtype=np.int64), False
+    return [int(value) for value in plain]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,16 +17,18 @@ from probsurgery.pipeline.datasets.layouts import (
     ClassIndex,
     Listing,
     class_files,
-    class_root,
     find_layout,
     folders,
+    holds_classes,
+    holds_images_below,
     known_layouts,
     listed,
+    same_spelling,
+    split_root,
     unlabelled,
 )
 from probsurgery.pipeline.datasets.pictures import DECODING
-from probsurgery.pipeline.datasets.tables import HubDataset, TableSource, has_table, open_table
-from probsurgery.pipeline.datasets.tables import class_names as table_classes
+from probsurgery.pipeline.datasets.tables import HubDataset, TableSource, class_names, has_table, open_table
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.files import Record
 from probsurgery.pipeline.mini import mini_task
@@ -98,7 +101,7 @@ class Task(Record, frozen=True, rename={"class_names": "classes", "hub": "datase
     @property
     def index(self) -> ClassIndex:
         """Class names to labels."""
-        return ClassIndex(self.name, self.class_names, self.aliases)
+        return ClassIndex(self.name, self.class_names, self.aliases, prefixed=self.layout == "sun397")
 
 
 @dataclass(frozen=True)
@@ -141,8 +144,8 @@ def open_images(
     if published and len(images) not in published and not any_rows:
         expected = " or ".join(f"{rows:,}" for rows in published)
         raise InputError(
-            f"{task.name} ({split}) has {len(images):,} images, but the papers' has {expected}; complete the data set, "
-            "or accept it with --any-rows"
+            f"{task.name} ({split}) has {len(images):,} images, and not {expected} as its suite states; complete the "
+            "data set, or accept it with --any-rows"
         )
     if limit is not None and limit < len(images):
         digest = hashlib.sha256(f"{images.fingerprint} first {limit}".encode()).hexdigest()
@@ -162,24 +165,29 @@ def with_classes(task: Task) -> Task:
     """
     if task.class_names or not task.labels:
         return task
-    names: dict[str, None] = {}
-    for split in SPLITS:
-        if (given := task.source(split)) is not None:
-            names |= dict.fromkeys(_class_names(task, split, given))
-        elif task.hub is not None and not names:
-            names |= dict.fromkeys(table_classes(TableSource(task.hub, task.hub.split[split]), task.name))
+    found = [found for split in SPLITS if (found := _listed_classes(task, split)) is not None]
+    ordered = max((names for names, is_ordered in found if is_ordered), key=len, default=())
+    names = tuple(ordered) or tuple(sorted({name for names, _ in found for name in names}))
     if not names:
         raise InputError(f"task {task.name} has no class names; list them as `classes`, or set `labels = false`")
-    return msgspec.structs.replace(task, class_names=tuple(names))
+    for one, other in same_spelling(names):
+        if not any({one, other} <= set(listed) for listed, _ in found):
+            both = f"{one!r} and {other!r}, in different splits"
+            raise InputError(f"task {task.name} has classes {both}; give them one name, or list `classes`")
+    return msgspec.structs.replace(task, class_names=names)
 
 
-def _class_names(task: Task, split: str, given: DataSource) -> Sequence[str]:
+def _listed_classes(task: Task, split: str) -> tuple[Sequence[str], bool] | None:
+    """The classes of a split's source, and whether their order is that of the labels; None without a source."""
+    given = task.source(split)
+    if given is None:
+        return class_names(TableSource(task.hub, task.hub.split[split]), task.name) if task.hub else None
     kind, _, rest = given.place.partition(":")
     if kind == "mini":
-        return mini_task(rest).class_names
-    if kind != "hf" and (base := _class_root(task, split, Path(given.place))):
-        return [folder.name for folder in folders(base)]
-    return table_classes(given.table(split), task.name)
+        return mini_task(rest).class_names, True
+    if kind != "hf" and (base := _class_root(task, split, given)):
+        return [folder.name for folder in folders(base)], False
+    return class_names(given.table(split), task.name)
 
 
 def _open(task: Task, split: str, copies: str | None) -> Images:
@@ -212,22 +220,39 @@ def _open_mini(task: Task, split: str, name: str) -> Images:
 def _open_path(task: Task, split: str, given: DataSource) -> Images:
     """The images in a folder or a table's file that the suite names."""
     path = Path(given.place)
-    if base := _class_root(task, split, path):
+    if base := _class_root(task, split, given):
         return _listed_images(task, split, path, class_files(folders(base), task.index))
     if path.is_file() or has_table(path):
         return _open_table(task, split, given.table(split))
-    return _listed_images(task, split, path, unlabelled(path))
+    return _listed_images(task, split, path, unlabelled(split_root(path, given.split or split)))
 
 
-def _class_root(task: Task, split: str, path: Path) -> Path | None:
+def _class_root(task: Task, split: str, given: DataSource) -> Path | None:
     """The folder of class folders in what a suite names for a split; None for a table and for images without labels."""
+    path = Path(given.place)
     if not path.exists():
         raise InputError(f"task {task.name}: {split} names {path}, which does not exist")
-    base = class_root(path, split) if task.labels else None
-    if task.labels and base is None and not path.is_file() and not has_table(path):
+    if path.is_file() and given.split:
+        raise InputError(f"task {task.name}: {path} is one file, which has no splits; leave `split` out")
+    if path.is_file():
+        return None
+    base = split_root(path, given.split or split)
+    if given.split and base == path and not has_table(path):
+        raise InputError(f"task {task.name}: {path} has no folder of the split {given.split!r}")
+    if not task.labels or not holds_images_below(base):
+        if task.labels and not has_table(path):
+            raise InputError(
+                f"{path} has neither class folders with images nor a table; it holds: {_first_names(path)}; images "
+                f"without labels need `labels = false` in the table of {task.name}"
+            )
+        return None
+    if given.image or given.label:
+        raise InputError(f"task {task.name}: {path} holds class folders, which have no columns; leave them out")
+    if not task.class_names and not holds_classes(base):
+        inner = ", ".join(folder.name for folder in folders(base)[:4])
         raise InputError(
-            f"{path} has neither class folders with images nor a table; it holds: {_first_names(path)}; images without "
-            f"labels need `labels = false` in the table of {task.name}"
+            f"task {task.name}: the images in {path} are all two folders down (in {inner}); name the folder whose "
+            "folders are classes, or list `classes`"
         )
     return base
 
@@ -279,7 +304,8 @@ def _data_fingerprint(origin: list[Any], labels: np.ndarray, encoded: Callable[[
     """Digest of the origin, all labels and at most 128 encoded images: reading all takes as long as the extraction."""
     digest = hashlib.sha256(json.dumps(origin).encode() + labels.tobytes())
     for row in range(0, len(labels), max(1, len(labels) // 64)):
-        digest.update(encoded(row))
+        with suppress(OSError):  # decoding the image will say so
+            digest.update(encoded(row))
     return digest.hexdigest()
 
 

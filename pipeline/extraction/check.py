@@ -36,7 +36,7 @@ def check_suite(
     def tried(step: Callable[[], T]) -> T | None:
         try:
             return step()
-        except ProbsurgeryError as error:
+        except (ProbsurgeryError, OSError) as error:
             if str(error) not in problems:  # one file may be the cause of several
                 problems.append(str(error))
             return None
@@ -49,7 +49,8 @@ def check_suite(
         task = tried(partial(with_classes, listed))
         if task is None:
             continue
-        row: dict[str, Any] = {"classes": len(task.class_names), "classifier": "no classifier", "expert": "not read"}
+        row: dict[str, Any] = {"classes": len(task.class_names), "class_names": task.class_names}
+        row |= {"classifier": "no classifier", "expert": "not read"}
         if usable and tried(partial(usable.expert, task)):
             row["expert"] = usable.files[task.name].source
         classifiers = tried(partial(load_classifiers, usable, [task], torch.device("cpu"))) if usable else None

@@ -182,6 +182,7 @@ def _register(writer: CacheWriter, plan: RunPlan) -> None:
         }
         origins = {split: Origin(opened.source, opened.class_order) for split, opened in images.items()}
         merged = {"splits": {**splits, **record.splits}, "origins": {**record.origins, **origins}}
+        merged |= {name: getattr(new, name) for name in ("classes", "class_names", "title")}  # a suite may rename them
         tasks[task.name] = msgspec.structs.replace(record, **merged)
     writer.update(files={**writer.manifest.files, **plan.weights.files}, tasks=tasks)
     writer.request([f"{split}/{name}" for split, name in plan.images])

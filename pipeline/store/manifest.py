@@ -50,6 +50,9 @@ MOST_BYTES = 2**28
 TASK = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}"
 _ARRAY = re.compile(rf"(?:({'|'.join(SPLITS)})/({TASK})/({'|'.join(KINDS)}|labels)|(?:classifiers|biases)/({TASK}))")
 
+RESERVED_TASKS = ("Avg", "average", "pretrained")
+"""Names that stand for something else beside tasks' names, in tables and among files; in any case."""
+
 TaskName = Annotated[str, Meta(pattern=rf"\A{TASK}\Z")]
 Split = Annotated[str, Meta(pattern=rf"\A(?:{'|'.join(SPLITS)})\Z")]
 MOST_DIM = 2**16

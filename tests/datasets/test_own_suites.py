@@ -45,6 +45,12 @@ def data(tmp_path_factory):
     table.to_parquet(root / "parquet" / "data.parquet")
     table.save_to_disk(root / "saved")
     datasets.DatasetDict({"test": table}).save_to_disk(root / "splits")
+    (root / "empty.csv").write_text("file,class\nimages/0.png,x\nimages/1.png,\n")
+    (root / "lists.json").write_text('{"image": ["images/0.png"], "label": [[0]]}')
+    for place in ("twice/test/A b", "twice/test/a_b", "twice/test/c", "other/a b", "above/pets/x"):
+        (root / place).mkdir(parents=True)
+        shade(0).save(root / place / "0.png")
+    (root / "numbers.csv").write_text("file,class\n" + "".join(f"images/{n % 6}.png,{n}\n" for n in range(11)))
     return root
 
 
@@ -121,6 +127,15 @@ def test_names_that_differ_in_separators_are_told_apart():
 @pytest.mark.parametrize(
     ("body", "message"),
     [
+        ('[tasks.a]\ntest = "above"', "are all two folders down"),
+        ('[tasks.a]\ntest = { data = "pets", split = "val" }', "holds folders of splits .* none is 'val'"),
+        ('[tasks.a]\ntest = { data = "pets/test", split = "val" }', "has no folder of the split 'val'"),
+        ('[tasks.a]\ntest = { data = "commas.csv", split = "test" }', "is one file, which has no splits"),
+        ('[tasks.a]\ntest = { data = "pets", label = "x" }', "class folders, which have no columns"),
+        ('[tasks.a]\ntest = "empty.csv"', "no label in row 1"),
+        ('[tasks.a]\ntest = "lists.json"', r"has a label '\[\[0\]\]'"),
+        ('[tasks.a]\ntest = "twice"\nclasses = ["a b", "c"]', "two folders of the class 'a b'"),
+        ('[tasks.a]\ntest = "twice/test"\ntrain = "other"', "classes 'A b' and 'a b', in different splits"),
         ('[tasks.a]\ntest = "images"', "neither class folders with images nor a table.*`labels = false`"),
         ('[tasks.a]\ntest = "pets/test"\nclasses = ["dog"]', "has a class 'C' that a does not have"),
         ('[tasks.a]\ntest = { data = "commas.csv", label = "kind" }', "no column 'kind'; it has: file, class"),
@@ -151,6 +166,11 @@ FAULTS = {
     '[tasks.i]\ntest = "pets"\ntitle = "b"': "2 tasks have the title 'b'",
     '[tasks.j]\ntest = "pets"\nnormalise = false': "tasks.j: normalise is for a classifier from a file",
     '[tasks.k]\nclasses = ["x"]': r"tasks.k: test \(or train\) is missing",
+    '[tasks.AVG]\ntest = "pets"': "tasks.AVG: a task cannot be called 'AVG'",
+    '[tasks.pretrained]\ntest = "pets"': "a task cannot be called 'pretrained'",
+    '[tasks.l]\ntest = "~nobody-of-this-name/x"': "tasks.l: test is '~nobody-of-this-name/x', but there is no",
+    '[tasks.m]\ntest = "pets"\nexpert = ""': "tasks.m: expert is empty",
+    '[tasks.n]\ntest = "images"\nlabels = false\ntemplates = ["{}"]': "tasks.n: templates need `classes`",
 }
 
 
@@ -169,7 +189,11 @@ def test_every_fault_of_a_file_is_said_at_once(data):
         ("", "the key name is missing"),
         ("name = x", r"not valid TOML: Invalid value \(at line 1"),
         ('name = "x"\n[tasks.a]\n[tasks.a]', r"not valid TOML: Cannot declare .* twice \(at line 3"),
-        ('name = "clip8"\n[tasks.a]\ntest = "pets"', "name 'clip8' is that of a suite of the package"),
+        (
+            'name = "clip8"\n[tasks.a]\ntest = "pets"',
+            "name 'clip8' is that of a suite or an architecture",
+        ),
+        ('name = "vitb32"\n[tasks.a]\ntest = "pets"', "name 'vitb32' is that of a suite or an architecture"),
         ('name = "../x"\n[tasks.a]\ntest = "pets"', "a name has at most 100"),
         ('name = "x"', "it has no tasks"),
         ('name = "x"\nextends = "mini"\n[tasks.mnist]\ntest = "pets"', "tasks.mnist is a task of mini already"),
@@ -193,3 +217,50 @@ def test_a_suite_may_extend_another(data):
     assert list(more.tasks) == ["a", "b"]
     assert more.encoder.model == "ViT-B-32"
     assert Path(more.tasks["b"].test.place).samefile(data / "images")
+
+
+def test_class_names_are_in_the_order_of_folders_and_of_numbers(data):
+    for place in ("ordered/test/ant", "ordered/test/cow", "ordered/train/bee", "ordered/train/recycled"):
+        (data / place).mkdir(parents=True)
+        shade(1).save(data / place / "1.png")
+    body = '[tasks.a]\ntest = "ordered"\ntrain = "ordered"\n[tasks.b]\ntest = "numbers.csv"'
+    folders, numbers = load_suite(str(suite(data, body))).select(None)
+    assert folders.class_names == ("ant", "bee", "cow", "recycled")
+    assert open_images(folders, "test").labels.tolist() == [0, 2]
+    assert open_images(numbers, "test").labels.tolist() == list(range(11))
+    one_based = ClassIndex("a", ["1", "2", "3"])
+    assert [one_based.find(name) for name in ("1", "3", "0", "t_1")] == [0, 2, None, None]
+
+
+def test_images_of_a_table_are_beside_it_and_nowhere_else(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shade(9).save(tmp_path / "9.png")
+    (data / "far.csv").write_text("file,class\n9.png,x\nhttp://localhost/1.png,x\nimages\\1.png,x\n")
+    (task,) = load_suite(str(suite(data, '[tasks.a]\ntest = "far.csv"'))).select(None)
+    images = open_images(task, "test")
+    for row in (0, 1):
+        with pytest.raises(ValueError, match="there is no such file in .*/own"):
+            images.decode(row)
+    assert images.decode(2).size == (6, 5)
+
+
+def test_images_without_labels_are_those_of_their_split(data):
+    (task,) = load_suite(str(suite(data, '[tasks.a]\ntest = "pets"\nlabels = false'))).select(None)
+    assert len(open_images(task, "test")) == 6
+
+
+def test_an_image_that_cannot_be_opened_is_named_when_it_is_decoded(data):
+    place = data / "dead" / "x"
+    place.mkdir(parents=True)
+    shade(0).save(place / "0.png")
+    (place / "1.png").symlink_to(data / "nothing.png")
+    (task,) = load_suite(str(suite(data, '[tasks.a]\ntest = "dead"'))).select(None)
+    with pytest.raises(ValueError, match="dead/x/1.png: "):
+        open_images(task, "test").decode(1)
+
+
+def test_lists_in_utf_16_are_read(data):
+    (data / "wide.csv").write_text("file,class\nimages/0.png,\u00e9\n", encoding="utf-16")
+    (task,) = load_suite(str(suite(data, '[tasks.a]\ntest = "wide.csv"'))).select(None)
+    assert task.class_names == ("\u00e9",)
+    assert len(open_images(task, "test")) == 1
