@@ -211,7 +211,7 @@ def test_both_sizes_of_sun397_are_known(monkeypatch, rows, fits):
         assert len(open_images(TASKS["sun397"], "test")) == rows
     else:
         with pytest.raises(
-            InputError, match="has 19,851 images, and not 19,850 or 19,887 as its suite states; .*--any-rows"
+            InputError, match="19,851 images, and not 19,850 or 19,887 as its suite states; .*--any-rows"
         ):
             open_images(TASKS["sun397"], "test")
     assert len(open_images(TASKS["sun397"], "test", any_rows=True)) == rows

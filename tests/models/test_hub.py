@@ -192,7 +192,7 @@ def test_local_copies_of_the_hubs_repositories_need_no_network(hub, command, tmp
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "cache/tiny_ta_eurosat+svhn+mnist/manifest.json").read_text())
     assert manifest["files"]["svhn"]["source"] == "someone/clip-tiny_svhn/model.safetensors"
-    with pytest.raises(InputError, match="has 40 images, but the papers' has 26,032; .*--any-rows"):
+    with pytest.raises(InputError, match="has 40 images, and not 26,032 as its suite states; .*--any-rows"):
         open_images(select_tasks("clip8", ["svhn"])[0], "test", str(tmp_path / "datasets"))
 
 
