@@ -219,15 +219,27 @@ def to_text(state: Mapping[str, Tensor]) -> StateDict | None:
     return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(tuple(prefix + name for name in names))}
 
 
+_LINEAR = ("classifier", "fc", "head", "score")
+"""What the last layer of a model is called."""
+
+
 def to_classifier(state: Mapping[str, Tensor], path: Path, *, normalise: bool = True) -> Classifier:
     """A linear layer's weight and bias as a classifier. Raises `InputError` if there is anything else.
 
     A pickled `ClassificationHead` of the task-vectors code normalises its features.
     """
-    if "weight" not in state or state.keys() - {"weight", "bias"}:
-        raise InputError(f"{path} is not a classification head; it looks like {describe(state)}")
+    # `fc.weight` alone, or `classifier.weight` and the like beside the rest of a model.
+    prefixes = {name.removesuffix("weight") for name in state if name.endswith("weight")}
+    if len(prefixes) > 1 or state.keys() - {f"{prefix}{part}" for prefix in prefixes for part in ("weight", "bias")}:
+        prefixes = {p for p in prefixes if p.split(".")[-2:-1] and p.split(".")[-2] in _LINEAR and p.count(".") <= 2}
+    if len(prefixes) != 1:
+        raise InputError(
+            f"{path} is not a classification head, which has `weight` (C, d) and perhaps `bias` (C,), also under one "
+            f"name such as {_LINEAR[0]}.weight; it looks like {describe(state)}"
+        )
+    prefix = prefixes.pop()
     try:
-        return Classifier(state["weight"], state.get("bias"), normalise)
+        return Classifier(state[f"{prefix}weight"], state.get(f"{prefix}bias"), normalise)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 

@@ -60,7 +60,9 @@ def load_classifiers(weights: Weights, tasks: Sequence[Task], device: torch.devi
 
 def _from_file(weights: Weights, task: Task) -> Classifier:
     """The classifier that a task's suite names."""
-    path = Path(str(task.classifier))
+    path = hub.weights_in(Path(str(task.classifier)))
+    if not path.is_file():
+        raise InputError(f"the classifier of {task.name}, {path}, is not a file; name the file with its weight")
     weights.record(f"classifier {task.name}", path, str(path))
     return to_classifier(read_tensors(path), path, normalise=task.normalise is not False)
 
@@ -87,8 +89,8 @@ def _from_text_tower(weights: Weights, tasks: Sequence[Task], device: torch.devi
     """Classifiers from the pre-trained text tower, cached in the user's cache folder because they take minutes."""
     if without := next((task.name for task in tasks if not task.templates), None):
         raise InputError(
-            f"{weights.folder or 'the published place'} holds no classifier of {without!r} (classifiers.safetensors), "
-            "and its suite has no `classifier` (false: none) and no `templates` to make one from"
+            f"{weights.folder or 'the suite'} holds no classifier of {without!r} (in --checkpoints: "
+            "classifiers.safetensors; in a suite: `classifier`, false for none, or `templates` to make one from)"
         )
     tower = _text_tower(weights, tasks[0], device)
     files: dict[str, Path] = {}

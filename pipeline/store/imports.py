@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from msgspec.structs import replace
-from torch import Tensor
+from torch import Tensor, nn
 
 from probsurgery.pipeline.classifier import Classifier
 from probsurgery.pipeline.config import DTYPES, SPLITS, STORES
@@ -209,7 +210,11 @@ def _in_memory(where: str, value: Any) -> Source:
 
 def to_array(value: Any, where: str) -> np.ndarray:
     """A tensor or what numpy takes for an array; bfloat16, which numpy lacks, as float32, which holds it exactly."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise InputError(f"{where} is a masked array; give an array without the masked rows")
     if isinstance(value, Tensor):
+        if value.layout != torch.strided:
+            raise InputError(f"{where} is a sparse tensor; give a dense one, as by to_dense()")
         value = value.detach().cpu()
         return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
     try:
@@ -221,22 +226,32 @@ def to_array(value: Any, where: str) -> np.ndarray:
 def _classifier(given: Any) -> Classifier | None:
     if given is None or isinstance(given, Classifier):
         return given
+    if isinstance(given, nn.Linear):
+        given = {"weight": given.weight, "bias": given.bias}
     parts = dict(given) if isinstance(given, Mapping) else {"weight": given}
     other = next((part for part in parts if part not in ("weight", "bias", "normalise")), None)
-    if other is not None or "weight" not in parts:
-        raise InputError("a classifier is an array (C, d), or has weight, bias and normalise; bias may be missing")
-    tensors = {
-        part: torch.from_numpy(to_array(parts[part], part))
-        for part in ("weight", "bias")
-        if parts.get(part) is not None
-    }
-    return Classifier(tensors["weight"], tensors.get("bias"), bool(parts.get("normalise", True)))
+    normalise = parts.pop("normalise", True)
+    if other is not None or parts.get("weight") is None or not isinstance(normalise, bool):
+        problem = "a classifier is an array (C, d), or has weight, bias and normalise"
+        raise InputError(f"{problem}; bias may be missing, and normalise is True or False")
+    tensors = {}
+    for part, values in parts.items():
+        if values is not None:
+            array = to_array(values, part)
+            if array.dtype.kind != "f":
+                raise InputError(f"a classifier's {part} is {array.dtype}; its values are floating-point numbers")
+            tensors[part] = torch.from_numpy(np.array(array, np.float32, order="C"))
+    return Classifier(tensors["weight"], tensors.get("bias"), normalise)
 
 
 def _check_tasks(tasks: Mapping[str, TaskSources], dtype: str, progress: Progress) -> dict[str, _Checked]:
     """Every array by its name in the cache. Raises `InputError` for the first that cannot be imported."""
     if not tasks:
         raise InputError("there is no task to import; give at least one, with merged and expert features")
+    for task, times in Counter(map(str.lower, tasks)).items():
+        if times > 1 or task in {reserved.lower() for reserved in manifests.RESERVED_TASKS}:
+            problem = "is there in two spellings" if times > 1 else "stands for something else in tables"
+            raise InputError(f"the task name {task!r} {problem}; choose another name")
     for task, sources in tasks.items():
         if not _NAME.fullmatch(task):
             allowed = "letters, digits and _ . + - (first a letter, digit or _), at most 100"

@@ -204,7 +204,7 @@ GOOD = synthetic(ROWS, DIM)
         (text("merged.npy", ""), ("merged.npy cannot be read as an array",)),
         (text("merged.npy", "1.0, 2.0"), ("merged.npy",)),
         (text("classifier.npy", "PK"), ("classifier.npy",)),
-        (only_bias, ("is not a classification head; it looks like tensors named 'bias'",)),
+        (only_bias, ("is not a classification head, which has `weight`",)),
         (lambda task: (task / "merged.npy").unlink(), ("a (test) lacks merged features",)),
         (renamed("expert.npy", "experts.npy"), ("experts.npy is none of: merged, expert",)),
         (renamed("expert.npy", "expert.csv"), ("expert.csv is of no format that is read", ".npy, .npz")),

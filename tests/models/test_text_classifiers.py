@@ -10,7 +10,7 @@ from probsurgery.pipeline.datasets.suites import select_tasks
 from probsurgery.pipeline.datasets.tasks import Task
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.models import text_classifiers
-from probsurgery.pipeline.models.checkpoints import to_text
+from probsurgery.pipeline.models.checkpoints import to_classifier, to_text
 from probsurgery.pipeline.models.encoders import get_encoder
 from probsurgery.pipeline.models.sources import Weights
 from probsurgery.pipeline.models.text_classifiers import build_classifiers, load_classifiers
@@ -48,7 +48,7 @@ def test_heads_that_are_not_classifiers_are_refused(tmp_path, tiny, clip):
     for value, words in [
         ({"weight": torch.ones(10, dim), "bias": torch.ones(9)}, r"bias is of shape \(C,\) = \(10,\), not .*\(9,\)"),
         ({"weight": torch.zeros(9, dim)}, rf"has shape \(9, {dim}\), not \(C, d\) = \(10, {dim}\)"),
-        ({"conv1.weight": torch.zeros(3)}, "is not a classification head; it looks like tensors named 'conv1.weight'"),
+        ({"conv1.weight": torch.zeros(3)}, "a classifier's weight is of shape"),
     ]:
         torch.save(value, path)
         with pytest.raises(InputError, match=words) as caught:
@@ -129,3 +129,11 @@ def test_classifiers_come_from_the_folder_if_it_has_them(tmp_path):
             load_classifiers(Weights("mini", tmp_path), tasks, CPU)
     save_file({"mnist": torch.ones(10, dim).half()}, tmp_path / "classifiers.safetensors")
     assert load_classifiers(Weights("mini", tmp_path), tasks, CPU)["mnist"].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("prefix", ["", "fc.", "module.fc.", "0."])
+def test_a_linear_layer_may_be_called_anything(tmp_path, prefix):
+    state = {f"{prefix}weight": torch.ones(3, 4), f"{prefix}bias": torch.ones(3)}
+    assert torch.equal(to_classifier(state, tmp_path).weight, torch.ones(3, 4))
+    beside = {"vit.encoder.weight": torch.ones(4, 4), "classifier.weight": torch.ones(2, 4), "vit.x": torch.ones(1)}
+    assert to_classifier(beside, tmp_path).weight.shape == (2, 4)

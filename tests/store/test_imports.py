@@ -87,6 +87,13 @@ CHANGES = {
         ({"a": GOOD | {"class_names": ["x", "y", 3]}}, "a: the class name '3' is no text"),
         ({"a": GOOD | {"class_names": "xyz"}}, "a: class_names are a str; give a list"),
         ({"a": GOOD | {"class_names": {0: "x"}}}, "a: class_names are a dict"),
+        ({"a": GOOD | {"classifier": {"weight": None}}}, "a: a classifier is an array"),
+        ({"a": GOOD | {"classifier": {"weight": GOOD["classifier"], "normalise": "no"}}}, "normalise is True or False"),
+        ({"a": GOOD | {"classifier": np.array(["x"])}}, "a: a classifier's weight is <U1"),
+        ({"a": GOOD | {"merged": np.ma.masked_array(GOOD["merged"])}}, "is a masked array"),
+        ({"a": GOOD | {"merged": torch.zeros(2, 2).to_sparse()}}, "is a sparse tensor"),
+        ({"a": GOOD, "A": GOOD}, "the task name 'a' is there in two spellings"),
+        ({"Avg": GOOD}, "the task name 'avg' stands for something else"),
         ({"../a": GOOD}, "the task name '../a' is not allowed"),
         ({"a": GOOD | {"labels": GOOD["labels"] + 2**40, "classifier": None}}, "labels are classes from 0"),
     ],
@@ -95,3 +102,15 @@ def test_what_is_no_cache_is_refused_before_anything_is_written(tmp_path, tasks,
     with pytest.raises(InputError, match=words):
         probsurgery.write_cache(tmp_path / "cache", tasks)
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("kind", [">f8", "reversed", "linear", "longdouble"])
+def test_classifiers_come_in_any_form(tmp_path, kind):
+    weight = np.arange(GOOD["classifier"].size, dtype=np.float32).reshape(GOOD["classifier"].shape) + 1
+    forms = {"reversed": weight[::-1].copy()[::-1], "longdouble": weight.astype(np.longdouble)}
+    given = forms.get(kind, weight.astype(">f8"))
+    if kind == "linear":
+        given = torch.nn.Linear(weight.shape[1], weight.shape[0])
+        weight = given.weight.detach().numpy()
+    cache = probsurgery.open_cache(probsurgery.write_cache(tmp_path / "cache", {"a": GOOD | {"classifier": given}}))
+    assert np.array_equal(cache.classifier("a").numpy(), weight)
