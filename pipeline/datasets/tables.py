@@ -142,7 +142,8 @@ def open_table(source: TableSource, classes: ClassIndex, *, labelled: bool = Tru
         if names is not None and len(names) != len(classes.names):
             raise InputError(f"{source} has {len(names)} classes, but {classes.task} has {len(classes.names)}")
         checked = None if names is None else classes.check_order(names, str(source))
-        labels, by_name = _labels(list(table[label]), f"{source} ({source.split})", classes)
+        are_names = names is None and all(name.isascii() and name.isdigit() for name in classes.names)
+        labels, by_name = _labels(list(table[label]), f"{source} ({source.split})", classes, are_names=are_names)
         order = checked or ("by name" if by_name else "names unknown")
     paths = list(table[image]) if getattr(kind, "dtype", None) in _BYTES_OR_PATHS[2:] else ()
     images = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
@@ -268,10 +269,9 @@ def _listed_names(folder: Path | None) -> list[str] | None:
     return [line for line in read_text(path).splitlines() if line.strip()] if path and path.is_file() else None
 
 
-def _labels(values: Sequence[Any], where: str, classes: ClassIndex) -> tuple[np.ndarray, bool]:
-    """Labels (N,), from numbers or from class names, and whether they are from names."""
+def _labels(values: Sequence[Any], where: str, classes: ClassIndex, *, are_names: bool) -> tuple[np.ndarray, bool]:
+    """Labels (N,), from numbers or from class names, and whether they are from names; numbers may be names too."""
     plain = _plain_labels(values, where)
-    are_names = all(name.isascii() and name.isdigit() for name in classes.names)
     if plain and (are_names or isinstance(plain[0], str)):
         known = {value: classes.label(str(value), where) for value in dict.fromkeys(plain)}
         return np.array([known[value] for value in plain], dtype=np.int64), True

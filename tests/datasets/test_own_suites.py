@@ -264,3 +264,11 @@ def test_lists_in_utf_16_are_read(data):
     (task,) = load_suite(str(suite(data, '[tasks.a]\ntest = "wide.csv"'))).select(None)
     assert task.class_names == ("\u00e9",)
     assert len(open_images(task, "test")) == 1
+
+
+def test_numbers_are_positions_where_the_table_lists_its_classes(data):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["1", "2", "3"])})
+    columns = {"image": [shade(n) for n in range(2)], "label": [1, 2]}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(data / "listed.parquet")
+    (task,) = load_suite(str(suite(data, '[tasks.a]\ntest = "listed.parquet"'))).select(None)
+    assert open_images(task, "test").labels.tolist() == [1, 2]
