@@ -26,6 +26,7 @@ from probsurgery.commands.render import note, print_json, print_tables, say
 from probsurgery.pipeline.config import (
     HEAD_SETTINGS,
     LOSSES,
+    OPTIMIZERS,
     FitConfig,
     ProbSettings,
     SurgerySettings,
@@ -67,6 +68,7 @@ def fit_command(
     batch_size: Annotated[int | None, Whole(help=f"Rows in a step. [{ProbSettings.batch_size}]")] = None,
     lr: Annotated[float | None, Real(help=f"Adam's learning rate. [{ProbSettings.lr:g}]")] = None,
     loss: Annotated[str | None, Option(help=f"{', '.join(LOSSES)}. [{ProbSettings.loss}]")] = None,
+    optimizer: Annotated[str | None, Option(help="An Adam for each head, or one: separate, joint. [separate]")] = None,
     penalty: Annotated[float | None, Real(help="ridge: penalty. [by leave-one-out, without labels]")] = None,
     shared: Shared = FitConfig.shared,
     fraction: Annotated[float, Real(help="Share of the rows that the fit may see.")] = FitConfig.fraction,
@@ -117,6 +119,7 @@ def sweep_command(
     batch_size: Annotated[Several | None, comma_list(int, "Rows in a step.")] = None,
     lr: Annotated[Several | None, comma_list(float, "Adam's learning rates.")] = None,
     loss: Annotated[Several | None, comma_list(str, f"Losses: {', '.join(LOSSES)}.")] = None,
+    optimizer: Annotated[Several | None, comma_list(str, f"Optimizers: {', '.join(OPTIMIZERS)}.")] = None,
     penalty: Annotated[Several | None, comma_list(float, "ridge: penalties.")] = None,
     fraction: Annotated[Several, comma_list(float, "Shares of the rows that the fit may see.")] = SweepConfig.fraction,
     seed: Seeds = SweepConfig.seed,

@@ -14,6 +14,7 @@ from probsurgery.pipeline.errors import InputError, unknown
 from probsurgery.pipeline.fingerprints import shortened
 
 LOSSES = ("l1", "mse", "smooth-l1", "cosine")
+OPTIMIZERS = ("separate", "joint")
 DTYPES = ("float32", "float16")
 PRECISIONS = ("fp32", "bf16", "fp16")
 STORES = ("zarr", "hdf5")
@@ -75,6 +76,7 @@ class _HeadSettings:
     # Of a kind without these settings. Not annotated, so that they are fields of the other kinds only.
     steps = 0
     batch_size = 0
+    optimizer = "separate"
     samples = 0
     kl_weight, feature_scale = 0.0, 1.0
 
@@ -97,12 +99,16 @@ class TrainedSettings(_HeadSettings):
     """Adam's learning rate; its betas are (0.9, 0.999)."""
     loss: str = "l1"
     """Distance to the expert's feature: one of `LOSSES`."""
+    optimizer: str = "separate"
+    """`separate`: an Adam for each head. `joint`: one for all tasks of the cache, whose momentum moves each head at the
+    other tasks' steps too, as in the public code under PyTorch 1 (see `training.joint`)."""
 
     def __post_init__(self) -> None:
         _integers(self, steps=(1, 10_000_000), batch_size=(1, 65_536), **{self.width_name: (1, 16_384)})
         _number("--lr", self.lr, 0, 10, above_low=True)
         object.__setattr__(self, "lr", float(self.lr))  # 1 and 1.0 are one setting, and have one digest
         _choice("loss", self.loss, LOSSES)
+        _choice("optimizer", self.optimizer, OPTIMIZERS)
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,7 @@ class RidgeSettings(_HeadSettings):
 
 HeadSettings = SurgerySettings | ProbSettings | RidgeSettings
 HEAD_SETTINGS: dict[str, type[HeadSettings]] = {s.kind: s for s in (ProbSettings, SurgerySettings, RidgeSettings)}
-_ABBREVIATIONS = {"hidden": "h", "rank": "r", "kl_weight": "kl", "batch_size": "batch", "feature_scale": "scale"}
+_ABBREVIATIONS = {"hidden": "h", "rank": "r", "kl_weight": "kl", "batch_size": "batch", "feature_scale": "scale", "optimizer": ""}
 
 
 def head_settings(head: str, **given: Any) -> HeadSettings:
@@ -306,6 +312,8 @@ class FitConfig:
             raise InputError("--holdout splits the test rows; with --fit-split train no test row is fitted anyway")
         if self.shared and not self.head.is_trained:
             raise InputError("--shared is for heads trained step by step: prob, surgery")
+        if self.shared and self.head.optimizer == "joint":
+            raise InputError("--optimizer joint is for heads of one task each; a shared head is one module, so leave it out")
         _plain_name(self.name)
         if self.online:
             if self.shared or not self.head.is_trained:

@@ -302,7 +302,9 @@ def _job(request: HeadRequest, loaded: LoadedTasks, shorter: Sequence[HeadReques
     config = request.config
     rows = tuple(loaded.rows(config, task) for task in request.tasks)
     stops = tuple(other.workload.settings.steps for other in shorter)
-    return Job(rows, request.workload.settings, config.seed, config.online, stops)
+    settings, tasks = request.workload.settings, request.workload.tasks_in_round
+    place = loaded.cache.identity.tasks.index(request.tasks[0]) if tasks > 1 else 0
+    return Job(rows, settings, config.seed, config.online, stops, place, tasks)
 
 
 def _rows(

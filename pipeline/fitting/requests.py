@@ -69,7 +69,8 @@ def head_requests(config: FitConfig, cache: Cache, *, keep_heads: bool) -> tuple
             steps = seen_count(config, cache.rows(tasks[0], config.fit_split))
             settings = changed_settings(settings, steps=steps)
         batches = (tasks, config.seed, config.fraction, config.holdout, config.online)
-        workload = Workload(settings, len(tasks), cache.dim, batches)
+        joint = settings.optimizer == "joint"
+        workload = Workload(settings, len(tasks), cache.dim, batches, len(cache.identity.tasks) if joint else 1)
         requests.append(HeadRequest(config, name, tasks, workload, fingerprint(description(config, cache, tasks))))
     return tuple(requests)
 
@@ -88,7 +89,8 @@ def description(config: FitConfig, cache: Cache, tasks: Sequence[str]) -> dict[s
             for task in tasks
         },
     }
-    return values | ({"tf32": True} if config.tf32 else {})
+    joint = {"joint_tasks": list(cache.identity.tasks)} if config.head.optimizer == "joint" else {}
+    return values | joint | ({"tf32": True} if config.tf32 else {})
 
 
 def training_runs(requests: Sequence[HeadRequest]) -> dict[HeadRequest, list[HeadRequest]]:

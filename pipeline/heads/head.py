@@ -36,6 +36,8 @@ from probsurgery.pipeline.store.results import Distance, ResultRow, Seconds, Tra
 
 SCHEMA = 1
 _MAX_JSON_BYTES = 2**28
+_LATER_DEFAULTS = (("feature_scale", 1), ("optimizer", "separate"))
+"""Settings that older versions lack."""
 _MAX_HEADER_BYTES = 2**20  # of head.safetensors
 
 
@@ -129,7 +131,7 @@ class Head:
 
 def recorded(settings: HeadSettings) -> dict[str, Any]:
     """Settings as files and digests have them: one that older versions lack is left out at its default."""
-    return {name: v for name, v in asdict(settings).items() if name != "feature_scale" or v != 1}
+    return {name: v for name, v in asdict(settings).items() if (name, v) not in _LATER_DEFAULTS}
 
 
 def stored_settings(head: str, settings: Mapping[str, Any]) -> HeadSettings:

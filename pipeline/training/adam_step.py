@@ -7,7 +7,7 @@ on another head, so K heads in one stack take exactly the steps that each would 
 Shapes: K heads, S samples, B rows, d dimensions, w inner width (rank or hidden), o = d (Surgery) or 2 d (ProbSurgery).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,8 @@ from torch import Tensor
 from probsurgery.pipeline.config import HeadSettings, TrainedSettings
 from probsurgery.pipeline.heads.kinds import Params, stack_params
 from probsurgery.pipeline.heads.objectives import distance, distance_gradient, kl_divergence
+from probsurgery.pipeline.training.joint import BETAS, EPSILON, taken_back
 
-BETAS = (0.9, 0.999)
-EPSILON = 1e-8
 FUSED_ADAM = getattr(torch, "_fused_adam_", None)
 
 
@@ -27,11 +26,18 @@ class Stack:
     """K heads whose settings differ in the KL weight only, with Adam's state, in buffers that are allocated once.
 
     Each of `starts` holds one head's initial parameters, without the stack dimension; they are not changed. The buffers
-    have their type.
+    have their type. With a round of T tasks, T - 1 steps of Adam without a gradient follow each step (see `joint`), and
+    `params` takes back as many as the head's place in the round.
     """
 
     def __init__(
-        self, settings: Sequence[HeadSettings], starts: Sequence[Params], device: torch.device | str = "cpu"
+        self,
+        settings: Sequence[HeadSettings],
+        starts: Sequence[Params],
+        device: torch.device | str = "cpu",
+        *,
+        places: Sequence[int] = (),
+        tasks_in_round: int = 1,
     ) -> None:
         first = settings[0]
         assert isinstance(first, TrainedSettings), "ridge is solved, not trained"
@@ -47,7 +53,9 @@ class Stack:
         batch, outputs = self.settings.batch_size, self.weights[1].shape[1]
         self.loss_sums = torch.zeros(heads, **like)
         """Each head's losses, summed over the steps with `note_loss`."""
-        self._update = _adam(self.weights, self.gradients, self.settings.lr)
+        self._adam = _Adam(self.weights, self.settings.lr)
+        self._places, self._others = places or [0] * heads, tasks_in_round - 1
+        self._no_gradients = [torch.zeros_like(w) for w in self.weights] if self._others else []
 
         # Buffers of a step, and views of them: allocating takes longer than the arithmetic, and a view as long as a
         # small operation.
@@ -73,7 +81,9 @@ class Stack:
         The arguments are those of `backward`.
         """
         self.backward(z, expert, noise, note_loss)
-        self._update()
+        self._adam.step(self.gradients)
+        for _ in range(self._others):
+            self._adam.step(self._no_gradients)
 
     def backward(
         self,
@@ -125,29 +135,41 @@ class Stack:
 
     def params(self, k: int) -> Params:
         """A copy of head k's current parameters, a stack of one, on the CPU."""
-        w_in, w_out = (w[k : k + 1].cpu().clone() for w in self.weights)
+        w_in, w_out = (w[k : k + 1].cpu().clone() for w in self._adam.before(self._places[k]))
         first, *others = self.names
         return {first: w_in} | dict(zip(others, (w.clone() for w in w_out.split(self.dim, dim=1)), strict=True))
 
 
-def _adam(weights: list[Tensor], gradients: list[Tensor], lr: float) -> Callable[[], None]:
-    """A function that updates the weights in place from the gradients.
+class _Adam:
+    """Adam, which updates weights in place, with its state in the open.
 
     It calls torch's fused kernel without the optimiser around it, whose overhead is as long as a small step. The kernel
-    is not public; if torch lacks it, the optimiser is used.
+    is not public; if torch lacks it, the steps are written out.
     """
-    if FUSED_ADAM is None:
-        for weight, gradient in zip(weights, gradients, strict=True):
-            weight.grad = gradient
-        on_cuda = weights[0].device.type == "cuda"
-        return torch.optim.Adam(weights, lr, BETAS, EPSILON, fused=True, capturable=on_cuda).step
-    means, squares = ([torch.zeros_like(weight) for weight in weights] for _ in range(2))
-    count = torch.zeros((), device=weights[0].device)
-    settings = {"lr": lr, "beta1": BETAS[0], "beta2": BETAS[1], "eps": EPSILON}
-    settings |= {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
 
-    def update() -> None:
-        count.add_(1)
-        FUSED_ADAM(weights, gradients, means, squares, [], [count] * len(weights), **settings)
+    def __init__(self, weights: list[Tensor], lr: float) -> None:
+        self._weights, self._lr = weights, lr
+        self._means, self._squares = ([torch.zeros_like(weight) for weight in weights] for _ in range(2))
+        self._count = torch.zeros((), device=weights[0].device)
+        self._settings = {"lr": lr, "beta1": BETAS[0], "beta2": BETAS[1], "eps": EPSILON}
+        self._settings |= {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
 
-    return update
+    def step(self, gradients: list[Tensor]) -> None:
+        """One step along these gradients."""
+        self._count.add_(1)
+        if FUSED_ADAM is not None:
+            counts = [self._count] * len(self._weights)
+            FUSED_ADAM(self._weights, gradients, self._means, self._squares, [], counts, **self._settings)
+            return
+        rate, root = self._lr / (1 - BETAS[0] ** self._count), (1 - BETAS[1] ** self._count).rsqrt()
+        for weight, gradient, mean, square in zip(self._weights, gradients, self._means, self._squares, strict=True):
+            mean.lerp_(gradient, 1 - BETAS[0])
+            square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+            weight.sub_(rate * mean / (square.sqrt() * root + EPSILON))
+
+    def before(self, count: int) -> list[Tensor]:
+        """The weights before the last `count` steps, which had no gradients."""
+        if not count:
+            return self._weights
+        step, state = round(self._count.item()), zip(self._weights, self._means, self._squares, strict=True)
+        return [taken_back(weight, mean, square, step, count, self._lr) for weight, mean, square in state]

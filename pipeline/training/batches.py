@@ -81,6 +81,11 @@ class Job:
     stops: tuple[int, ...] = ()
     """Steps below `settings.steps` after which the head is copied too: the copy is that of a run of so many steps."""
 
+    place: int = 0
+    """Position of the task among those of a joint optimiser (see `joint`)."""
+    tasks_in_round: int = 1
+    """The number of these tasks; 1: the optimiser is the head's own."""
+
     @property
     def label(self) -> str:
         """The names of the tasks. With the seed, they determine the initial weights."""

@@ -48,7 +48,7 @@ typedef int32_t int_quad __attribute__((vector_size(16)));
 #define PICK(a, b, i, j, k, l) __builtin_shuffle(a, b, int_quad{i, j, k, l})
 #endif
 
-extern "C" int32_t interface() { return 1; }  // as `INTERFACE` in kernel.py
+extern "C" int32_t interface() { return 2; }  // as `INTERFACE` in kernel.py
 
 enum Loss { L1, MSE, SMOOTH_L1, COSINE };  // in the order of LOSSES in config.py
 
@@ -57,7 +57,8 @@ extern "C" struct Head {  // as `_Head` in kernel.py
     double *loss_sum;
     double lr, kl_weight;
     int64_t dim, padded, width, parts;  // parts: outputs for each feature, 1 (Surgery) or 2 (mean and log-variance)
-    int64_t batch, samples, loss, updates;  // updates of Adam so far
+    int64_t batch, samples, loss, updates;  // updates by gradients so far
+    int64_t tasks;        // each is followed by tasks - 1 steps of Adam without a gradient (joint.py)
 };
 
 extern "C" struct Block {            // as `_Block` in kernel.py
@@ -74,6 +75,7 @@ struct Step {
     float *u, *out, *gradient;        // (width, rows), (rows, parts padded), ((1 + parts) padded)
     float *cosines;                   // (samples, 2)
     int32_t *active;                  // (batch): rows in which a unit is not zero
+    float *zero_steps;                // (2, tasks)
     int64_t rows;                     // the batch, padded
 };
 
@@ -314,12 +316,66 @@ void add_group(int count, const float *const *g, const float *const *z, const fl
     add_rows<R, COMPLETE, false>(z, u_gradient, inner, weights, gradient, adam, nullptr);
 }
 
+// The tasks - 1 steps of Adam without a gradient that follow an update. With the moments m and v after the update, step
+// j moves the weights by -a[j] m / (r[j] sqrt(v) + EPSILON). Once the r hardly differ, the sum over j is a series around
+// their mean r: with x = r sqrt(v) + EPSILON and y = sqrt(v) / x, it is m / x (series[0] + series[1] y + ...).
+struct ZeroSteps {
+    static constexpr int TERMS = 5;
+    static constexpr double RANGE = 0.03;  // RANGE^TERMS, the first term left out, is less than a float's precision
+    int64_t count;
+    const float *a, *r;
+    float mean_decay, square_decay, mean_r, series[TERMS];
+    bool is_series;
+};
+
+ZeroSteps zero_steps(const Head &head, float *a, float *r) {
+    ZeroSteps steps = {head.tasks - 1, a, r, 1, 1, 0, {}, true};
+    const double update = double(head.updates) * head.tasks + 1;
+    double mean_decay = 1, square_decay = 1, sum = 0, mean_r = 0, series[ZeroSteps::TERMS] = {};
+    for (int64_t j = 0; j < steps.count; ++j) {
+        mean_decay *= BETA1, square_decay *= BETA2;
+        a[j] = head.lr * mean_decay / (1 - std::pow(BETA1, update + j + 1));
+        r[j] = std::sqrt(square_decay / (1 - std::pow(BETA2, update + j + 1)));
+        sum += a[j], mean_r += double(a[j]) * r[j];
+    }
+    mean_r /= sum;
+    for (int64_t j = 0; j < steps.count; ++j) {
+        const double away = mean_r - r[j];
+        steps.is_series = steps.is_series && std::fabs(away) < ZeroSteps::RANGE * mean_r;
+        double power = a[j];
+        for (int k = 0; k < ZeroSteps::TERMS; ++k, power *= away) series[k] += power;
+    }
+    for (int k = 0; k < ZeroSteps::TERMS; ++k) steps.series[k] = series[k];
+    steps.mean_decay = mean_decay, steps.square_decay = square_decay, steps.mean_r = mean_r;
+    return steps;
+}
+
+// Takes them for `size` weights, whose moments lie `size` and `2 size` further.
+HOT void take_zero_steps(const ZeroSteps &steps, float *weights, int64_t size) {
+    for (int64_t i = 0; i < size; i += LANES) {
+        const vec mean = load(weights + size + i), square = load(weights + 2 * size + i);
+        vec root, moved = {};
+        for (int k = 0; k < LANES; ++k) root[k] = std::sqrt(square[k]);
+        if (steps.is_series) {
+            const vec inverse = 1.f / (steps.mean_r * root + EPSILON), y = root * inverse;
+            for (int k = ZeroSteps::TERMS - 1; k >= 0; --k) moved = moved * y + steps.series[k];
+            moved *= inverse;
+        } else {
+            for (int64_t j = 0; j < steps.count; ++j) moved += steps.a[j] / (steps.r[j] * root + EPSILON);
+        }
+        store(weights + i, load(weights + i) - moved * mean);
+        store(weights + size + i, steps.mean_decay * mean);
+        store(weights + 2 * size + i, steps.square_decay * square);
+    }
+}
+
 // 4. The gradient of each unit's weights, and Adam.
 void update_units(const Head &head, const Step &step) {
     const int64_t size = (1 + head.parts) * head.padded;
-    const double count = head.updates + 1;
+    const double count = head.updates * head.tasks + 1;
     const Adam adam = {float(head.lr / (1 - std::pow(BETA1, count))),
                        float(1 / std::sqrt(1 - std::pow(BETA2, count))), size};
+    const ZeroSteps zeros = zero_steps(head, step.zero_steps, step.zero_steps + head.tasks);
     for (int64_t j = 0; j < head.width; ++j) {
         float *weights = head.state + j * 3 * size, factor[GROUP];
         const float *u = step.u + j * step.rows, *g[GROUP], *z[GROUP];
@@ -340,6 +396,7 @@ void update_units(const Head &head, const Step &step) {
             else add_group<GROUP, false>(count, g, z, factor, head, weights, step.gradient, adam);
         }
         if (active > GROUP) memset(step.gradient, 0, size * sizeof(float));
+        if (head.tasks > 1) take_zero_steps(zeros, weights, size);
     }
 }
 
@@ -362,13 +419,14 @@ extern "C" int train(Head *head, const Block *block, int64_t first, int64_t last
         (1 + head->parts) * head->padded,                // gradient
         2 * head->samples + 2,                           // cosines
         head->batch,                                     // active
+        2 * head->tasks,                                 // zero_steps
         is_padded ? (2 + head->samples) * features : 0,  // a step's rows
     };
-    int64_t place[7] = {};
-    for (int k = 0; k < 6; ++k) place[k + 1] = place[k] + rounded(sizes[k], 16);
-    float *memory = static_cast<float *>(aligned_alloc(64, place[6] * sizeof(float)));
+    int64_t place[8] = {};
+    for (int k = 0; k < 7; ++k) place[k + 1] = place[k] + rounded(sizes[k], 16);
+    float *memory = static_cast<float *>(aligned_alloc(64, place[7] * sizeof(float)));
     if (!memory) return 1;
-    memset(memory, 0, place[6] * sizeof(float));
+    memset(memory, 0, place[7] * sizeof(float));
 
     constexpr auto smooth = output_gradient<SMOOTH_L1>, cosine = output_gradient<COSINE>;
     constexpr decltype(smooth) gradients[] = {output_gradient<L1>, output_gradient<MSE>, smooth, cosine};
@@ -377,10 +435,10 @@ extern "C" int train(Head *head, const Block *block, int64_t first, int64_t last
         const int64_t at = (task * block->steps + number) * values, stride = block->steps * values;
         Step step = {block->z + at, block->expert + at, nullptr, stride, number % block->loss_every == 0, memory,
                      memory + place[1], memory + place[2], memory + place[3],
-                     reinterpret_cast<int32_t *>(memory + place[4]), rows};
+                     reinterpret_cast<int32_t *>(memory + place[4]), memory + place[5], rows};
         if (head->samples) step.noise = block->noise + task * head->samples * stride + number * values;
         if (is_padded) {
-            float *padded = memory + place[5];
+            float *padded = memory + place[6];
             copy_rows(step.z, padded, *head);
             copy_rows(step.expert, padded + features, *head);
             for (int64_t s = 0; s < head->samples; ++s)

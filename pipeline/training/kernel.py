@@ -18,8 +18,9 @@ from probsurgery.pipeline.config import LOSSES, HeadSettings, TrainedSettings
 from probsurgery.pipeline.errors import InputError, unknown
 from probsurgery.pipeline.heads.kinds import Params
 from probsurgery.pipeline.training.batches import BLOCK, Feed
+from probsurgery.pipeline.training.joint import taken_back
 
-INTERFACE = 1
+INTERFACE = 2
 """Changes here and in kernel.cpp whenever structures or their meaning do: objects of another source are passed over."""
 VARIABLE = "PROBSURGERY_KERNEL"
 TORCH = "torch"
@@ -37,7 +38,7 @@ class _Head(ctypes.Structure):
         *((name, ctypes.c_double) for name in ("lr", "kl_weight")),
         *(
             (name, ctypes.c_int64)
-            for name in ("dim", "padded", "width", "parts", "batch", "samples", "loss", "updates")
+            for name in ("dim", "padded", "width", "parts", "batch", "samples", "loss", "updates", "tasks")
         ),
     ]
 
@@ -100,11 +101,18 @@ class CompiledStack:
     """K heads that share batches, trained one after the other in each block. Each is the same as if trained alone.
 
     They agree in steps, batch size, samples and feature scale. Each of `starts` holds one head's initial parameters,
-    without the stack dimension.
+    without the stack dimension. `places` and `rounds` are the heads' `place` and `tasks_in_round` (see `Job`).
     """
 
     def __init__(
-        self, kernel: str, settings: Sequence[HeadSettings], starts: Sequence[Params], loss_every: int
+        self,
+        kernel: str,
+        settings: Sequence[HeadSettings],
+        starts: Sequence[Params],
+        loss_every: int,
+        *,
+        places: Sequence[int] = (),
+        rounds: Sequence[int] = (),
     ) -> None:
         library = _library(kernel)
         assert library is not None, "only a kernel that is available is chosen"
@@ -117,6 +125,9 @@ class CompiledStack:
             _head(s, start, state, self.loss_sums[k])
             for k, (s, start, state) in enumerate(zip(settings, starts, self._states, strict=True))
         ]
+        for head, tasks in zip(self._heads, rounds or [1] * len(starts), strict=True):
+            head.tasks = tasks
+        self._places = places or [0] * len(starts)
 
     def run(self, feed: Feed, first: int, last: int) -> None:
         """Take the updates from `first` to `last` (exclusive) of the feed's block."""
@@ -129,9 +140,13 @@ class CompiledStack:
     def params(self, k: int) -> Params:
         """A copy of head k's current parameters, a stack of one."""
         head, state = self._heads[k], self._states[k]
-        inner, *outer = state[:, 0].view(head.width, 1 + head.parts, head.padded)[..., : head.dim].unbind(1)
-        weights = zip(self._names[k], [inner, *(columns.T for columns in outer)], strict=True)
-        return {name: weight.clone(memory_format=torch.contiguous_format)[None] for name, weight in weights}
+        weights, means, squares = state.unbind(1)
+        if self._places[k]:
+            step = head.tasks * head.updates
+            weights = taken_back(weights, means, squares, step, self._places[k], head.lr)
+        inner, *outer = weights.view(head.width, 1 + head.parts, head.padded)[..., : head.dim].unbind(1)
+        named = zip(self._names[k], [inner, *(columns.T for columns in outer)], strict=True)
+        return {name: weight.clone(memory_format=torch.contiguous_format)[None] for name, weight in named}
 
 
 def _state(start: Params) -> Tensor:

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from probsurgery.pipeline.config import HeadSettings, RidgeSettings
+from probsurgery.pipeline.config import RidgeSettings
 from probsurgery.pipeline.errors import ProbsurgeryError, first_line
 from probsurgery.pipeline.heads.kinds import Params, initial_params
 from probsurgery.pipeline.heads.ridge import solve_ridge
@@ -86,7 +86,7 @@ def train_stack(
 
     `kernel` is `torch`, or one of `kernel.KERNELS` on a CPU; `graph` replays torch's step as a CUDA graph.
     The heads agree in steps, batch size, samples, feature scale and the number of tasks; where torch trains, in all
-    settings but `HeadKind.per_head`. A head whose loss is not finite becomes an error in the list and does not affect
+    settings but `HeadKind.per_head`, and in the tasks of a round. A head whose loss is not finite becomes an error in the list and does not affect
     the others. Any other failure, such as memory that runs out, makes every head of the stack an error.
     """
     device = torch.device(device)
@@ -107,7 +107,7 @@ def _run_steps(
     begun = time.perf_counter()
     settings, tasks = jobs[0].settings, len(jobs[0].rows)
     starts = [initial_params(job.settings, job.dim, generator(job.label, job.seed, "init")) for job in jobs]
-    stack, run = make_stack(kernel, [job.settings for job in jobs], starts, device, graph)
+    stack, run = make_stack(kernel, jobs, starts, device, graph)
     feed = Feed(jobs, device, ahead=device.type == "cuda")
     curves: list[list[tuple[int, float]]] = [[] for _ in jobs]
     earlier: list[dict[int, Fitted]] = [{} for _ in jobs]
@@ -145,13 +145,15 @@ def _run_steps(
 
 
 def make_stack(
-    kernel: str, settings: Sequence[HeadSettings], starts: Sequence[Params], device: torch.device, graph: bool
+    kernel: str, jobs: Sequence[Job], starts: Sequence[Params], device: torch.device, graph: bool
 ) -> tuple[Stack | CompiledStack, Callable[[Feed, int, int], None]]:
     """Heads to train, and a function that takes updates of the feed's block, from the first to the last (exclusive)."""
+    settings, places = [job.settings for job in jobs], [job.place for job in jobs]
     if kernel != TORCH:
-        compiled = CompiledStack(kernel, settings, starts, LOSS_EVERY)
+        rounds = [job.tasks_in_round for job in jobs]
+        compiled = CompiledStack(kernel, settings, starts, LOSS_EVERY, places=places, rounds=rounds)
         return compiled, compiled.run
-    stack = Stack(settings, starts, device)
+    stack = Stack(settings, starts, device, places=places, tasks_in_round=jobs[0].tasks_in_round)
     return stack, partial(_each_update, _GraphedStep(stack) if graph else stack.step)
 
 

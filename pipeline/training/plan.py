@@ -87,10 +87,12 @@ class Workload:
     """d, the features' width."""
     batches: Hashable = None
     """Heads for which this is equal take the same rows and noise, if they agree in batch size and samples."""
+    tasks_in_round: int = 1
+    """As of a `Job`."""
 
     @classmethod
     def of(cls, job: Job) -> Self:
-        return cls(job.settings, len(job.rows), job.dim, (*map(id, job.rows), job.seed, job.online))
+        return cls(job.settings, len(job.rows), job.dim, (*map(id, job.rows), job.seed, job.online), job.tasks_in_round)
 
     @property
     def parameters(self) -> int:
@@ -124,7 +126,7 @@ class Workload:
         settings = self.settings
         if kernel == TORCH or not settings.is_trained:
             per_head = HEADS[settings.kind].per_head
-            return changed_settings(settings, **dict.fromkeys(per_head, 0)), self.tasks, self.dim
+            return changed_settings(settings, **dict.fromkeys(per_head, 0)), self.tasks, self.tasks_in_round, self.dim
         fed = settings.steps, settings.batch_size, settings.samples, settings.feature_scale
         return fed, self.tasks, self.dim, self.batches
 
