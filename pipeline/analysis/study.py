@@ -47,7 +47,7 @@ def _budgets(base: SweepConfig) -> list[SweepConfig]:
     """Equal budgets: both heads as published, and each with the other's width and steps.
 
     Surgery also with as many parameters as ProbSurgery (3 d h = 2 d r); ProbSurgery also without its noise, its KL
-    divergence, or both, which leaves Surgery.
+    divergence, or both, which leaves Surgery. Both as published with one optimiser for all tasks too.
     """
     surgery, prob = (replace(base, head=(head,)) for head in BOTH)
     return [
@@ -55,6 +55,7 @@ def _budgets(base: SweepConfig) -> list[SweepConfig]:
         replace(surgery, values={"rank": (16, 128, 192), "steps": (5_000,)}),
         replace(prob, values={"hidden": (16,), "steps": (1_000, 5_000)}),
         replace(prob, values={"samples": (0, 1), "kl_weight": (0.0, 1e-4)}),
+        replace(base, head=BOTH, values={"optimizer": ("joint",)}),
     ]
 
 

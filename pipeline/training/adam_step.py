@@ -161,7 +161,8 @@ class _Adam:
             counts = [self._count] * len(self._weights)
             FUSED_ADAM(self._weights, gradients, self._means, self._squares, [], counts, **self._settings)
             return
-        rate, root = self._lr / (1 - BETAS[0] ** self._count), (1 - BETAS[1] ** self._count).rsqrt()
+        count = self._count.double()
+        rate, root = self._lr / (1 - BETAS[0] ** count), (1 - BETAS[1] ** count).rsqrt()
         for weight, gradient, mean, square in zip(self._weights, gradients, self._means, self._squares, strict=True):
             mean.lerp_(gradient, 1 - BETAS[0])
             square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])

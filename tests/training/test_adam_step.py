@@ -72,7 +72,7 @@ def test_gradients_and_losses_are_those_of_autograd(kind, samples, loss):
         assert first.grad.abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("private", [True, False], ids=["the fused kernel", "the public optimiser"])
+@pytest.mark.parametrize("private", [True, False], ids=["the fused kernel", "written out"])
 @pytest.mark.parametrize(("kind", "samples"), CASES)
 def test_steps_of_a_stack_are_those_of_adam_for_each_head(kind, samples, private, monkeypatch):
     """Batches alternate between two tasks, as those of a shared head do."""
