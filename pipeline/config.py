@@ -166,7 +166,8 @@ class RidgeSettings(_HeadSettings):
 
 HeadSettings = SurgerySettings | ProbSettings | RidgeSettings
 HEAD_SETTINGS: dict[str, type[HeadSettings]] = {s.kind: s for s in (ProbSettings, SurgerySettings, RidgeSettings)}
-_ABBREVIATIONS = {"hidden": "h", "rank": "r", "kl_weight": "kl", "batch_size": "batch", "feature_scale": "scale", "optimizer": ""}
+_ABBREVIATIONS = {"hidden": "h", "rank": "r", "kl_weight": "kl", "batch_size": "batch", "feature_scale": "scale"}
+_ABBREVIATIONS |= {"optimizer": ""}  # its value says enough
 
 
 def head_settings(head: str, **given: Any) -> HeadSettings:
@@ -313,7 +314,7 @@ class FitConfig:
         if self.shared and not self.head.is_trained:
             raise InputError("--shared is for heads trained step by step: prob, surgery")
         if self.shared and self.head.optimizer == "joint":
-            raise InputError("--optimizer joint is for heads of one task each; a shared head is one module, so leave it out")
+            raise InputError("--optimizer joint is for heads of one task each; a shared head is trained as one")
         _plain_name(self.name)
         if self.online:
             if self.shared or not self.head.is_trained:

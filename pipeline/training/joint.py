@@ -10,7 +10,6 @@ their order) belong to the next round, which a head that is finished does not se
 
 import math
 
-import torch
 from torch import Tensor
 
 BETAS = (0.9, 0.999)

@@ -86,8 +86,9 @@ def train_stack(
 
     `kernel` is `torch`, or one of `kernel.KERNELS` on a CPU; `graph` replays torch's step as a CUDA graph.
     The heads agree in steps, batch size, samples, feature scale and the number of tasks; where torch trains, in all
-    settings but `HeadKind.per_head`, and in the tasks of a round. A head whose loss is not finite becomes an error in the list and does not affect
-    the others. Any other failure, such as memory that runs out, makes every head of the stack an error.
+    settings but `HeadKind.per_head`, and in the tasks of a round. A head whose loss is not finite becomes an error in
+    the list and does not affect the others. Any other failure, such as memory that runs out, makes every head of the
+    stack an error.
     """
     device = torch.device(device)
     # A CUDA graph is captured on the current device, whichever holds the tensors.

@@ -1,7 +1,7 @@
 """The papers' analyses: what each fits, that it resumes, and its table."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +10,7 @@ from probsurgery.pipeline.analysis.study import STUDIES, study
 from probsurgery.pipeline.config import LOSSES, ProbSettings, SurgerySettings, SweepConfig
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.fitting.fit import fit_all
+from probsurgery.pipeline.heads.head import recorded
 from probsurgery.pipeline.heads.kinds import parameter_count
 from probsurgery.pipeline.store.results import read_results
 from support import refused, write_cache
@@ -141,4 +142,4 @@ def test_a_head_that_fails_is_named_and_the_table_has_the_others(monkeypatch, sm
     assert "the loss is" in err
     assert "Surgery (r=16, 5 steps)" in out
     assert "ProbSurgery" not in out
-    assert asdict(SurgerySettings(steps=5)) in [row.settings for row in read_results(small_cache.path)]
+    assert recorded(SurgerySettings(steps=5)) in [row.settings for row in read_results(small_cache.path)]

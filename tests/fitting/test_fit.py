@@ -18,6 +18,7 @@ from probsurgery.pipeline.config import (
     RidgeSettings,
     SurgerySettings,
     SweepConfig,
+    changed_settings,
 )
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.fitting import fit as fit_module
@@ -29,6 +30,8 @@ from probsurgery.pipeline.heads.metrics import accuracy, representation_bias
 from probsurgery.pipeline.store.cache import Cache
 from probsurgery.pipeline.store.manifest import write_manifest
 from probsurgery.pipeline.store.results import read_results
+from probsurgery.pipeline.training.batches import Job, Rows
+from probsurgery.pipeline.training.plan import fit_heads
 from support import damage, identity, opened, write_cache
 
 PROB = ProbSettings(hidden=8, steps=60)
@@ -289,6 +292,7 @@ def test_default_names_tell_settings_apart():
         FitConfig(cache=None),
         FitConfig(cache=None, head=SurgerySettings()),
         FitConfig(cache=None, head=SurgerySettings(rank=128, steps=5_000)),
+        FitConfig(cache=None, head=SurgerySettings(optimizer="joint")),
         FitConfig(cache=None, head=RidgeSettings()),
         FitConfig(cache=None, head=RidgeSettings(penalty=0.5)),
         FitConfig(cache=None, head=ProbSettings(kl_weight=0, lr=1e-4), seed=2, shared=True, holdout=0.2, fraction=0.1),
@@ -297,10 +301,32 @@ def test_default_names_tell_settings_apart():
         "prob-h128",
         "surgery-r16",
         "surgery-r128-steps5000",
+        "surgery-r16-joint",
         "ridge",
         "ridge-penalty0.5",
         "prob-h128-lr0.0001-kl0-shared-holdout0.2-fraction0.1-seed2",
     ]
+
+
+def test_the_tasks_of_a_joint_optimizer_are_those_of_the_cache(small_cache, tmp_path):
+    """Whichever of them are fitted: the head of task b takes the steps that it takes beside task a's."""
+    joint = changed_settings(PROB, optimizer="joint")
+    both = fit(FitConfig(small_cache.path, joint, results=tmp_path / "both"))
+    alone = fit(FitConfig(small_cache.path, joint, tasks=("b",), results=tmp_path / "b"))
+    separate = fit(FitConfig(small_cache.path, PROB, tasks=("b",), results=tmp_path / "separate"))
+    of_b = [load_head(result.path).params_of("b") for result in (both, alone, separate)]
+    data = [
+        Rows(task, small_cache.features(task), small_cache.features(task, "expert"))
+        for task in small_cache.tasks("test")
+    ]
+    places = [Job((rows,), joint, place=place, tasks_in_round=len(data)) for place, rows in enumerate(data)]
+    of_b.append(fit_heads(places)[1].params)
+    for name, weight in of_b[0].items():
+        assert torch.equal(weight, of_b[1][name])
+        assert torch.equal(weight, of_b[3][name])
+        assert not torch.allclose(weight, of_b[2][name], atol=1e-4)
+    assert json.loads((both.path / "head.json").read_text())["settings"]["optimizer"] == "joint"
+    assert "optimizer" not in json.loads((separate.path / "head.json").read_text())["settings"]
 
 
 def test_paths_may_be_text(small_cache, tmp_path):

@@ -302,6 +302,8 @@ def test_several_kinds_of_head_in_one_table(small_cache, run):
         (("--seed", "0,-1"), ["--seed is -1"]),
         (("--loss", "l1,l3"), ["unknown loss 'l3'", "l1, mse"]),
         (("--head", "prob,magic"), ["unknown head 'magic'"]),
+        (("--optimizer", "joint,both"), ["unknown optimizer 'both'", "separate, joint"]),
+        (("--optimizer", "joint", "--shared"), ["--optimizer joint is for heads of one task each"]),
         (("--rank", "4,8"), ["--rank is not a setting of prob heads"]),
         (("--head", "ridge", "--shared"), ["--shared is for heads trained step by step"]),
         (("--workers", "-1"), ["--workers is -1"]),
