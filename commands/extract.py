@@ -38,12 +38,18 @@ def extract_command(
     merges: Annotated[
         list[str],
         Option(
-            "--merge", help="A method of `probsurgery merges`, or the path of a merged checkpoint; may be repeated."
+            "--merge",
+            help="A method of `probsurgery merges`, also with followers (ta+svc), or the path of a merged checkpoint; "
+            "may be repeated.",
         ),
     ] = list(default.merges),  # noqa: B006
     merge_args: Annotated[
         list[str] | None,
-        Option("--merge-arg", metavar="KEY=VALUE", help="A setting, for the merges that have it; may be repeated."),
+        Option(
+            "--merge-arg",
+            metavar="KEY=VALUE",
+            help="A setting, for the merges that have it (METHOD.KEY: for this part alone); may be repeated.",
+        ),
     ] = None,
     coefficients: Annotated[
         Path | None, Option(help="Read AdaMerging's coefficients from this file instead of learning them.")
@@ -117,12 +123,14 @@ def merges_command(as_json: AsJson = False) -> None:
         described = {}
         for name, method in METHODS.items():
             settings = {key: {"default": s.default, "about": s.description} for key, s in method.settings.items()}
-            row = {"title": method.title, "paper": method.paper, "learns": method.learns}
+            row = {"title": method.title, "paper": method.paper, "learns": method.learns, "follows": method.follows}
             described[name] = row | {"settings": settings}
         print_json(described)
         return
     for name, method in METHODS.items():
-        say(f"{name}: {method.title}{', learns from unlabelled images' if method.learns else ''}")
+        kinds = ", learns from unlabelled images" if method.learns else ""
+        kinds += f", follows a merge: ta+{name}" if method.follows else ""
+        say(f"{name}: {method.title}{kinds}")
         say(f"  {method.paper}")
         for key, setting in method.settings.items():
             default = number_text(setting.default) if isinstance(setting.default, float) else str(setting.default)

@@ -141,15 +141,17 @@ def _merged_models(plan: RunPlan, progress: Progress) -> list[MergedModel]:
     ]
     for request, learned in zip(plan.requests, known, strict=True):
         if request.learns and learned is None:
-            for task in plan.tasks:  # what is missing is said before the first merge learns
-                open_images(task.name, request.identity.settings["split"])
+            for task, split in product(plan.tasks, request.splits):  # before the first merge learns, which takes long
+                open_images(task.name, split)
     models = []
     for done, (request, learned) in enumerate(zip(plan.requests, known, strict=True)):
         progress(done, len(plan.requests), f"merging by {request.name}", unit="merges")
         model = learned or make_merge(request, plan.weights, plan.pretrained, plan.tasks, open_stream)
         if model.is_new:
-            split = request.identity.settings["split"]
-            images = {task.name: open_images(task.name, split).fingerprint for task in plan.tasks}
+            images = {}
+            for split, task in product(request.splits, plan.tasks):
+                key = task.name if len(request.splits) == 1 else f"{split}/{task.name}"
+                images[key] = open_images(task.name, split).fingerprint
             model = replace(model, record=msgspec.structs.replace(model.record, images=images))
         models.append(model)
     return models

@@ -20,7 +20,8 @@ from probsurgery.pipeline.errors import InputError, ProbsurgeryError, unknown
 from probsurgery.pipeline.files import broken_seal, replaced, seal, write_json
 from probsurgery.pipeline.merging.coefficients import Coefficients, read_coefficients
 from probsurgery.pipeline.merging.entropy import window
-from probsurgery.pipeline.merging.registry import METHODS, Value, changed, merge
+from probsurgery.pipeline.merging.method import Value
+from probsurgery.pipeline.merging.registry import METHODS, changed, find_merge, is_merge, merge
 from probsurgery.pipeline.merging.vectors import ImageStream, Merged
 from probsurgery.pipeline.models.checkpoints import digest
 from probsurgery.pipeline.models.encoders import Encoder
@@ -36,7 +37,7 @@ class MergeRequest:
     """One merge that was asked for, and where its cache goes."""
 
     name: str
-    """A method, or the path of a merged checkpoint."""
+    """A method, a method with followers, or the path of a merged checkpoint."""
     path: Path
     identity: MergeIdentity
     """Method and settings; the digest of the result is known later."""
@@ -46,7 +47,18 @@ class MergeRequest:
     @property
     def learns(self) -> bool:
         """Whether images are needed."""
-        return self.name in METHODS and METHODS[self.name].learns and self.coefficients is None
+        return is_merge(self.name) and find_merge(self.name).learns and self.coefficients is None
+
+    @property
+    def classifies(self) -> bool:
+        """Whether predictions are needed."""
+        return self.learns and find_merge(self.name).classifies
+
+    @property
+    def splits(self) -> list[str]:
+        """The splits whose images are needed if it learns."""
+        settings = self.identity.settings.items()
+        return list(dict.fromkeys(str(value) for key, value in settings if key.rpartition(".")[2] == "split"))
 
 
 @dataclass(frozen=True)
@@ -71,21 +83,21 @@ def merge_requests(
 
     Raises `InputError` for an unknown one, or for settings that none of them takes.
     """
+    chains = {}
     for name in config.merges:
-        if name not in METHODS and not (name and Path(name).exists()):
-            raise unknown("merge", name, [*METHODS, "or the path of a merged checkpoint"])
-    methods = [name for name in config.merges if name in METHODS]
+        if is_merge(name) or not (name and Path(name).exists()):
+            chains[name] = find_merge(name, "or the path of a merged checkpoint")
     for setting in config.merge_args:
-        if not any(setting in METHODS[name].settings for name in methods):
-            known = dict.fromkeys(s for name in methods for s in METHODS[name].settings)
+        if not any(chain.meant(setting) for chain in chains.values()):
+            known = dict.fromkeys(s for chain in chains.values() for s in chain.settings)
             raise unknown(f"setting of {', '.join(config.merges)}", setting, known or ["(there is none)"])
-    if config.name in METHODS:
+    if config.name is not None and (config.name in METHODS or is_merge(config.name)):
         raise InputError(f"--name {config.name} is the name of a method; choose another")
-    if config.name is not None and len(config.merges) - len(methods) != 1:
+    if config.name is not None and len(config.merges) - len(chains) != 1:
         raise InputError("--name names a merged checkpoint; give exactly one path with --merge")
-    if config.coefficients is not None and sum(METHODS[n].takes_coefficients for n in methods) != 1:
+    if config.coefficients is not None and sum(chain.takes_coefficients for chain in chains.values()) != 1:
         able = ", ".join(name for name, row in METHODS.items() if row.takes_coefficients)
-        raise InputError(f"--coefficients are for one --merge of: {able}")
+        raise InputError(f"--coefficients are for one --merge of: {able}, without followers that learn")
     requests = [_merge_request(name, config, tasks, stem, whole_suite) for name in config.merges]
     names = list(encoder.shapes)
     for request in requests:  # before another merge of this run learns, which takes long
@@ -100,14 +112,15 @@ def _merge_request(
     name: str, config: ExtractConfig, tasks: Sequence[Task], stem: str, whole_suite: bool
 ) -> MergeRequest:
     coefficients, source = None, ""
-    if name in METHODS:
-        method = METHODS[name]
-        given = {key: value for key, value in config.merge_args.items() if key in method.settings}
-        settings = method.checked(name, given)
-        if config.coefficients is not None and method.takes_coefficients:
-            file = Path(config.coefficients)
-            coefficients, settings = _given_coefficients(name, file, given)
-            source = "" if "steps" in settings else f"-{file.stem}"
+    if is_merge(name):
+        chain = find_merge(name)
+        given = chain.addressed({key: value for key, value in config.merge_args.items() if chain.meant(key)})
+        settings = chain.checked(given)
+        if config.coefficients is not None and chain.takes_coefficients:
+            file, own = Path(config.coefficients), chain.own(chain.first, given)
+            coefficients, known = _given_coefficients(chain.first, file, own)
+            source = "" if "steps" in known else f"-{file.stem}"
+            settings = known | {key: value for key, value in settings.items() if "." in key}
         label = name + "".join(f"-{key}{value}" for key, value in changed(name, settings).items()) + source
         identity = MergeIdentity(name, settings)
     else:
@@ -164,8 +177,14 @@ def load_learned(request: MergeRequest, identity: Identity, weights: Weights) ->
         values = torch.tensor(list(learned.coefficients.values()))
         names = None if values.ndim == 1 else tuple(weights.names)
         tasks = tuple(learned.coefficients)
-        coefficients = Coefficients(tasks, names, values, request.name, request.identity.settings)
+        coefficients = Coefficients(tasks, names, values, *_first(request))
     return MergedModel(request, state, merged, coefficients=coefficients)
+
+
+def _first(request: MergeRequest) -> tuple[str, dict[str, Value]]:
+    """The method that coefficients are of, without the followers, and its settings."""
+    chain = find_merge(request.name)
+    return chain.first, chain.own(chain.first, request.identity.settings)
 
 
 def _manifest(request: MergeRequest) -> Manifest | None:
@@ -202,9 +221,9 @@ def make_merge(
 ) -> MergedModel:
     """Merge, or read the merged checkpoint. Raises `InputError` if the models or coefficients do not fit."""
     begun = time.perf_counter()
-    if request.name not in METHODS:
+    if not is_merge(request.name):
         merged = Merged(weights.merged(Path(request.name)))
-    elif METHODS[request.name].function is None:
+    elif find_merge(request.name).is_checkpoint:
         merged = Merged(weights.own(request.name))
     else:
         stream, experts = open_stream() if request.learns else None, weights.experts(tasks)
@@ -221,7 +240,7 @@ def make_merge(
     entropy = dict(zip(("first", "last"), window(merged.entropy), strict=True)) if merged.entropy else {}
     if coefficients is not None:
         names = tuple(task.name for task in tasks), tuple(pretrained)
-        coefficients = coefficients.named(request.name, request.identity.settings, *names)
+        coefficients = coefficients.named(*_first(request), *names)
     identity = replace(request.identity, digest=digest(merged.state))
     record = MergeRecord(seconds, entropy)
     return MergedModel(request, merged.state, identity, record, coefficients, request.learns)

@@ -18,7 +18,7 @@ from probsurgery.pipeline.device import choose_device
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.extraction.distributed import Ranks
 from probsurgery.pipeline.extraction.merges import MergeRequest, merge_requests
-from probsurgery.pipeline.merging.registry import METHODS
+from probsurgery.pipeline.merging.registry import find_merge, is_merge
 from probsurgery.pipeline.models.checkpoints import StateDict, digest
 from probsurgery.pipeline.models.encoders import Encoder, get_encoder
 from probsurgery.pipeline.models.sources import Weights
@@ -123,16 +123,16 @@ def plan_run(config: ExtractConfig, ranks: Ranks, progress: Progress = no_progre
     pretrained = weights.pretrained()
     checkpoints = {"pretrained": digest(pretrained)}
     for request in requests:  # before another merge of this run learns, which takes long
-        if request.name not in METHODS:
+        if not is_merge(request.name):
             weights.merged(Path(request.name))
-        elif METHODS[request.name].function is None:
+        elif find_merge(request.name).is_checkpoint:
             weights.own(request.name)
     begin("making classifiers")
     # A merge that learns needs the classifiers of all tasks.
     needed = tasks if any(request.learns for request in requests) else extracted
     classifiers = load_classifiers(weights, needed, device)
     for request, task in product(requests, needed):
-        if request.learns and METHODS[request.name].classifies and task.name not in classifiers:
+        if request.classifies and task.name not in classifiers:
             advice = "choose another --merge, or --tasks without it"
             raise InputError(f"{request.name} learns from predictions, and {task.name} has no classifier; {advice}")
     for task in tasks:

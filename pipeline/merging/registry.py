@@ -1,106 +1,31 @@
 """The table of merging methods, and `merge`, which applies one to a pre-trained state dict and those of the experts.
 
 Each family of methods has a module of its own. Methods that learn take an `ImageStream`: the encoder as a function, and
-batches of images. They depend on no encoder and no data set.
+batches of images. They depend on no encoder and no data set. A follower is a method that changes the model which the
+methods before it have merged: `ta+svc` is task arithmetic, then singular value calibration.
 """
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from probsurgery.pipeline.config import PLAIN_NUMBER, SPLITS, number_text
-from probsurgery.pipeline.errors import InputError, unknown
+from probsurgery.pipeline.config import SPLITS, number_text
+from probsurgery.pipeline.errors import InputError, nearest, unknown
 from probsurgery.pipeline.merging.adamerging import adamerging
 from probsurgery.pipeline.merging.arithmetic import task_arithmetic, weight_averaging
 from probsurgery.pipeline.merging.coefficients import Coefficients
 from probsurgery.pipeline.merging.concrete import concrete_am, concrete_ta
 from probsurgery.pipeline.merging.fisher import fisher
+from probsurgery.pipeline.merging.method import Method, Setting, Value
 from probsurgery.pipeline.merging.regmean import regmean
 from probsurgery.pipeline.merging.sparse import breadcrumbs, dare, ties
+from probsurgery.pipeline.merging.spectral import svc
 from probsurgery.pipeline.merging.vectors import ImageStream, Merged
-
-Value = float | int | bool | str
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One setting of a merging method."""
-
-    default: Value
-    description: str
-    low: float = -math.inf
-    high: float = math.inf
-    choices: tuple[str, ...] = ()
-
-    def check(self, name: str, value: object) -> Value:
-        """The value in the default's type, parsed if it is text. Raises `InputError` if it is not allowed."""
-        kind: type[Value] = type(self.default)
-        with suppress(ValueError, KeyError):
-            if isinstance(value, str) and kind is bool:
-                value = {"true": True, "false": False}[value.lower()]
-            elif isinstance(value, str):
-                value = kind(value) if kind is str or PLAIN_NUMBER.fullmatch(value) else value
-            elif kind is float and type(value) is int:
-                value = kind(value)
-        span = "" if math.isinf(self.low) else f" from {number_text(self.low)}"
-        span += "" if math.isinf(self.high) else f" to {number_text(self.high)}"
-        allowed = {bool: "true or false", int: f"a whole number{span}", float: f"a number{span}"}
-        if (
-            type(value) is not kind
-            or (self.choices and value not in self.choices)
-            or (isinstance(value, int | float) and not (self.low <= value <= self.high and math.isfinite(value)))
-        ):
-            expected = " or ".join(self.choices) if self.choices else allowed.get(kind, "text")
-            raise InputError(f"the setting {name} is {str(value)[:80]!r}; it must be {expected}")
-        return value
-
-
-@dataclass(frozen=True)
-class Method:
-    """One row of the table of merging methods."""
-
-    title: str
-    paper: str
-    function: Callable[..., Merged] | None
-    """None if there is nothing to merge: a checkpoint of the method's name is used."""
-    settings: dict[str, Setting] = field(default_factory=dict)
-    learns: bool = False
-    """Whether it learns from images."""
-    classifies: bool = True
-    """Whether, if it learns, it does so from predictions, which need a classifier of each task."""
-
-    @property
-    def takes_coefficients(self) -> bool:
-        """Whether coefficients can be given instead of learned."""
-        return getattr(self.function, "func", None) is adamerging
-
-    @property
-    def is_layerwise(self) -> bool:
-        """Whether it has a coefficient for each tensor of a task, and not one for each task."""
-        return bool(getattr(self.function, "keywords", {}).get("layerwise"))
-
-    def checked(self, method: str, given: Mapping[str, object]) -> dict[str, Value]:
-        """All settings, given or default. Raises `InputError` for an unknown one, or a value that is not allowed."""
-        for name in given:
-            if name not in self.settings:
-                raise unknown(f"setting of {method}", name, self.settings or ["(it has none)"])
-        return {n: s.check(n, given[n]) if n in given else s.default for n, s in self.settings.items()}
-
-
-def changed(method: str, settings: Mapping[str, object]) -> dict[str, str]:
-    """The settings that differ from a method's defaults, as text for names and tables."""
-    known = METHODS[method].settings if method in METHODS else {}
-    return {
-        key.replace("_", "-"): number_text(value) if isinstance(value, float) else str(value)
-        for key, value in settings.items()
-        if key not in known or value != known[key].default
-    }
-
 
 _SCALE = {"scale": Setting(0.3, "factor of the summed task vectors")}
 _KEEP = {"keep": Setting(0.2, "share of each task vector that is kept, the largest entries", 1e-9, 1)}
@@ -141,6 +66,7 @@ _FISHER = {
     "normalise": Setting(True, "scale each expert's Fisher information to norm 1"),
     "floor": Setting(1e-6, "minimum Fisher information, relative to its mean", 0, 1),
 }
+_SVC = {"alpha": Setting(0.0, "least share of a singular value that a task counts with; 0: 1 / number of tasks", 0, 1)}
 _REGMEAN = {**_images(256), "off_diagonal": Setting(0.9, "factor of the Gram matrices' off-diagonal entries", 0, 1)}
 
 METHODS: dict[str, Method] = {
@@ -167,8 +93,136 @@ METHODS: dict[str, Method] = {
     "concrete-am": Method(
         "Concrete layer-wise AdaMerging", _CONCRETE, concrete_am, _INITIAL | _TEMPERATURE | _adam(1000), learns=True
     ),
+    "svc": Method(
+        "singular value calibration", "Li et al., ICML 2026, arxiv.org/abs/2602.05536", svc, _SVC, follows=True
+    ),
     "traditional-mtl": Method("multi-task learning: one encoder fine-tuned on all tasks", "Surgery, Tab. 1", None),
 }
+
+
+FOLLOWERS = tuple(name for name, row in METHODS.items() if row.follows)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What the name of a merge stands for: a method, and the followers behind its plus signs, in order.
+
+    A setting of the first method is recorded under its own name, one of a follower as `<follower>.<setting>`.
+    """
+
+    parts: tuple[tuple[str, Method], ...]
+
+    @property
+    def first(self) -> str:
+        """The method that merges the experts."""
+        return self.parts[0][0]
+
+    @property
+    def settings(self) -> dict[str, Setting]:
+        """The settings of all parts, by the names that they are recorded under."""
+        return {recorded: METHODS[part].settings[key] for part, key, recorded in self._keys()}
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether a checkpoint of the method's name is used, and nothing is merged."""
+        return self.parts[0][1].function is None
+
+    @property
+    def learns(self) -> bool:
+        """Whether any part learns from images."""
+        return any(row.learns for _, row in self.parts)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether any part learns from predictions, which need a classifier of each task."""
+        return any(row.learns and row.classifies for _, row in self.parts)
+
+    @property
+    def takes_coefficients(self) -> bool:
+        """Whether coefficients, if given, leave nothing to be learned."""
+        return self.parts[0][1].takes_coefficients and not any(row.learns for _, row in self.parts[1:])
+
+    def meant(self, key: str) -> list[str]:
+        """The recorded names that a key addresses: `seed` of every part that has it, `svc.seed` of this part alone."""
+        part, _, plain = key.replace("-", "_").rpartition(".")
+        return [r for name, own, r in self._keys() if own == plain and part in ("", name.replace("-", "_"))]
+
+    def addressed(self, given: Mapping[str, object]) -> dict[str, object]:
+        """Values by recorded name. A key that names a part wins over one that does not.
+
+        Raises `InputError` for a key that addresses nothing.
+        """
+        values: dict[str, object] = {}
+        for key in sorted(given, key=lambda key: "." in key):
+            if not self.meant(key):
+                name = "+".join(part for part, _ in self.parts)
+                raise unknown(f"setting of {name}", key, self.settings or ["(it has none)"])
+            values |= dict.fromkeys(self.meant(key), given[key])
+        return values
+
+    def own(self, part: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the recorded settings that are a part's, by its own names for them."""
+        return {
+            key: settings[recorded] for name, key, recorded in self._keys() if name == part and recorded in settings
+        }
+
+    def checked(self, given: Mapping[str, object]) -> dict[str, Value]:
+        """All settings, given or default, by recorded name. Raises `InputError` as `Method.checked` does."""
+        values = self.addressed(given)
+        own = {part: row.checked(part, self.own(part, values)) for part, row in self.parts}
+        return {recorded: own[part][key] for part, key, recorded in self._keys()}
+
+    def _keys(self) -> Iterator[tuple[str, str, str]]:
+        """Every setting: its part, its name there, and the name that it is recorded under."""
+        for part, row in self.parts:
+            yield from ((part, key, f"{part}.{key}" if row.follows else key) for key in row.settings)
+
+
+def find_merge(name: str, *others: str) -> Chain:
+    """The methods that a name chains by plus signs. `others` are further names that the error for an unknown one lists.
+
+    Names of methods hold plus signs too: the longest that fits is meant. Raises `InputError` for a name that is not
+    known, a follower that follows nothing, or one that is named twice.
+    """
+    by_length = sorted(METHODS, key=len, reverse=True)
+    parts: list[str] = []
+    rest: str | None = name
+    while rest is not None:
+        part = next((m for m in by_length if rest == m or rest.startswith(f"{m}+")), None)
+        if part is None and not parts:
+            raise unknown("merge", name, [*(m for m in METHODS if m not in FOLLOWERS), *others])
+        before = "+".join(parts)
+        allowed = f"behind {before}+ can stand: {', '.join(FOLLOWERS)}"
+        if part is None:
+            near = nearest(name, [*METHODS, *(f"{before}+{follower}" for follower in FOLLOWERS)])
+            raise InputError(f"unknown merge {name!r}{near}; {allowed}")
+        if part in FOLLOWERS and not parts:
+            raise InputError(f"{part} changes a merged model; write it behind a merge, as in ta+{part}")
+        if parts and (part not in FOLLOWERS or part in parts):
+            problem = "is there twice" if part in parts else "merges experts, and no merged model"
+            raise InputError(f"{name}: {part} {problem}; {allowed}, once each")
+        if parts and METHODS[parts[0]].function is None:
+            raise InputError(f"{name}: {parts[0]} is a checkpoint, not a merge of experts, and nothing can follow it")
+        parts.append(part)
+        rest = rest[len(part) + 1 :] if len(rest) > len(part) else None
+    return Chain(tuple((part, METHODS[part]) for part in parts))
+
+
+def is_merge(name: str) -> bool:
+    """Whether a name is that of a method, or of a method with followers."""
+    with suppress(InputError):
+        return bool(find_merge(name).parts)
+    return False
+
+
+def changed(method: str, settings: Mapping[str, object]) -> dict[str, str]:
+    """The settings that differ from a merge's defaults, as text for names and tables."""
+    known = find_merge(method).settings if is_merge(method) else {}
+    return {
+        key.replace("_", "-"): number_text(value) if isinstance(value, float) else str(value)
+        for key, value in settings.items()
+        if key not in known or value != known[key].default
+    }
 
 
 def merge_label(method: str, settings: Mapping[str, object], name: str | None = None) -> str:
@@ -185,26 +239,32 @@ def merge(
     coefficients: Coefficients | None = None,
     **settings: Value,
 ) -> Merged:
-    """Merge by a method of `METHODS`; `settings` replace its defaults. Returns float32 tensors on the CPU.
+    """Merge by a method of `METHODS`, or by one and followers (`ta+svc`); `settings` replace their defaults.
 
-    `experts` are state dicts by task, or a sequence of them. Methods that learn need a `stream` of images; AdaMerging
-    takes `coefficients` instead. Raises `InputError` for an unknown method or setting, or if the state dicts do not
-    have the same keys.
+    Returns float32 tensors on the CPU. `experts` are state dicts by task, or a sequence of them. Methods that learn
+    need a `stream` of images; AdaMerging takes `coefficients` instead. A setting goes to every part that has it;
+    `**{"svc.alpha": 1.0}` sets that of one part. Raises `InputError` for an unknown method or setting, or if the state
+    dicts do not have the same keys.
     """
-    if method not in METHODS:
-        raise unknown("merge", method, METHODS)
-    row = METHODS[method]
-    if row.function is None:
+    chain = find_merge(method)
+    if chain.is_checkpoint:
         raise InputError(f"{method} is a checkpoint, not a merge of experts; choose another method")
     if not isinstance(experts, Mapping):
         experts = {str(index): expert for index, expert in enumerate(experts)}
     if not experts:
         raise InputError("no expert was given to merge; give one or more")
-    settings = row.checked(method, settings)
-    if coefficients is not None and not row.takes_coefficients:
-        raise InputError(f"{method} takes no coefficients; AdaMerging's methods do")
-    if row.learns and stream is None and coefficients is None:
+    settings = chain.checked(settings)
+    if coefficients is not None and not chain.takes_coefficients:
+        raise InputError(f"{method} takes no coefficients; AdaMerging's methods do, without followers that learn")
+    if chain.learns and stream is None and coefficients is None:
         raise InputError(f"{method} learns from images; give it a stream")
-    inputs = [stream, coefficients] if row.takes_coefficients else [stream] if row.learns else []
-    with torch.set_grad_enabled(row.learns):
-        return row.function(pretrained, experts, *inputs, **settings)
+    merged = Merged({})
+    for name, row in chain.parts:
+        assert row.function is not None, "a checkpoint has no followers"
+        inputs: list[Any] = [merged.state] if row.follows else []
+        inputs += [stream, coefficients] if row.takes_coefficients else [stream] if row.learns else []
+        with torch.set_grad_enabled(row.learns):
+            made = row.function(pretrained, experts, *inputs, **chain.own(name, settings))
+        entropy = merged.entropy + made.entropy
+        merged = replace(made, entropy=entropy, coefficients=made.coefficients or merged.coefficients)
+    return merged

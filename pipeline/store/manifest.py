@@ -154,7 +154,7 @@ class MergeRecord(Record, frozen=True):
     entropy: Mapping[str, float] = {}
     """Mean entropy of the predictions, over the first and the last steps."""
     images: Mapping[str, str] = {}
-    """Fingerprints of the images that it learned from, by task."""
+    """Fingerprints of the images that it learned from, by task; by `split/task` if its parts used different splits."""
     files: Mapping[LearnedFile, Seal] = {}
     coefficients: Mapping[str, float | tuple[float, ...]] | None = None
 

@@ -22,7 +22,7 @@ from probsurgery.pipeline.extraction.image_stream import image_stream, shuffled
 from probsurgery.pipeline.extraction.merges import merge_requests
 from probsurgery.pipeline.fitting.fit import fit
 from probsurgery.pipeline.merging.coefficients import read_coefficients
-from probsurgery.pipeline.merging.registry import METHODS, Coefficients, merge_label
+from probsurgery.pipeline.merging.registry import METHODS, Coefficients, find_merge, is_merge, merge_label
 from probsurgery.pipeline.models.architectures import MINI
 from probsurgery.pipeline.models.checkpoints import digest
 from probsurgery.pipeline.models.encoders import get_encoder
@@ -34,11 +34,12 @@ from support import damage, refused
 TASKS = ("digits8", "texture")
 BRIEF = {"steps": "3", "images": "8", "batch_size": "4"}
 CPU = torch.device("cpu")
+MERGES = [f"ta+{name}" if row.follows else name for name, row in METHODS.items()]
 NAMES = list(get_encoder("mini").shapes)
 
 
 def config(root, merge="tw-adamerging", **other):
-    settings = METHODS[merge].settings if merge in METHODS else {}
+    settings = find_merge(merge).settings if is_merge(merge) else {}
     given = {"arch": "mini", "merges": (merge,), "tasks": TASKS, "limit": 40, "root": root, "device": "cpu"}
     given["merge_args"] = {key: value for key, value in BRIEF.items() if key in settings}
     return ExtractConfig(**(given | other))
@@ -65,13 +66,13 @@ def run(*arguments, **other):
 def all_merges(tmp_path_factory):
     """Every method in one run, which encodes experts and pre-trained features once."""
     root = tmp_path_factory.mktemp("merges")
-    methods = tuple(METHODS)
+    methods = tuple(MERGES)
     result = extract.extract(config(root, merges=methods, merge_args={k: BRIEF[k] for k in BRIEF}))
     assert result.passes == 40 * len(TASKS) * (2 + len(methods))
     return dict(zip(methods, result.caches, strict=True))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MERGES)
 def test_every_merge_goes_through_both_stages_and_the_report(all_merges, method):
     path = all_merges[method]
     cache = Cache(path)
@@ -126,6 +127,20 @@ def test_a_setting_goes_to_the_merges_that_have_it(tmp_path):
         "mini_ta_digits8+texture",
         "mini_ties-keep0.5_digits8+texture",
     ]
+
+
+def test_a_setting_may_name_the_part_that_it_is_for(tmp_path):
+    arguments = {"merge_args": {"scale": "0.5", "svc.alpha": "0.5"}}
+    result = extract.extract(config(tmp_path, merges=("ta+svc", "ties"), **arguments))
+    assert [path.name for path in result.caches] == [
+        "mini_ta+svc-scale0.5-svc.alpha0.5_digits8+texture",
+        "mini_ties-scale0.5_digits8+texture",
+    ]
+    assert Cache(result.caches[0]).identity.merge.settings == {"scale": 0.5, "svc.alpha": 0.5}
+    with pytest.raises(InputError, match="unknown setting of ta.svc 'svc.scale'.*; choose from: scale, svc.alpha"):
+        run(tmp_path, "ta+svc", merge_args={"svc.scale": "1"})
+    with pytest.raises(InputError, match="--name ta.svc is the name of a method"):
+        run(tmp_path, "ta", name="ta+svc")
 
 
 # What is learned is kept
@@ -308,6 +323,18 @@ def test_coefficients_from_a_cache_cost_no_learning_elsewhere(tmp_path, method):
     with pytest.raises(InputError, match="was learned with steps=3; leave --merge-arg steps out"):
         run(tmp_path / "c", method, coefficients=file, merge_args={"steps": "4"})
     assert not (tmp_path / "c").exists()
+
+
+def test_coefficients_are_those_of_the_first_method_whatever_follows(tmp_path):
+    alone, _ = run(tmp_path / "a", "tw-adamerging")
+    path, learned = run(tmp_path / "a", "tw-adamerging+svc")
+    assert learned
+    file = path / "coefficients.json"
+    assert json.loads(file.read_text()) == json.loads((alone / "coefficients.json").read_text())
+    assert run(tmp_path / "a", "tw-adamerging+svc")[1] == []
+    other, learned = run(tmp_path / "b", "tw-adamerging+svc", coefficients=alone / "coefficients.json", merge_args={})
+    assert learned == []
+    assert (other.name, Cache(other).identity) == (path.name, Cache(path).identity)
 
 
 def test_other_coefficients_are_not_taken_for_those_that_a_cache_has_learned(tmp_path):
@@ -598,6 +625,7 @@ def test_merges_lists_every_method_with_its_settings_and_paper(run):
     code, out, _ = run("merges", "--json")
     listed = json.loads(out)
     assert listed.keys() == METHODS.keys()
+    assert (listed["svc"]["follows"], listed["ta"]["follows"]) == (True, False)
     assert listed["ties"]["settings"]["keep"]["default"] == 0.2
 
 

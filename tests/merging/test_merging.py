@@ -6,18 +6,21 @@ from torch.nn import functional as F
 
 from probsurgery.pipeline.classifier import Classifier
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
+from probsurgery.pipeline.merging import registry
 from probsurgery.pipeline.merging.adamerging import blend
 from probsurgery.pipeline.merging.concrete import Mask
 from probsurgery.pipeline.merging.entropy import add_gradients, entropy
 from probsurgery.pipeline.merging.fisher import add_squares
-from probsurgery.pipeline.merging.registry import METHODS, Coefficients, ImageStream, merge
+from probsurgery.pipeline.merging.method import Method, Setting
+from probsurgery.pipeline.merging.registry import METHODS, Coefficients, ImageStream, find_merge, merge
 from probsurgery.pipeline.merging.regmean import InputGrams
 from probsurgery.pipeline.merging.sparse import magnitude_threshold, ties_vectors
+from probsurgery.pipeline.merging.vectors import Merged
 from probsurgery.pipeline.progress import no_progress
 
 D_IN, HIDDEN, D, CLASSES = 6, 10, 5, 4
 SHAPES = {"up.weight": (HIDDEN, D_IN), "up.bias": (HIDDEN,), "proj": (HIDDEN, D)}
-MERGES = [name for name, row in METHODS.items() if row.function is not None]
+MERGES = [f"wa+{name}" if row.follows else name for name, row in METHODS.items() if row.function is not None]
 BRIEF = {"steps": 3, "images": 20, "batch_size": 8}
 AT_FULL_WEIGHT = {
     "wa": {},
@@ -33,6 +36,7 @@ AT_FULL_WEIGHT = {
     "lw-adamerging++": {"initial": 1.0, "keep": 1.0, "lr": 1e-9},
     "concrete-ta": {"scale": 1.0, "lr": 1e-9},
     "concrete-am": {"initial": 1.0, "lr": 1e-9},
+    "wa+svc": {},
 }
 
 
@@ -72,7 +76,7 @@ def make_stream(tasks=EXPERTS, run=forward, dtype=torch.float32, progress=no_pro
 
 
 def merged(method, base, experts, **settings):
-    row = METHODS[method]
+    row = find_merge(method)
     brief = {k: v for k, v in BRIEF.items() if k in row.settings}
     stream = make_stream(experts) if row.learns else None
     return merge(method, base, experts, stream, **(brief | settings))
@@ -99,9 +103,9 @@ def test_averages_of_identical_experts_are_the_expert(method):
     assert close(merged(method, BASE, same).state, EXPERTS["task4"], atol=1e-4)
 
 
-@pytest.mark.parametrize("method", [m for m in MERGES if "scale" in METHODS[m].settings])
+@pytest.mark.parametrize("method", [m for m in MERGES if "scale" in find_merge(m).settings])
 def test_the_distance_to_the_base_grows_with_the_scale(method):
-    settings = {"lr": 1e-9} if "lr" in METHODS[method].settings else {}
+    settings = {"lr": 1e-9} if "lr" in find_merge(method).settings else {}
     once, twice = (merged(method, BASE, EXPERTS, scale=s, **settings).state for s in (0.3, 0.6))
     assert not close(once, BASE, atol=1e-2)
     assert close({n: 2 * (once[n] - BASE[n]) for n in BASE}, {n: twice[n] - BASE[n] for n in BASE})
@@ -134,6 +138,109 @@ def test_weight_averaging_averages_all_tasks():
 
 def test_experts_may_be_a_plain_list():
     assert close(merge("ta", BASE, list(EXPERTS.values())).state, merged("ta", BASE, EXPERTS).state, atol=0)
+
+
+# Followers
+
+
+@pytest.fixture
+def followers(monkeypatch):
+    """Two more followers: `lift` adds a number, `watch` learns, and notes what it was given."""
+    seen = []
+
+    def lift(pretrained, experts, merged, *, scale, by):
+        return Merged({name: tensor + scale * by for name, tensor in merged.items()})
+
+    def watch(pretrained, experts, merged, stream, *, seed, split):
+        seen.append((list(experts), {name: tensor.clone() for name, tensor in merged.items()}, stream, seed, split))
+        return Merged(merged, entropy=(0.5,))
+
+    by, scale = Setting(1.0, "what is added"), Setting(1.0, "its factor")
+    learning = {"seed": Setting(7, "random seed"), "split": Setting("test", "split", choices=("test", "train"))}
+    rows = {
+        "lift": Method("sum", "here", lift, {"by": by, "scale": scale}, follows=True),
+        "watch": Method("watching", "here", watch, learning, learns=True, classifies=False, follows=True),
+    }
+    for name, row in rows.items():
+        monkeypatch.setitem(METHODS, name, row)
+    monkeypatch.setattr(registry, "FOLLOWERS", ("svc", *rows))
+    return seen
+
+
+def test_followers_take_what_stands_before_them(followers):
+    stream = make_stream()
+    found = merge("tw-adamerging+++lift+watch", BASE, EXPERTS, stream, steps=2, batch_size=4, **{"lift.by": 3})
+    before = merge("tw-adamerging++", BASE, EXPERTS, stream, steps=2, batch_size=4)
+    lifted = {name: tensor + 3 for name, tensor in before.state.items()}
+    ((tasks, given, seen_stream, seed, split),) = followers
+    assert close(found.state, lifted)
+    assert close(given, lifted)
+    assert (tasks, seen_stream, split) == (list(EXPERTS), stream, "test")
+    assert seed == 7
+    assert found.entropy == (*before.entropy, 0.5)
+    assert torch.equal(found.coefficients.values, before.coefficients.values)
+
+
+def test_settings_go_to_every_part_or_to_the_one_that_is_named(followers):
+    chain = find_merge("dare+lift+watch")
+    assert list(chain.settings) == ["scale", "drop", "seed", "lift.by", "lift.scale", "watch.seed", "watch.split"]
+    everywhere = chain.checked({"scale": "2", "seed": 1})
+    assert [everywhere[key] for key in ("scale", "lift.scale", "seed", "watch.seed")] == [2, 2, 1, 1]
+    apart = chain.checked({"lift.scale": 4, "scale": 2, "dare.seed": 5})
+    assert [apart[key] for key in ("scale", "lift.scale", "seed", "watch.seed")] == [2, 4, 5, 7]
+    assert chain.checked(apart) == apart  # what is recorded means the same when it is read
+    assert find_merge("tw-adamerging+++watch").checked({"tw_adamerging++.seed": 5})["watch.seed"] == 7
+    found = merge("ta+lift", BASE, EXPERTS, **{"ta.scale": 0.5, "by": 2.0})
+    assert close(found.state, {n: t + 2 for n, t in merge("ta", BASE, EXPERTS, scale=0.5).state.items()})
+    for key in ("dare.by", "lift.seed", "size", "ties.scale"):
+        with pytest.raises(InputError, match=f"unknown setting of dare.lift.watch '{key}'"):
+            chain.checked({key: 1})
+
+
+def test_coefficients_are_for_merges_whose_followers_learn_nothing(followers):
+    given = Coefficients(None, None, torch.full((5,), 0.3))
+    found = merge("tw-adamerging+lift", BASE, EXPERTS, coefficients=given)
+    assert close(found.state, {n: t + 1 for n, t in merge("ta", BASE, EXPERTS).state.items()})
+    with pytest.raises(InputError, match="tw-adamerging.watch takes no coefficients"):
+        merge("tw-adamerging+watch", BASE, EXPERTS, make_stream(), coefficients=given)
+    with pytest.raises(InputError, match="ta.watch learns from images; give it a stream"):
+        merge("ta+watch", BASE, EXPERTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("svc", r"svc changes a merged model; write it behind a merge, as in ta\+svc"),
+        ("ta+scv", r"unknown merge 'ta\+scv' \(did you mean 'ta\+svc'\?\); behind ta\+ can stand: svc"),
+        ("ta+", r"unknown merge 'ta\+'.*; behind ta\+ can stand"),
+        ("tw-adamerging+", r"unknown merge 'tw-adamerging\+' \(did you mean 'tw-adamerging\+\+'\?\)"),
+        ("ta+ties", r"ta\+ties: ties merges experts, and no merged model; behind ta\+ can stand: svc"),
+        ("ta+svc+svc", r"svc is there twice"),
+        ("traditional-mtl+svc", "traditional-mtl is a checkpoint, not a merge of experts, and nothing can follow it"),
+        ("nonsense+svc", "unknown merge 'nonsense.svc'"),
+        ("+svc", "unknown merge '.svc'"),
+        ("", "unknown merge ''"),
+    ],
+)
+def test_names_that_chain_nothing_are_refused(name, message):
+    with pytest.raises(InputError, match=message) as caught:
+        merge(name, BASE, EXPERTS)
+    assert "\n" not in str(caught.value)
+
+
+def test_svc_divides_a_direction_by_how_often_the_tasks_count_it():
+    zero, one = (
+        torch.zeros(4, 3),
+        torch.diag(torch.tensor([3.0, 2.0, 1.0]))[[0, 1, 2, 2]] * torch.tensor([[1], [1], [1], [0]]),
+    )
+    base = {"w": zero, "embedding": zero, "b": torch.zeros(3)}
+    same = [{"w": one, "embedding": one, "b": torch.ones(3)}] * 2
+    summed = merge("ta+svc", base, same, **{"ta.scale": 1.0}).state  # both count every direction twice
+    assert close(summed, {"w": one, "embedding": 2 * one, "b": 2 * torch.ones(3)})
+    apart = [torch.diag(torch.tensor(d)) for d in ([3.0, 0, 0], [0, 2.0, 0])]
+    experts = [{"w": tau} for tau in apart]  # each direction is one task's, and nothing of the other's: 2 / (1 + 1/2)
+    found = merge("ta+svc", {"w": torch.zeros(3, 3)}, experts, **{"ta.scale": 1.0}).state["w"]
+    assert torch.allclose(found, (apart[0] + apart[1]) * 4 / 3, atol=1e-6)
 
 
 # TIES, DARE, Breadcrumbs
