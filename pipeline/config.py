@@ -101,7 +101,7 @@ class TrainedSettings(_HeadSettings):
     """Distance to the expert's feature: one of `LOSSES`."""
     optimizer: str = "separate"
     """`separate`: an Adam for each head. `joint`: one for all tasks of the cache, whose momentum moves each head at the
-    other tasks' steps too, as in the public code under PyTorch 1 (see `training.joint`)."""
+    other tasks' steps too, as in ProbSurgery's public code (see `training.joint`)."""
 
     def __post_init__(self) -> None:
         _integers(self, steps=(1, 10_000_000), batch_size=(1, 65_536), **{self.width_name: (1, 16_384)})

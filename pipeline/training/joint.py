@@ -1,8 +1,9 @@
-"""One Adam for the heads of all tasks (`--optimizer joint`), as the papers' public code trains them under PyTorch 1.
+"""One Adam for the heads of all tasks (`--optimizer joint`), as ProbSurgery's public code trains both kinds of head.
 
-There, `zero_grad` leaves zeros, and Adam takes a step for every head that has had a gradient. So each head takes, after
-each of its own steps, one with a gradient of zero for each of the other T - 1 tasks: its momentum moves it. Since
-PyTorch 2, `zero_grad` leaves None, a head takes its own steps only, and the number of tasks does not matter.
+It asks for PyTorch 1.13, whose `zero_grad` leaves zeros, and Adam takes a step for every head that has had a gradient.
+So each head takes, after each of its own steps, one with a gradient of zero for each of the other T - 1 tasks: its
+momentum moves it. Since PyTorch 2, `zero_grad` leaves None, and a head takes its own steps only. Surgery's public code
+asks for no version, and takes two batches of a task before the next task's.
 
 Here a head takes all T - 1 steps after each of its own. In the reference, p of them (p tasks come before the head's in
 their order) belong to the next round, which a head that is finished does not see: `taken_back` undoes them.
