@@ -122,7 +122,7 @@ def _merge_request(
             source = "" if "steps" in known else f"-{file.stem}"
             settings = known | {key: value for key, value in settings.items() if "." in key}
         label = name + "".join(f"-{key}{value}" for key, value in changed(name, settings).items()) + source
-        identity = MergeIdentity(name, settings)
+        identity = MergeIdentity(name, chain.recorded(settings))
     else:
         label = config.name or Path(name).stem
         identity = MergeIdentity("file", {}, config.name)
@@ -148,11 +148,12 @@ def _given_coefficients(name: str, path: Path, given: dict[str, object]) -> tupl
             if method.settings[key].check(key, value) != settings[key]:
                 raise InputError(f"{path} was learned with {key}={settings[key]}; leave --merge-arg {key} out")
         return coefficients, settings
-    unused = next((key for key in given if key != "keep"), None)
+    processing = ("keep", "counted")
+    unused = next((key for key in given if key not in processing), None)
     if unused:
         raise InputError(f"--merge-arg {unused} would have no effect: with --coefficients nothing is learned")
-    known = {key: coefficients.settings[key] for key in ("keep",) if key in coefficients.settings}
-    return coefficients, {key: value for key, value in method.checked(name, known | given).items() if key == "keep"}
+    known = {key: coefficients.settings[key] for key in processing if key in coefficients.settings}
+    return coefficients, {key: v for key, v in method.checked(name, known | given).items() if key in processing}
 
 
 def load_learned(request: MergeRequest, identity: Identity, weights: Weights) -> MergedModel | None:

@@ -35,6 +35,7 @@ def adamerging(
     *,
     layerwise: bool,
     keep: float | None = None,
+    counted: str = "tower",
     **learning: Any,
 ) -> Merged:
     """theta_0 + sum_t lambda_t * tau_t, where the lambdas in [0, 1] are learned by `learn_coefficients` (eq. 6 and 7).
@@ -44,7 +45,7 @@ def adamerging(
     """
     vectors = partial(task_vectors, pretrained, experts)
     if keep is not None:
-        vectors = partial(ties_vectors, pretrained, experts, keep)
+        vectors = partial(ties_vectors, pretrained, experts, keep, counted)
     entropies: tuple[float, ...] = ()
     if coefficients is None:
         assert stream is not None, "`merge` asks for a stream unless there are coefficients"

@@ -22,6 +22,8 @@ class Setting:
     low: float = -math.inf
     high: float = math.inf
     choices: tuple[str, ...] = ()
+    is_later: bool = False
+    """Whether caches of the method were written before it had this setting: at its default it is not recorded."""
 
     def check(self, name: str, value: object) -> Value:
         """The value in the default's type, parsed if it is text. Raises `InputError` if it is not allowed."""

@@ -23,12 +23,16 @@ from probsurgery.pipeline.merging.concrete import concrete_am, concrete_ta
 from probsurgery.pipeline.merging.fisher import fisher
 from probsurgery.pipeline.merging.method import Method, Setting, Value
 from probsurgery.pipeline.merging.regmean import regmean
-from probsurgery.pipeline.merging.sparse import breadcrumbs, dare, ties
+from probsurgery.pipeline.merging.sparse import COUNTED, breadcrumbs, dare, ties
 from probsurgery.pipeline.merging.spectral import svc
 from probsurgery.pipeline.merging.vectors import ImageStream, Merged
 
 _SCALE = {"scale": Setting(0.3, "factor of the summed task vectors")}
-_KEEP = {"keep": Setting(0.2, "share of each task vector that is kept, the largest entries", 1e-9, 1)}
+_COUNTED = "entries that `keep` is a share of: the tower's, or with a published checkpoint's text tensors"
+_KEEP = {
+    "keep": Setting(0.2, "share of each task vector that is kept, the largest entries", 1e-9, 1),
+    "counted": Setting("tower", _COUNTED, choices=COUNTED, is_later=True),
+}
 _INITIAL = {"initial": Setting(0.3, "initial value of the coefficients", 0, 1)}
 _TEMPERATURE = {"temperature": Setting(0.5, "temperature of the mask's Gumbel-sigmoid", 1e-3, 1e3)}
 _SEED = Setting(0, "random seed", 0, 2**31 - 1)
@@ -59,6 +63,7 @@ _BREADCRUMBS = {
     **_SCALE,
     "small": Setting(0.85, "share of each tensor's smallest entries to drop", 0, 1),
     "large": Setting(0.01, "share of each tensor's largest entries to drop", 0, 1),
+    "rows": Setting(False, "take the shares of each row, as the authors' code does", is_later=True),
 }
 _FISHER = {
     **_images(256),
@@ -171,6 +176,11 @@ class Chain:
         values = self.addressed(given)
         own = {part: row.checked(part, self.own(part, values)) for part, row in self.parts}
         return {recorded: own[part][key] for part, key, recorded in self._keys()}
+
+    def recorded(self, settings: Mapping[str, Value]) -> dict[str, Value]:
+        """Settings as caches record them: without those that came later and have their default."""
+        known = self.settings
+        return {key: v for key, v in settings.items() if not (known[key].is_later and v == known[key].default)}
 
     def _keys(self) -> Iterator[tuple[str, str, str]]:
         """Every setting: its part, its name there, and the name that it is recorded under."""

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.merging.vectors import (
     Experts,
     Merged,
@@ -22,15 +23,18 @@ from probsurgery.pipeline.merging.vectors import (
     zeros,
 )
 
+COUNTED = ("tower", "checkpoint")
+_TOKENS, _CONTEXT = 49_408, 77  # of CLIP's text tower
 
-def ties(pretrained: StateDict, experts: Experts, *, scale: float, keep: float) -> Merged:
+
+def ties(pretrained: StateDict, experts: Experts, *, scale: float, keep: float, counted: str) -> Merged:
     """theta_0 + scale * (trimmed, sign-elected, disjointly summed task vectors) (Yadav et al., NeurIPS 2023).
 
     Trim: keep the `keep` share of each tau_t that is largest by magnitude, over the whole vector. Elect: per entry, the
     sign of the sum over tasks. Merge: sum the entries of that sign. Departure: where the sum is exactly zero, nothing
-    is added; the reference gives such an entry the majority sign of all others.
+    is added; the reference gives such an entry the majority sign of all others. `counted` is explained in `share_of`.
     """
-    positive, negative = _sums_by_sign(pretrained, _trimmed(pretrained, experts, keep))
+    positive, negative = _sums_by_sign(pretrained, _trimmed(pretrained, experts, share_of(pretrained, keep, counted)))
     update = {}
     for name in pretrained:
         plus, minus = positive.pop(name), negative.pop(name)
@@ -41,12 +45,30 @@ def ties(pretrained: StateDict, experts: Experts, *, scale: float, keep: float) 
     return Merged(add(pretrained, update, scale))
 
 
-def ties_vectors(pretrained: StateDict, experts: Experts, keep: float) -> Iterator[Vector]:
+def ties_vectors(pretrained: StateDict, experts: Experts, keep: float, counted: str) -> Iterator[Vector]:
     """Each tau_t, trimmed, with only the entries of the elected sign. Their sum is what `ties` adds."""
+    keep = share_of(pretrained, keep, counted)
     positive, negative = _sums_by_sign(pretrained, _trimmed(pretrained, experts, keep))
     signs = {name: (positive.pop(name) + negative.pop(name)).sign().to(torch.int8) for name in pretrained}
     for vector in _trimmed(pretrained, experts, keep):
         yield ((name, torch.where(tau.sign() == signs[name], tau, 0)) for name, tau in vector)
+
+
+def share_of(pretrained: StateDict, keep: float, counted: str) -> float:
+    """The share of the image tower's entries that are kept.
+
+    The experts that the papers merged are whole checkpoints, with text tensors beside the image tower that no image
+    moves: token embedding, positional embedding, projection, the last layer norm, and the logit scale. The reference's
+    share counts their entries too, which are zero in tau_t, so that 20 % of a checkpoint are 25.8 % of ViT-B/32's tower
+    (`counted="checkpoint"`). Raises `InputError` if the tower has no projection, whose width is the text tensors'.
+    """
+    if counted == "tower":
+        return keep
+    if "proj" not in pretrained:
+        raise InputError("counted=checkpoint is for image towers of open_clip, which have a `proj`; use counted=tower")
+    width, tower = pretrained["proj"].shape[1], sum(theta.numel() for theta in pretrained.values())
+    text = width * (_TOKENS + _CONTEXT + width + 2) + 1
+    return min(1.0, keep * (tower + text) / tower)
 
 
 def _trimmed(pretrained: StateDict, experts: Experts, keep: float) -> Iterator[Vector]:
@@ -112,21 +134,25 @@ def dare(pretrained: StateDict, experts: Experts, *, scale: float, drop: float, 
     return add_vectors(pretrained, dropped(), scale)
 
 
-def breadcrumbs(pretrained: StateDict, experts: Experts, *, scale: float, small: float, large: float) -> Merged:
+def breadcrumbs(
+    pretrained: StateDict, experts: Experts, *, scale: float, small: float, large: float, rows: bool
+) -> Merged:
     """theta_0 + scale * sum tau_t without the smallest and largest entries (Davari and Belilovsky, ECCV 2024).
 
     In each tensor, the `small` share of entries with the smallest magnitudes is dropped, and the `large` share with
-    the largest. Equal magnitudes are treated alike.
+    the largest. Equal magnitudes are treated alike. Departure: the authors' code takes the shares of each row (along
+    the last dimension), as with `rows`.
     """
 
     def masked(tau: Tensor) -> Tensor:
-        magnitudes = tau.abs().flatten()
-        first, last = round(small * tau.numel()), tau.numel() - round(large * tau.numel())
+        magnitudes = tau.abs().view(-1, tau.shape[-1]) if rows and tau.ndim else tau.abs().view(1, -1)
+        size = magnitudes.shape[1]
+        first, last = round(small * size), size - round(large * size)
         if first >= last:
             return torch.zeros_like(tau)
-        mask = magnitudes <= magnitudes.kthvalue(last).values
+        mask = magnitudes <= magnitudes.kthvalue(last, 1, keepdim=True).values
         if first:
-            mask &= magnitudes > magnitudes.kthvalue(first).values
+            mask &= magnitudes > magnitudes.kthvalue(first, 1, keepdim=True).values
         return tau * mask.view_as(tau)
 
     vectors = (((name, masked(tau)) for name, tau in vector) for vector in task_vectors(pretrained, experts))

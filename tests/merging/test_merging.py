@@ -14,7 +14,7 @@ from probsurgery.pipeline.merging.fisher import add_squares
 from probsurgery.pipeline.merging.method import Method, Setting
 from probsurgery.pipeline.merging.registry import METHODS, Coefficients, ImageStream, find_merge, merge
 from probsurgery.pipeline.merging.regmean import InputGrams
-from probsurgery.pipeline.merging.sparse import magnitude_threshold, ties_vectors
+from probsurgery.pipeline.merging.sparse import magnitude_threshold, share_of, ties_vectors
 from probsurgery.pipeline.merging.vectors import Merged
 from probsurgery.pipeline.progress import no_progress
 
@@ -278,9 +278,33 @@ def test_ties_by_hand():
     assert merge("ties", base, experts, scale=0.5, keep=0.4).state["w"].tolist() == [2.0, 4.0, 0.0, 0.0, 1.5]
 
 
+@pytest.mark.parametrize(
+    ("tower", "width", "share"),
+    [(87_849_216, 512, 0.2583), (86_192_640, 512, 0.2594), (303_966_208, 768, 0.2254)],
+    ids=["ViT-B/32", "ViT-B/16", "ViT-L/14"],
+)
+def test_a_share_of_a_checkpoint_is_a_larger_one_of_its_tower(tower, width, share):
+    proj = torch.empty(width, width, device="meta")
+    state = {"proj": proj, "rest": torch.empty(tower - proj.numel(), device="meta")}
+    assert share_of(state, 0.2, "checkpoint") == pytest.approx(share, abs=5e-5)
+    assert share_of(state, 0.2, "tower") == 0.2
+    assert share_of(state, 1.0, "checkpoint") == 1.0
+    with pytest.raises(InputError, match="have a `proj`; use counted=tower"):
+        share_of({"weight": proj}, 0.2, "checkpoint")
+
+
+def test_ties_keeps_more_of_the_tower_where_a_checkpoint_is_counted():
+    base = {"proj": torch.zeros(1, 1), "w": torch.zeros(200_000)}
+    expert = {"proj": torch.ones(1, 1), "w": torch.rand(200_000)}
+    tower = 200_001
+    for counted, entries in (("tower", tower), ("checkpoint", tower + 49_408 + 77 + 1 + 2 + 1)):
+        state = merge("ties", base, [expert], counted=counted).state
+        assert sum(int(t.count_nonzero()) for t in state.values()) == pytest.approx(0.2 * entries, abs=1)
+
+
 def test_the_processed_vectors_add_up_to_what_ties_adds():
     summed = {n: torch.zeros(s) for n, s in SHAPES.items()}
-    for vector in ties_vectors(BASE, EXPERTS, 0.3):
+    for vector in ties_vectors(BASE, EXPERTS, 0.3, "tower"):
         for name, tau in vector:
             summed[name] += tau
     expected = merged("ties", BASE, EXPERTS, scale=1.0, keep=0.3).state
@@ -305,6 +329,9 @@ def test_breadcrumbs_by_hand():
     assert result["b"].flatten().tolist() == [0.0, 0, 0, 0, 0, 0, 0, -800, 900, 0]
     nothing = merge("breadcrumbs", base, [expert], small=0.7, large=0.4).state
     assert not any(t.any() for t in nothing.values())
+    by_row = merge("breadcrumbs", base, [expert], scale=1.0, small=0.4, large=0.2, rows=True).state
+    assert by_row["a"].tolist() == [0.0, 0, 0, 0, 5, -6, 7, -8, 0, 0]
+    assert by_row["b"].tolist() == [[0.0, 0, 300, -400, 0], [0.0, 0, -800, 900, 0]]
 
 
 # AdaMerging
