@@ -10,7 +10,7 @@ from probsurgery.pipeline.analysis import labels
 from probsurgery.pipeline.analysis.curves import Curve, Grid, curve_table, find_curves, find_grids
 from probsurgery.pipeline.analysis.kept_heads import current_rows
 from probsurgery.pipeline.analysis.plausibility import implausible_experts
-from probsurgery.pipeline.analysis.published import published_lines, published_name
+from probsurgery.pipeline.analysis.published import family_of, published_lines, published_name
 from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, PUBLISHED, Line, Table
 from probsurgery.pipeline.config import HEAD_SETTINGS
 from probsurgery.pipeline.errors import InputError
@@ -136,7 +136,9 @@ def _report(protocol: str, sources: Sequence[_Source], with_published: bool, eve
         curves += find_curves(source.rows, prefix)
         grids += find_grids(source.rows, prefix)
     if with_published:
-        accuracy += published_lines(identity.arch, identity.suite, accuracy, tasks)
+        families = {family_of(source.cache.manifest) for source in sources}
+        family = families.pop() if len(families) == 1 else ""
+        accuracy += published_lines(identity.arch, identity.suite, accuracy, tasks, family)
     corruptions = {source.cache.identity.corruption for source in sources}
     corrupted = [f"images corrupted by {kind}" for kind in corruptions if kind and len(corruptions) == 1]
     where = ", ".join([identity.arch, *corrupted, protocol])

@@ -32,13 +32,37 @@ def test_published_figures_of_14_and_20_tasks_name_their_family_of_experts(suite
     assert experts["Avg"] == individual == f"{fmean(figures):.2f}"
     iso = [row for row in published("vitb32", suite) if row["source"].startswith("Iso") and row["method"] == "ta"]
     assert [(row["Avg"], row["family"]) for row in iso] == [(ta, "tall_masks")]
-    assert {row["family"] for row in published("vitb32", suite)} == {"FusionBench", "tall_masks"}
+    assert {row["family"] for row in published("vitb32", suite)} - {""} == {"FusionBench", "tall_masks"}
 
 
 def test_no_average_of_other_tasks_is_quoted():
     lines = published_lines("vitb32", "clip20", [], list(suite_tasks("clip20")))
     assert any("Avg" in line.values and "tall_masks' experts" in line.label for line in lines)
     assert not any("Avg" in line.values for line in published_lines("vitb32", "clip20", [], ["mnist", "dtd"]))
+
+
+def test_figures_of_another_family_of_experts_are_quoted_without_a_difference(tmp_path):
+    path = write_cache(tmp_path / "cache", {"mnist": 60, "dtd": 40})
+    edit_manifest(path, lambda manifest: manifest["identity"].update(arch="vitb32", suite="clip8"))
+    fit(FitConfig(path, SurgerySettings(steps=5)))
+    families = {}
+    for place in ("tanganke/clip-vit-base-patch32_", "my/experts_"):
+        files = {task: {"source": f"{place}{task}"} for task in ("mnist", "dtd")}
+        edit_manifest(path, lambda manifest, files=files: manifest.update(files=files))
+        lines = report(path, with_published=True)[0].accuracy.lines
+        quoted = {line.label for line in lines if line.kind == PUBLISHED}
+        families[place] = [line.method for line in lines if line.kind == DIFFERENCE].count("ta"), quoted
+    (known, quoted), (unknown, same) = families.values()
+    assert quoted == same
+    of_ta = [label for label in quoted if label.startswith("ta [") and "tall_masks" not in label]
+    assert (known, unknown) == (2, len(of_ta)) == (2, 3)
+
+
+def test_published_figures_say_what_was_chosen_on_labels_and_how_ties_counts():
+    labels = [line.label for line in published_lines("vitb32", "clip8", [], list(suite_tasks("clip8")))]
+    assert "iso-c [published: Iso-C/CTS 2025 Tab.4; task-vectors' experts; scale chosen on labels]" in labels
+    assert not any(label.startswith("ties [") for label in labels)  # their 20 % are of whole checkpoints
+    assert any(label.startswith("ties (counted=checkpoint) [published: Surgery") for label in labels)
 
 
 def test_published_figures_are_marked_and_compared_with_the_same_method(tmp_path, run):
