@@ -41,5 +41,6 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of another library's error, or its type if it has no message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of another library's error, with the next if it announces one; its type if it has no message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -249,7 +249,8 @@ def _wrong_task(name: str, task: Mapping[str, Any], path: Path) -> Iterator[str]
     if templates and "classifier" in task:
         yield "classifier is given beside templates; give one of them"
     if name.lower() in {reserved.lower() for reserved in RESERVED_TASKS}:
-        yield f"a task cannot be called {name!r}, as that stands for something else; choose another name"
+        listed = ", ".join(RESERVED_TASKS)
+        yield f"a task cannot be called {name!r}, as tables and manifests use {listed}; choose another name"
     if templates and task.get("labels") is False and not task.get("classes"):
         yield "templates need `classes` where images have no labels"
     if task.get("classifier") is True:

@@ -161,6 +161,6 @@ def _class_names(path: Path) -> tuple[str, ...]:
             return tuple(names)
         if path.stat().st_size > _MOST_TEXT:
             raise InputError(f"{path} has more than {_MOST_TEXT:,} bytes; it holds one class name a line")
-        return tuple(path.read_text(encoding="utf-8-sig").rstrip("\n").splitlines())
+        return tuple(path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n"))  # U+2028 ends no line
     except (MalformedError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {first_line(error)}; save it as UTF-8") from None

@@ -231,7 +231,7 @@ def _classifier(given: Any) -> Classifier | None:
     parts = dict(given) if isinstance(given, Mapping) else {"weight": given}
     other = next((part for part in parts if part not in ("weight", "bias", "normalise")), None)
     normalise = parts.pop("normalise", True)
-    if other is not None or parts.get("weight") is None or not isinstance(normalise, bool):
+    if other is not None or parts.get("weight") is None or not isinstance(normalise, bool | np.bool_):
         problem = "a classifier is an array (C, d), or has weight, bias and normalise"
         raise InputError(f"{problem}; bias may be missing, and normalise is True or False")
     tensors = {}
@@ -241,17 +241,22 @@ def _classifier(given: Any) -> Classifier | None:
             if array.dtype.kind != "f":
                 raise InputError(f"a classifier's {part} is {array.dtype}; its values are floating-point numbers")
             tensors[part] = torch.from_numpy(np.array(array, np.float32, order="C"))
-    return Classifier(tensors["weight"], tensors.get("bias"), normalise)
+    return Classifier(tensors["weight"], tensors.get("bias"), bool(normalise))
 
 
 def _check_tasks(tasks: Mapping[str, TaskSources], dtype: str, progress: Progress) -> dict[str, _Checked]:
     """Every array by its name in the cache. Raises `InputError` for the first that cannot be imported."""
     if not tasks:
         raise InputError("there is no task to import; give at least one, with merged and expert features")
-    for task, times in Counter(map(str.lower, tasks)).items():
-        if times > 1 or task in {reserved.lower() for reserved in manifests.RESERVED_TASKS}:
-            problem = "is there in two spellings" if times > 1 else "stands for something else in tables"
-            raise InputError(f"the task name {task!r} {problem}; choose another name")
+    times = Counter(map(str.lower, tasks))
+    for task in tasks:
+        if times[task.lower()] > 1:
+            raise InputError(f"the task name {task!r} is there in two spellings; choose another name")
+        if task.lower() in {reserved.lower() for reserved in manifests.RESERVED_TASKS}:
+            listed = ", ".join(manifests.RESERVED_TASKS)
+            raise InputError(
+                f"a task cannot be called {task!r}, as tables and manifests use {listed}; choose another name"
+            )
     for task, sources in tasks.items():
         if not _NAME.fullmatch(task):
             allowed = "letters, digits and _ . + - (first a letter, digit or _), at most 100"

@@ -50,7 +50,7 @@ MOST_BYTES = 2**28
 TASK = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}"
 _ARRAY = re.compile(rf"(?:({'|'.join(SPLITS)})/({TASK})/({'|'.join(KINDS)}|labels)|(?:classifiers|biases)/({TASK}))")
 
-RESERVED_TASKS = ("Avg", "average", "pretrained")
+RESERVED_TASKS = ("Avg", "average", "bias", "elsewhere", "pretrained")
 """Names that stand for something else beside tasks' names, in tables and among files; in any case."""
 
 TaskName = Annotated[str, Meta(pattern=rf"\A{TASK}\Z")]

@@ -93,7 +93,9 @@ CHANGES = {
         ({"a": GOOD | {"merged": np.ma.masked_array(GOOD["merged"])}}, "is a masked array"),
         ({"a": GOOD | {"merged": torch.zeros(2, 2).to_sparse()}}, "is a sparse tensor"),
         ({"a": GOOD, "A": GOOD}, "the task name 'a' is there in two spellings"),
-        ({"Avg": GOOD}, "the task name 'avg' stands for something else"),
+        ({"AVG": GOOD}, "a task cannot be called 'AVG', as tables and manifests use Avg"),
+        ({"bias": GOOD}, "a task cannot be called 'bias'"),
+        ({"elsewhere": GOOD}, "a task cannot be called 'elsewhere'"),
         ({"../a": GOOD}, "the task name '../a' is not allowed"),
         ({"a": GOOD | {"labels": GOOD["labels"] + 2**40, "classifier": None}}, "labels are classes from 0"),
     ],
@@ -104,7 +106,7 @@ def test_what_is_no_cache_is_refused_before_anything_is_written(tmp_path, tasks,
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("kind", [">f8", "reversed", "linear", "longdouble"])
+@pytest.mark.parametrize("kind", [">f8", "reversed", "linear", "longdouble", "with a bool of numpy"])
 def test_classifiers_come_in_any_form(tmp_path, kind):
     weight = np.arange(GOOD["classifier"].size, dtype=np.float32).reshape(GOOD["classifier"].shape) + 1
     forms = {"reversed": weight[::-1].copy()[::-1], "longdouble": weight.astype(np.longdouble)}
@@ -112,5 +114,8 @@ def test_classifiers_come_in_any_form(tmp_path, kind):
     if kind == "linear":
         given = torch.nn.Linear(weight.shape[1], weight.shape[0])
         weight = given.weight.detach().numpy()
+    if kind == "with a bool of numpy":
+        given = {"weight": weight, "normalise": np.bool_(False)}
     cache = probsurgery.open_cache(probsurgery.write_cache(tmp_path / "cache", {"a": GOOD | {"classifier": given}}))
     assert np.array_equal(cache.classifier("a").numpy(), weight)
+    assert cache.linear_classifier("a").normalise == (kind != "with a bool of numpy")
