@@ -248,9 +248,9 @@ def _check_tasks(tasks: Mapping[str, TaskSources], dtype: str, progress: Progres
     """Every array by its name in the cache. Raises `InputError` for the first that cannot be imported."""
     if not tasks:
         raise InputError("there is no task to import; give at least one, with merged and expert features")
-    times = Counter(map(str.lower, tasks))
+    spellings = Counter(map(str.lower, tasks))
     for task in tasks:
-        if times[task.lower()] > 1:
+        if spellings[task.lower()] > 1:
             raise InputError(f"the task name {task!r} is there in two spellings; choose another name")
         if task.lower() in {reserved.lower() for reserved in manifests.RESERVED_TASKS}:
             listed = ", ".join(manifests.RESERVED_TASKS)
