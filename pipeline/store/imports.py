@@ -253,9 +253,9 @@ def _check_tasks(tasks: Mapping[str, TaskSources], dtype: str, progress: Progres
         if spellings[task.lower()] > 1:
             raise InputError(f"the task name {task!r} is there in two spellings; choose another name")
         if task.lower() in {reserved.lower() for reserved in manifests.RESERVED_TASKS}:
-            listed = ", ".join(manifests.RESERVED_TASKS)
+            used = ", ".join(manifests.RESERVED_TASKS)
             raise InputError(
-                f"a task cannot be called {task!r}, as tables and manifests use {listed}; choose another name"
+                f"a task cannot be called {task!r}, as tables and manifests use {used}; choose another name"
             )
     for task, sources in tasks.items():
         if not _NAME.fullmatch(task):
