@@ -21,7 +21,10 @@ WEIGHT_FILES = (
 )
 """Names of the file with a model's weights in a repository, or with the names of several; the first that exists."""
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
-"""What peft calls an adapter's weights; found only to be refused by name."""
+"""What peft calls an adapter's weights."""
+ADAPTER_CONFIG = "adapter_config.json"
+PUBLISHED = (*WEIGHT_FILES[:2], ADAPTERS[0])
+"""Names of a repository's weights that are asked for."""
 
 
 def weights_in(path: Path) -> Path:
@@ -29,7 +32,7 @@ def weights_in(path: Path) -> Path:
     return next(filter(Path.is_file, (path / name for name in (*WEIGHT_FILES, *ADAPTERS))), path)
 
 
-def download(repo: str, option: str, names: Sequence[str] = WEIGHT_FILES[:2]) -> Path:
+def download(repo: str, option: str, names: Sequence[str] = PUBLISHED) -> Path:
     """The first of these files that a repository has: its weights, if no names are given.
 
     It is from the client's cache or the network (`HF_HUB_OFFLINE`, `HF_ENDPOINT` apply).
@@ -49,9 +52,7 @@ def download(repo: str, option: str, names: Sequence[str] = WEIGHT_FILES[:2]) ->
     raise InputError(explain(problem, repo, option, names=names)) from None
 
 
-def explain(
-    problem: Exception, repo: str, option: str, kind: str = "model", names: Sequence[str] = WEIGHT_FILES[:2]
-) -> str:
+def explain(problem: Exception, repo: str, option: str, kind: str = "model", names: Sequence[str] = PUBLISHED) -> str:
     """One line on why a repository could not be fetched, and what to do about it."""
     from huggingface_hub import constants, errors
 
@@ -108,7 +109,7 @@ def cached(repo: str, folder: Path) -> Path | None:
     """The weights of a repository in a folder with the layout of the client's cache, if they are there."""
     from huggingface_hub import try_to_load_from_cache
 
-    paths = (try_to_load_from_cache(repo, name, cache_dir=folder) for name in WEIGHT_FILES)
+    paths = (try_to_load_from_cache(repo, name, cache_dir=folder) for name in (*WEIGHT_FILES, *ADAPTERS))
     return next((Path(path) for path in paths if isinstance(path, str)), None)
 
 

@@ -105,13 +105,28 @@ class Weights:
         """Any checkpoint of this encoder, in its own names and float32, read tensor by tensor if possible."""
         path = hub.weights_in(path)
         tensors = read_tensors(path)
-        refuse_adapter(tensors, path)
-        state = self.encoder.state(tensors, lambda: self._projection)
+        if path.name in hub.ADAPTERS and path != self.pretrained_file:
+            state = self._adapted(path, tensors)
+        else:
+            refuse_adapter(tensors, path)
+            state = self.encoder.state(tensors, lambda: self._projection)
         if path not in self._checked:
             check_state(state, self._shapes, str(path), self.encoder.name)
             self._check_config(path)
             self._checked.add(path)
         return state
+
+    def _adapted(self, path: Path, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The pre-trained tower with an adapter merged into it."""
+        from probsurgery.pipeline.models.adapters import merged_adapter
+        from probsurgery.pipeline.models.transformers_encoder import TransformersEncoder
+
+        if not isinstance(self.encoder, TransformersEncoder):
+            problem = (
+                f"{path.parent} is an adapter, and adapters are for models of transformers, not {self.encoder.name}"
+            )
+            raise InputError(f"{problem}; name the model as the encoder, or merge it with peft's merge_and_unload()")
+        return merged_adapter(path.parent, tensors, self.pretrained(), self.encoder)
 
     def record(self, content: str, path: Path, source: str) -> None:
         """Add a file to `files`. Raises `InputError` if it differs from the Hub's digest of it."""
@@ -148,6 +163,8 @@ class Weights:
                     problem = f"no checkpoint of {content!r} of {self.encoder.name} is published"
                     raise InputError(f"{problem}; say where it is in the suite, or give --checkpoints FOLDER")
                 path, source = hub.download(repo, "--checkpoints"), repo
+                if path.name in hub.ADAPTERS:
+                    hub.download(repo, "--checkpoints", (hub.ADAPTER_CONFIG,))
             else:
                 path = self._find(self.folder, content, stems, repo)
                 source = str(path.relative_to(self.folder))

@@ -49,7 +49,7 @@ from probsurgery.pipeline.models.transformers_config import (
 
 PROJECTION = "visual_projection.weight"
 _BEFORE_PATCHES = re.compile(r"(?:.*\.)?(?=embeddings\.patch_embeddings?\.(?:projection\.)?weight$)")
-_BESIDE = re.compile(
+BESIDE = re.compile(
     r"^(?:\w*classifier|text_model|text_projection|visual_projection|pooler|head)\.|^logit_(?:scale|bias)$|position_ids$"
 )
 """Names of what a checkpoint holds beside a tower."""
@@ -186,7 +186,7 @@ class _TowerState(LazyMapping):
         builders: dict[str, Callable[[], Tensor]] = {}
         for name, own in names.items():
             published = encoder.checkpoint_name(name.removeprefix(prefix))
-            if name.startswith(prefix) and (published in encoder.shapes or not _BESIDE.search(published)):
+            if name.startswith(prefix) and (published in encoder.shapes or not BESIDE.search(published)):
                 builders[published] = partial(checkpoint.__getitem__, own)
         if encoder.projection is not None:
             given = next((own for name, own in names.items() if name.endswith(PROJECTION)), None)
