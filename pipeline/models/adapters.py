@@ -140,8 +140,9 @@ def _alpha(config: Mapping[str, Any], module: str) -> float:
     """lora_alpha of a module of the model that was trained."""
     from peft.utils.other import get_pattern_key
 
-    patterns = config.get("alpha_pattern") or {}
-    return patterns.get(get_pattern_key(patterns, module), config.get("lora_alpha", 8))
+    patterns: dict[str, float] = config.get("alpha_pattern") or {}
+    own = patterns.get(get_pattern_key(list(patterns), module))
+    return config.get("lora_alpha", 8) if own is None else own
 
 
 def _misfit(folder: Path, key: str, given: Tensor, expected: Tensor | None, encoder: TransformersEncoder) -> InputError:

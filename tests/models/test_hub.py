@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import peft
 import pytest
 import torch
 import transformers
@@ -217,6 +218,17 @@ def test_an_encoder_of_the_hub_brings_its_preprocessing_and_its_weights(hub, com
     assert torch.equal(cache.features("mnist", "pretrained"), cache.features("mnist", "expert"))
     offline = command(*asked[:-1], tmp_path / "again", HF_HUB_OFFLINE="1")
     assert offline.returncode == 0, offline.stderr
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(hub.root / "models/someone/mnist-lora")
+    suite = 'name = "own"\nencoder = "hf:someone/small-vit"\n[tasks.mnist]\ntest = "mini:mnist"\n'
+    suite += f'expert = "hf:someone/mnist-lora"\nclassifier = "{tmp_path}/mnist.safetensors"\n'
+    (tmp_path / "own.toml").write_text(suite)
+    save_file({"weight": torch.randn(10, 16)}, tmp_path / "mnist.safetensors")
+    lora = command("extract", "--suite", tmp_path / "own.toml", *asked[-6:-1], tmp_path / "lora")
+    assert lora.returncode == 0, lora.stderr
+    cache = Cache(tmp_path / "lora")
+    assert cache.manifest.files["mnist"].source == "someone/mnist-lora"
+    assert not torch.equal(cache.features("mnist", "pretrained"), cache.features("mnist", "expert"))
     refused(command("extract", "--arch", "hf:someone/none"), f"there is no model someone/none at {hub.url}")
     refused(command("extract", "--arch", "hf:someone"), "'hf:someone'", "hf:owner/name")
 
