@@ -113,7 +113,7 @@ def _merged_state(cache: Cache, weights: Weights, tasks: Sequence[Task], file: P
     coefficients = read_coefficients(cache.path / COEFFICIENTS) if were_given else None
     request = MergeRequest(merge.method, cache.path, replace(merge, digest=None), coefficients)
     known = load_learned(request, cache.identity, weights)
-    if known is None and request.learns:
+    if known is None and request.is_kept:
         raise InputError(f"{cache.path / MERGED} is missing or damaged; run the same `probsurgery extract` again")
     # A merge that still has to learn was refused above, so no images are needed.
     return known.state if known else make_merge(request, weights, weights.pretrained(), tasks, lambda: None).state

@@ -29,7 +29,7 @@ from probsurgery.pipeline.extraction.image_stream import image_stream
 from probsurgery.pipeline.extraction.loading import lost_workers
 from probsurgery.pipeline.extraction.merges import MergedModel, has_no_features, load_learned, make_merge, store_learned
 from probsurgery.pipeline.extraction.run_plan import RunPlan, decoding_workers, plan_run
-from probsurgery.pipeline.merging.vectors import ImageStream
+from probsurgery.pipeline.merging.vectors import ImageStream, Machine
 from probsurgery.pipeline.progress import Progress, no_progress
 from probsurgery.pipeline.store.arrays import shard_rows
 from probsurgery.pipeline.store.lock import locked
@@ -146,7 +146,8 @@ def _merged_models(plan: RunPlan, progress: Progress) -> list[MergedModel]:
     models = []
     for done, (request, learned) in enumerate(zip(plan.requests, known, strict=True)):
         progress(done, len(plan.requests), f"merging by {request.name}", unit="merges")
-        model = learned or make_merge(request, plan.weights, plan.pretrained, plan.tasks, open_stream)
+        machine = Machine(plan.device, progress)
+        model = learned or make_merge(request, plan.weights, plan.pretrained, plan.tasks, open_stream, machine)
         if model.is_new:
             images = {}
             for split, task in product(request.splits, plan.tasks):
@@ -162,8 +163,10 @@ def _join_caches(plan: RunPlan, ranks: Ranks) -> Opened:
     opened = []
     for request in plan.requests:
         model = load_learned(request, plan.identity(request.identity), plan.weights)
-        if model is None and request.learns:
-            raise ProbsurgeryError(f"rank {ranks.rank} does not find what rank 0 has learned in {request.path}")
+        if model is None and request.is_kept:
+            raise ProbsurgeryError(
+                f"rank {ranks.rank} does not find the weights that rank 0 has merged in {request.path}"
+            )
         model = model or make_merge(request, plan.weights, plan.pretrained, plan.tasks, lambda: None)
         opened.append((model, CacheWriter.join(request.path, plan.identity(model.identity), ranks.rank)))
     return opened

@@ -1,7 +1,8 @@
 """The merged models of a run: made by their methods, or read from the cache that keeps what a merge has learned.
 
-The result of a learned merge depends on the machine, to float noise, and takes minutes. So it is made once, under the
-cache's lock, and kept with the cache: `merged.safetensors`, and the coefficients of AdaMerging as `coefficients.json`.
+The result of a merge that learns, or that takes singular vectors, depends on the machine, to float noise, and takes
+minutes. So it is made once, under the cache's lock, and kept with the cache: `merged.safetensors`, and the coefficients
+of AdaMerging as `coefficients.json`.
 """
 
 import time
@@ -22,7 +23,7 @@ from probsurgery.pipeline.merging.coefficients import Coefficients, read_coeffic
 from probsurgery.pipeline.merging.entropy import window
 from probsurgery.pipeline.merging.method import Value
 from probsurgery.pipeline.merging.registry import METHODS, changed, find_merge, is_merge, merge
-from probsurgery.pipeline.merging.vectors import ImageStream, Merged
+from probsurgery.pipeline.merging.vectors import ImageStream, Machine, Merged
 from probsurgery.pipeline.models.checkpoints import digest
 from probsurgery.pipeline.models.encoders import Encoder
 from probsurgery.pipeline.models.sources import Weights
@@ -50,6 +51,11 @@ class MergeRequest:
         return is_merge(self.name) and find_merge(self.name).learns and self.coefficients is None
 
     @property
+    def is_kept(self) -> bool:
+        """Whether the result depends on the machine, to float noise, so that the cache keeps it."""
+        return is_merge(self.name) and (self.learns or find_merge(self.name).varies)
+
+    @property
     def classifies(self) -> bool:
         """Whether predictions are needed."""
         return self.learns and find_merge(self.name).classifies
@@ -73,7 +79,7 @@ class MergedModel:
     """How it was learned."""
     coefficients: Coefficients | None = None
     is_new: bool = False
-    """Whether it was learned by this run, so that its weights have to be written to the cache."""
+    """Whether this run made it and the cache keeps it, so that its weights have to be written."""
 
 
 def merge_requests(
@@ -159,10 +165,10 @@ def _given_coefficients(name: str, path: Path, given: dict[str, object]) -> tupl
 def load_learned(request: MergeRequest, identity: Identity, weights: Weights) -> MergedModel | None:
     """The model that an earlier run has learned for this identity, from the cache; None if it is missing or damaged.
 
-    With given coefficients nothing was learned: they are merged again, which is cheap, and the digest tells whether
-    they are the cache's.
+    With given coefficients alone nothing was learned: they are merged again, which is cheap, and the digest tells
+    whether they are the cache's.
     """
-    if request.coefficients is not None:
+    if not request.is_kept:
         return None
     manifest = _manifest(request)
     if manifest is None or not _is_whole(request, manifest, MERGED):
@@ -173,13 +179,23 @@ def load_learned(request: MergeRequest, identity: Identity, weights: Weights) ->
     state = weights.load(request.path / MERGED)
     if digest(state) != merged.digest:
         return None
-    coefficients = None
-    if learned.coefficients and not _is_whole(request, manifest, COEFFICIENTS):
-        values = torch.tensor(list(learned.coefficients.values()))
-        names = None if values.ndim == 1 else tuple(weights.names)
-        tasks = tuple(learned.coefficients)
-        coefficients = Coefficients(tasks, names, values, *_first(request))
-    return MergedModel(request, state, merged, coefficients=coefficients)
+    recorded = _recorded(request, learned, weights.names)
+    if request.coefficients is not None:
+        tables = [c.table(identity.tasks, weights.names) for c in (request.coefficients, recorded) if c]
+        if len(tables) < 2 or not torch.equal(*tables):
+            return None
+    is_lost = not _is_whole(request, manifest, COEFFICIENTS)
+    return MergedModel(request, state, merged, coefficients=recorded if is_lost else None)
+
+
+def _recorded(request: MergeRequest, record: MergeRecord, names: Sequence[str]) -> Coefficients | None:
+    """The coefficients of a manifest, for tensors of these names."""
+    if not record.coefficients:
+        return None
+    values = torch.tensor(list(record.coefficients.values()))
+    return Coefficients(
+        tuple(record.coefficients), None if values.ndim == 1 else tuple(names), values, *_first(request)
+    )
 
 
 def _first(request: MergeRequest) -> tuple[str, dict[str, Value]]:
@@ -207,7 +223,7 @@ def has_no_features(request: MergeRequest) -> bool:
     The learned weights may then be lost. Learned again, they may differ by float noise; as nothing depends on them yet,
     the cache is begun again.
     """
-    manifest = _manifest(request) if request.learns else None
+    manifest = _manifest(request) if request.is_kept else None
     if manifest is None:
         return False
     return not any(spec.size for name, spec in manifest.arrays.items() if array_kind(name) == "merged")
@@ -219,6 +235,7 @@ def make_merge(
     pretrained: dict[str, Tensor],
     tasks: Sequence[Task],
     open_stream: Callable[[], ImageStream | None],
+    machine: Machine | None = None,
 ) -> MergedModel:
     """Merge, or read the merged checkpoint. Raises `InputError` if the models or coefficients do not fit."""
     begun = time.perf_counter()
@@ -230,21 +247,21 @@ def make_merge(
         stream, experts = open_stream() if request.learns else None, weights.experts(tasks)
         try:
             settings = request.identity.settings
-            merged = merge(request.name, pretrained, experts, stream, request.coefficients, **settings)
+            merged = merge(request.name, pretrained, experts, stream, request.coefficients, machine, **settings)
         except torch.OutOfMemoryError as error:
-            device = stream.device if stream else "the CPU"
+            device = stream.device if stream else machine.device if machine else "the CPU"
             problem = f"does not fit into {device}'s memory ({str(error).partition('.')[0]})"
             advice = "use --device cpu, or fewer --tasks"
             raise ProbsurgeryError(f"{request.name} of {len(tasks)} experts {problem}; {advice}") from None
     coefficients = merged.coefficients
-    seconds = round(time.perf_counter() - begun, 1) if request.learns else None
+    seconds = round(time.perf_counter() - begun, 1) if request.is_kept else None
     entropy = dict(zip(("first", "last"), window(merged.entropy), strict=True)) if merged.entropy else {}
     if coefficients is not None:
         names = tuple(task.name for task in tasks), tuple(pretrained)
         coefficients = coefficients.named(*_first(request), *names)
     identity = replace(request.identity, digest=digest(merged.state))
     record = MergeRecord(seconds, entropy)
-    return MergedModel(request, merged.state, identity, record, coefficients, request.learns)
+    return MergedModel(request, merged.state, identity, record, coefficients, request.is_kept)
 
 
 def store_learned(writer: CacheWriter, model: MergedModel) -> None:

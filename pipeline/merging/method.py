@@ -61,6 +61,8 @@ class Method:
     """Whether it learns from images."""
     classifies: bool = True
     """Whether, if it learns, it does so from predictions, which need a classifier of each task."""
+    computes: bool = False
+    """Whether its function takes a `Machine`, and its result depends on it, to float noise."""
     follows: bool = False
     """Whether it is a follower, whose function takes the merged state dict after the experts."""
 

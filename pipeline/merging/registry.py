@@ -20,12 +20,13 @@ from probsurgery.pipeline.merging.adamerging import adamerging
 from probsurgery.pipeline.merging.arithmetic import task_arithmetic, weight_averaging
 from probsurgery.pipeline.merging.coefficients import Coefficients
 from probsurgery.pipeline.merging.concrete import concrete_am, concrete_ta
+from probsurgery.pipeline.merging.consensus import consensus_ta
 from probsurgery.pipeline.merging.fisher import fisher
 from probsurgery.pipeline.merging.method import Method, Setting, Value
 from probsurgery.pipeline.merging.regmean import regmean
 from probsurgery.pipeline.merging.sparse import COUNTED, breadcrumbs, dare, ties
-from probsurgery.pipeline.merging.spectral import svc
-from probsurgery.pipeline.merging.vectors import ImageStream, Merged
+from probsurgery.pipeline.merging.spectral import iso_c, iso_cts, svc, tsv_m, wudi
+from probsurgery.pipeline.merging.vectors import ImageStream, Machine, Merged
 
 _SCALE = {"scale": Setting(0.3, "factor of the summed task vectors")}
 _COUNTED = "entries that `keep` is a share of: the tower's, or with a published checkpoint's text tensors"
@@ -54,6 +55,7 @@ def _images(count: int) -> dict[str, Setting]:
 
 
 _ADA = "Yang et al., ICLR 2024, arxiv.org/abs/2310.02575"
+_ISO = "Marczak et al., ICML 2025, arxiv.org/abs/2502.04959"
 _CONCRETE = "Tang et al., 2023, arxiv.org/abs/2312.06173"
 _TASK_WISE, _LAYER_WISE = (partial(adamerging, layerwise=layerwise) for layerwise in (False, True))
 _COEFFICIENTS = _INITIAL | _adam(500)
@@ -71,7 +73,19 @@ _FISHER = {
     "normalise": Setting(True, "scale each expert's Fisher information to norm 1"),
     "floor": Setting(1e-6, "minimum Fisher information, relative to its mean", 0, 1),
 }
-_SVC = {"alpha": Setting(0.0, "least share of a singular value that a task counts with; 0: 1 / number of tasks", 0, 1)}
+_QKV = {"qkv": Setting("stacked", "q, k and v as one matrix, or each for itself", choices=("stacked", "apart"))}
+_SPECTRAL = {"scale": Setting(1.0, "factor of the merged task vector"), **_QKV}
+_COMMON = {"common": Setting(0.8, "share of the directions that stay those of the summed task vectors", 0, 1)}
+_WUDI = {
+    "keep": Setting(0.0, "share of the eigenvectors that are kept; 0: as many as they are worth (ASWUDI)", 0, 1),
+    "time": Setting(0.0, "time of SWUDI's filter (1300 with keep=0.65 in the paper); 0: no filter", 0, 1e9),
+}
+_CONSENSUS = {
+    **_SCALE,
+    "threshold": Setting(0.4, "size from which a task uses an entry, relative to all other tasks' sum", 0, 1e3),
+    "least": Setting(2, "number of tasks that must use an entry", 1, 1000),
+}
+_SVC = {"alpha": Setting(0.0, "least that a task counts along a singular vector; 0: 1 / number of tasks", 0, 1), **_QKV}
 _REGMEAN = {**_images(256), "off_diagonal": Setting(0.9, "factor of the Gram matrices' off-diagonal entries", 0, 1)}
 
 METHODS: dict[str, Method] = {
@@ -81,6 +95,26 @@ METHODS: dict[str, Method] = {
     "dare": Method("DARE, then task arithmetic", "Yu et al., ICML 2024, arxiv.org/abs/2311.03099", dare, _DARE),
     "breadcrumbs": Method(
         "Model Breadcrumbs", "Davari and Belilovsky, ECCV 2024, arxiv.org/abs/2312.06795", breadcrumbs, _BREADCRUMBS
+    ),
+    "consensus-ta": Method(
+        "task arithmetic on entries that several tasks use",
+        "Wang et al., ICML 2024, arxiv.org/abs/2405.07813",
+        consensus_ta,
+        _CONSENSUS,
+    ),
+    "tsv-m": Method(
+        "task singular vectors", "Gargiulo et al., CVPR 2025, arxiv.org/abs/2412.00081", tsv_m, _SPECTRAL, computes=True
+    ),
+    "iso-c": Method("isotropic merging in the common subspace", _ISO, iso_c, _SPECTRAL, computes=True),
+    "iso-cts": Method(
+        "isotropic merging in common and task-specific subspaces", _ISO, iso_cts, _SPECTRAL | _COMMON, computes=True
+    ),
+    "wudi": Method(
+        "WUDI-Merging in closed form",
+        "Cheng et al., ICML 2025, arxiv.org/abs/2503.08099; closed form: arxiv.org/abs/2606.07289",
+        wudi,
+        _SPECTRAL | _WUDI,
+        computes=True,
     ),
     "fisher": Method(
         "Fisher merging", "Matena and Raffel, NeurIPS 2022, arxiv.org/abs/2111.09832", fisher, _FISHER, learns=True
@@ -99,7 +133,12 @@ METHODS: dict[str, Method] = {
         "Concrete layer-wise AdaMerging", _CONCRETE, concrete_am, _INITIAL | _TEMPERATURE | _adam(1000), learns=True
     ),
     "svc": Method(
-        "singular value calibration", "Li et al., ICML 2026, arxiv.org/abs/2602.05536", svc, _SVC, follows=True
+        "singular value calibration",
+        "Li et al., ICML 2026, arxiv.org/abs/2602.05536",
+        svc,
+        _SVC,
+        computes=True,
+        follows=True,
     ),
     "traditional-mtl": Method("multi-task learning: one encoder fine-tuned on all tasks", "Surgery, Tab. 1", None),
 }
@@ -136,6 +175,11 @@ class Chain:
     def learns(self) -> bool:
         """Whether any part learns from images."""
         return any(row.learns for _, row in self.parts)
+
+    @property
+    def varies(self) -> bool:
+        """Whether the result depends on the machine even if nothing is learned."""
+        return any(row.computes for _, row in self.parts)
 
     @property
     def classifies(self) -> bool:
@@ -247,14 +291,15 @@ def merge(
     experts: Mapping[str, Mapping[str, Tensor]] | Iterable[Mapping[str, Tensor]],
     stream: ImageStream | None = None,
     coefficients: Coefficients | None = None,
+    machine: Machine | None = None,
     **settings: Value,
 ) -> Merged:
     """Merge by a method of `METHODS`, or by one and followers (`ta+svc`); `settings` replace their defaults.
 
     Returns float32 tensors on the CPU. `experts` are state dicts by task, or a sequence of them. Methods that learn
-    need a `stream` of images; AdaMerging takes `coefficients` instead. A setting goes to every part that has it;
-    `**{"svc.alpha": 1.0}` sets that of one part. Raises `InputError` for an unknown method or setting, or if the state
-    dicts do not have the same keys.
+    need a `stream` of images; AdaMerging takes `coefficients` instead. Merges by singular vectors compute on the
+    `machine`, by default the CPU. A setting goes to every part that has it; `**{"svc.alpha": 1.0}` sets that of one
+    part. Raises `InputError` for an unknown method or setting, or if the state dicts do not have the same keys.
     """
     chain = find_merge(method)
     if chain.is_checkpoint:
@@ -272,6 +317,7 @@ def merge(
     for name, row in chain.parts:
         assert row.function is not None, "a checkpoint has no followers"
         inputs: list[Any] = [merged.state] if row.follows else []
+        inputs += [machine or Machine()] if row.computes else []
         inputs += [stream, coefficients] if row.takes_coefficients else [stream] if row.learns else []
         with torch.set_grad_enabled(row.learns):
             made = row.function(pretrained, experts, *inputs, **chain.own(name, settings))

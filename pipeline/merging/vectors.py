@@ -8,6 +8,7 @@ access; every function here iterates over them and holds one tensor of one exper
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -59,6 +60,14 @@ class ImageStream:
 
 
 @dataclass(frozen=True)
+class Machine:
+    """Where a merge that learns nothing computes, and whom it tells how far it is."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    progress: Progress = no_progress
+
+
+@dataclass(frozen=True)
 class Merged:
     """A merged model, with diagnostics of methods that learn: entropy per step, learned coefficients."""
 
@@ -69,12 +78,15 @@ class Merged:
     coefficients: Coefficients | None = None
 
 
-def task_vector(pretrained: StateDict, expert: Mapping[str, Tensor]) -> Vector:
-    """tau_t in float32. Raises `InputError` unless both state dicts have the same keys."""
+def task_vector(pretrained: StateDict, expert: Mapping[str, Tensor], names: Iterable[str] | None = None) -> Vector:
+    """tau_t in float32; `names` are those of its tensors that are wanted.
+
+    Raises `InputError` unless both state dicts have the same keys.
+    """
     if expert.keys() != pretrained.keys():
         name = min(expert.keys() ^ pretrained.keys())
         raise InputError(f"cannot merge: an expert and the pre-trained model differ in the key {name!r}")
-    return ((name, expert[name].float() - theta.float()) for name, theta in pretrained.items())
+    return ((n, expert[n].float() - pretrained[n].float()) for n in (pretrained if names is None else names))
 
 
 def task_vectors(pretrained: StateDict, experts: Experts) -> Iterator[Vector]:
@@ -130,3 +142,21 @@ def stack(pretrained: StateDict, vectors: Iterable[Vector], count: int, device: 
         for name, tau in vector:
             stacked[name][index] = tau
     return stacked
+
+
+def by_tensor(pretrained: StateDict, experts: Experts) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor's name and task vectors (T, ...), in the model's order.
+
+    Holds T * P / (2 T) of them, or those of the largest tensor, and opens each expert about 2 T times.
+    """
+    room = sum(theta.numel() for theta in pretrained.values()) / 2 / len(experts)
+    waiting = list(pretrained)
+    while waiting:
+        ends = accumulate(pretrained[name].numel() for name in waiting)
+        count = max(1, sum(end <= room for end in ends))
+        names, waiting = waiting[:count], waiting[count:]
+        vectors = (task_vector(pretrained, expert, names) for expert in experts.values())
+        stacked = stack({name: pretrained[name] for name in names}, vectors, len(experts), torch.device("cpu"))
+        while stacked:
+            name = next(iter(stacked))
+            yield name, stacked.pop(name)

@@ -36,6 +36,9 @@ AT_FULL_WEIGHT = {
     "lw-adamerging++": {"initial": 1.0, "keep": 1.0, "lr": 1e-9},
     "concrete-ta": {"scale": 1.0, "lr": 1e-9},
     "concrete-am": {"initial": 1.0, "lr": 1e-9},
+    "consensus-ta": {"scale": 1.0},
+    "tsv-m": {},
+    "wudi": {},
     "wa+svc": {},
 }
 
@@ -86,7 +89,7 @@ def close(a, b, atol=1e-5):
     return a.keys() == b.keys() and all(torch.allclose(a[n], b[n], atol=atol) for n in a)
 
 
-@pytest.mark.parametrize("method", MERGES)
+@pytest.mark.parametrize("method", [m for m in MERGES if not m.startswith("iso-")])  # which equalise even one spectrum
 def test_one_task_at_full_weight_gives_the_expert_back(method):
     state_of_one = merged(method, BASE, {"task1": EXPERTS["task1"]}, **AT_FULL_WEIGHT[method]).state
     assert close(state_of_one, EXPERTS["task1"], atol=1e-4)
