@@ -180,7 +180,7 @@ def _merge(
     qkv: str,
     is_merged: Callable[[str], bool] = lambda name: True,
 ) -> Merged:
-    """theta_0 + scale * the merged vector: matrices by `combine`, if `is_merged` says so of their name, others the mean."""
+    """theta_0 + scale * the merged vector: `combine` of the matrices that `is_merged` takes, the mean of others."""
     state = {}
     for done, (name, taus) in enumerate(by_tensor(pretrained, experts)):
         machine.progress(done, len(pretrained), name, unit="tensors")

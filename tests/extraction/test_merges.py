@@ -17,7 +17,7 @@ from probsurgery.pipeline.config import ExtractConfig, FitConfig, SurgerySetting
 from probsurgery.pipeline.datasets.suites import select_tasks
 from probsurgery.pipeline.datasets.tasks import Images, open_images
 from probsurgery.pipeline.errors import DamagedCacheError, InputError, ProbsurgeryError
-from probsurgery.pipeline.extraction import extract, loading, run_plan
+from probsurgery.pipeline.extraction import extract, loading, merges, run_plan
 from probsurgery.pipeline.extraction.image_stream import image_stream, shuffled
 from probsurgery.pipeline.extraction.merges import merge_requests
 from probsurgery.pipeline.fitting.fit import fit
@@ -136,7 +136,8 @@ def test_a_setting_may_name_the_part_that_it_is_for(tmp_path):
         "mini_ta+svc-scale0.5-svc.alpha0.5_digits8+texture",
         "mini_ties-scale0.5_digits8+texture",
     ]
-    assert Cache(result.caches[0]).identity.merge.settings == {"scale": 0.5, "svc.alpha": 0.5}
+    settings = {"scale": 0.5, "svc.alpha": 0.5, "svc.qkv": "stacked"}
+    assert Cache(result.caches[0]).identity.merge.settings == settings
     with pytest.raises(InputError, match="unknown setting of ta.svc 'svc.scale'.*; choose from: scale, svc.alpha"):
         run(tmp_path, "ta+svc", merge_args={"svc.scale": "1"})
     with pytest.raises(InputError, match="--name ta.svc is the name of a method"):
@@ -144,6 +145,25 @@ def test_a_setting_may_name_the_part_that_it_is_for(tmp_path):
 
 
 # What is learned is kept
+
+
+@pytest.mark.parametrize("given", [None, "coefficients.json"])
+def test_what_depends_on_the_machine_is_merged_once(tmp_path, monkeypatch, given):
+    method, settings = ("tsv-m", {}) if given is None else ("tw-adamerging+svc", {"merge_args": {}})
+    if given:
+        settings["coefficients"] = run(tmp_path / "a", "tw-adamerging")[0] / given
+    path, learned = run(tmp_path, method, only=("digits8",), **settings)
+    assert learned == []
+    assert digest(load_file(path / "merged.safetensors")) == Cache(path).identity.merge.digest
+    monkeypatch.setattr(merges, "merge", None)  # so that nothing is merged from here on
+    assert run(tmp_path, method, **settings)[0] == path
+    assert damage(Cache(path)) == []
+    if given:
+        values = json.loads(settings["coefficients"].read_text())
+        values["coefficients"]["digits8"] /= 2
+        (tmp_path / "other.json").write_text(json.dumps(values))
+        with pytest.raises(TypeError):  # other coefficients are merged
+            run(tmp_path, method, **(settings | {"coefficients": tmp_path / "other.json"}))
 
 
 @pytest.mark.parametrize("method", ["lw-adamerging", "fisher"])
