@@ -167,16 +167,16 @@ def test_equal_experts_share_their_directions():
 
 
 @pytest.mark.parametrize("shape", [(30, 20), (20, 30), (20, 20)])
-@pytest.mark.parametrize("smallest", [1e-1, 1e-4, 1e-6])
+@pytest.mark.parametrize("smallest", [1e-1, 1e-4, 3e-7])
 def test_singular_vectors_of_ill_conditioned_matrices(shape, smallest):
     generator = torch.Generator().manual_seed(1)
     u, v = (torch.linalg.qr(torch.randn(side, 20, generator=generator, dtype=torch.float64)).Q for side in shape)
     sizes = torch.logspace(0, float(np.log10(smallest)), 20, dtype=torch.float64)
     left, found, right = factors(u * sizes @ v.T, 0.0)
-    assert torch.allclose(found, sizes, rtol=1e-5)
+    assert torch.allclose(found, sizes, rtol=1e-6)
     for vectors, true in ((left, u), (right, v)):
-        assert torch.allclose(vectors.T @ vectors, torch.eye(20, dtype=torch.float64), atol=1e-5)
-        assert torch.allclose((vectors.T @ true).abs(), torch.eye(20, dtype=torch.float64), atol=1e-5)
+        assert torch.allclose(vectors.T @ vectors, torch.eye(20, dtype=torch.float64), atol=1e-6)
+        assert torch.allclose((vectors.T @ true).abs(), torch.eye(20, dtype=torch.float64), atol=1e-6)
     top = factors(u * sizes @ v.T, 0.0, 3)
     assert all(
         torch.allclose(a.abs(), b.abs(), atol=1e-9) for a, b in zip(top, (u[:, :3], sizes[:3], v[:, :3]), strict=True)
@@ -188,29 +188,30 @@ def test_nothing_has_no_singular_vectors():
     assert polar(torch.zeros(4, 0, dtype=torch.float64)).shape == (4, 0)
 
 
-def low_rank_experts(dtype, rank):
+def low_rank_experts(dtype, size, rank):
     """A base and experts that differ by products of thin matrices, stored in `dtype`; and the exact task vectors."""
     generator = torch.Generator().manual_seed(3)
     base = torch.randn(64, 48, generator=generator).to(dtype).float()
     taus = [
-        0.3 * torch.randn(64, rank, generator=generator) @ torch.randn(rank, 48, generator=generator) for _ in range(3)
+        size * torch.randn(64, rank, generator=generator) @ torch.randn(rank, 48, generator=generator) for _ in range(3)
     ]
     return {"w": base}, [{"w": (base + tau).to(dtype).float()} for tau in taus], [tau.double().numpy() for tau in taus]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_experts_of_low_rank_are_merged_at_their_rank(dtype):
-    base, experts, taus = low_rank_experts(dtype, rank=2)
+    size = 3e-3 if dtype == torch.float32 else 0.3
+    base, experts, taus = low_rank_experts(dtype, size, rank=2)
     u, s, v = SVD(sum(taus))
     isotropic = s[:6].mean() * u[:, :6] @ v[:6]  # and not the mean over 48 values
     kept = [SVD(tau) for tau in taus]
     together = joined([(u[:, :2], s[:2], v[:2]) for u, s, v in kept], isotropic=False)
     for method, wanted in (("iso-c", isotropic), ("tsv-m", together)):
         update = (merge(method, base, experts).state["w"] - base["w"]).double()
-        assert torch.linalg.matrix_rank(update, atol=1e-2, rtol=0) == 6
+        assert torch.linalg.matrix_rank(update, atol=size / 30, rtol=0) == 6
         assert np.linalg.norm(update.numpy() - wanted) < 20 * torch.finfo(dtype).eps * np.linalg.norm(base["w"].numpy())
     update = (merge("iso-cts", base, experts).state["w"] - base["w"]).double()
-    assert torch.linalg.matrix_rank(update, atol=1e-2, rtol=0) <= 6
+    assert torch.linalg.matrix_rank(update, atol=size / 30, rtol=0) <= 6
 
 
 def test_ranks_of_full_fine_tuning_are_full():
