@@ -1,4 +1,4 @@
-"""How much memory does each merge take, in models, and does it grow with the number of experts?
+"""How much memory and time does each merge take, in models, and does it grow with the number of experts?
 
 The checkpoints are random ViT-B/32 image towers (P = 335 MiB in float32) in safetensors files. Each merge runs in a
 separate process; its peak is the resident memory beyond what the process held before, plus theta_0, divided by P.
@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from peak import peak_of
@@ -38,12 +39,12 @@ def write_checkpoints(folder: Path, count: int) -> None:
         save_file(near, folder / f"{index}.safetensors")
 
 
-def measure(folder: Path, method: str, count: int) -> float:
-    """The peak memory of one merge in models, in this process."""
+def measure(folder: Path, method: str, count: int) -> tuple[float, float]:
+    """The peak memory of one merge in models, and its seconds, in this process."""
     import torch
 
     from probsurgery.pipeline.classifier import Classifier
-    from probsurgery.pipeline.merging.registry import METHODS, merge
+    from probsurgery.pipeline.merging.registry import find_merge, merge
     from probsurgery.pipeline.merging.vectors import ImageStream
     from probsurgery.pipeline.models.checkpoints import VisualState, read_tensors
     from probsurgery.pipeline.models.encoders import get_encoder
@@ -57,7 +58,7 @@ def measure(folder: Path, method: str, count: int) -> float:
         while True:
             yield torch.randn(size, 3, 224, 224, generator=generator), torch.zeros(size, dtype=torch.int64)
 
-    row = METHODS[method]
+    row = find_merge(method)
     pretrained = {name: tensor.clone() for name, tensor in opened(0).items()}
     experts = LazyMapping({f"task{i}": (lambda i=i: opened(i)) for i in range(1, count + 1)})
     stream = ImageStream(
@@ -66,14 +67,16 @@ def measure(folder: Path, method: str, count: int) -> float:
     settings = {name: value for name, value in BRIEF.items() if name in row.settings}
     with torch.no_grad():
         stream.forward(pretrained, next(batches("", "", 2, 0))[0])  # loads libraries
+    begun = time.perf_counter()
     _, peak = peak_of(lambda: merge(method, pretrained, experts, stream if row.learns else None, **settings))
-    return 1 + peak / (4 * sum(tensor.numel() for tensor in pretrained.values()))
+    seconds = time.perf_counter() - begun
+    return 1 + peak / (4 * sum(tensor.numel() for tensor in pretrained.values())), seconds
 
 
 def main() -> None:
     from probsurgery.pipeline.merging.registry import METHODS
 
-    merges = [name for name, row in METHODS.items() if row.function is not None]
+    merges = [f"wa+{name}" if row.follows else name for name, row in METHODS.items() if row.function is not None]
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--experts", default="2,8")
     parser.add_argument("--merge", nargs="+", default=merges)
@@ -84,7 +87,7 @@ def main() -> None:
         print(json.dumps(measure(Path(folder), method, int(count))))
         return
     counts = list(map(int, arguments.experts.split(",")))
-    print(f"{'peak in models':<18}" + "".join(f"{f'{count} experts':>12}" for count in counts), flush=True)
+    print(f"{'peak in models':<18}" + "".join(f"{f'{count} experts':>20}" for count in counts), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoints(Path(folder), max(counts))
         for method in arguments.merge:
@@ -93,7 +96,7 @@ def main() -> None:
                 command = [sys.executable, __file__, "--measure", folder, method, str(count)]
                 done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
                 peaks.append(json.loads(done.stdout))
-            print(f"{method:<18}" + "".join(f"{peak:>12.1f}" for peak in peaks), flush=True)
+            print(f"{method:<18}" + "".join(f"{peak:>10.1f}{f'{s:.0f} s':>10}" for peak, s in peaks), flush=True)
 
 
 if __name__ == "__main__":
