@@ -87,16 +87,27 @@ class _HeadSettings:
 
 
 @dataclass(frozen=True)
-class TrainedSettings(_HeadSettings):
+class SteppedSettings(_HeadSettings):
     """Settings of every head that is trained step by step. A step is one update of one head."""
-
-    width_name: ClassVar[str]
 
     steps: int = 1_000
     batch_size: int = 16
     """Rows in a step."""
     lr: float = 1e-3
     """Adam's learning rate; its betas are (0.9, 0.999)."""
+
+    def __post_init__(self) -> None:
+        _integers(self, steps=(1, 10_000_000), batch_size=(1, 65_536))
+        _number("--lr", self.lr, 0, 10, above_low=True)
+        object.__setattr__(self, "lr", float(self.lr))  # 1 and 1.0 are one setting, and have one digest
+
+
+@dataclass(frozen=True)
+class TrainedSettings(SteppedSettings):
+    """Settings of heads of two layers, which correct features."""
+
+    width_name: ClassVar[str]
+
     loss: str = "l1"
     """Distance to the expert's feature: one of `LOSSES`."""
     optimizer: str = "separate"
@@ -104,9 +115,8 @@ class TrainedSettings(_HeadSettings):
     other tasks' steps too, as in ProbSurgery's public code (see `training.joint`)."""
 
     def __post_init__(self) -> None:
-        _integers(self, steps=(1, 10_000_000), batch_size=(1, 65_536), **{self.width_name: (1, 16_384)})
-        _number("--lr", self.lr, 0, 10, above_low=True)
-        object.__setattr__(self, "lr", float(self.lr))  # 1 and 1.0 are one setting, and have one digest
+        super().__post_init__()
+        _integers(self, **{self.width_name: (1, 16_384)})
         _choice("loss", self.loss, LOSSES)
         _choice("optimizer", self.optimizer, OPTIMIZERS)
 
@@ -164,8 +174,28 @@ class RidgeSettings(_HeadSettings):
             _number("--penalty", self.penalty, 1e-12, 1e6)
 
 
-HeadSettings = SurgerySettings | ProbSettings | RidgeSettings
-HEAD_SETTINGS: dict[str, type[HeadSettings]] = {s.kind: s for s in (ProbSettings, SurgerySettings, RidgeSettings)}
+@dataclass(frozen=True)
+class AffineSettings(_HeadSettings):
+    """A scale and a shift of each dimension by least squares: ridge with a diagonal matrix and no penalty."""
+
+    kind = "affine"
+    title = "affine"
+    is_trained = False
+
+
+@dataclass(frozen=True)
+class OrthogonalSettings(_HeadSettings):
+    """The orthogonal matrix that brings merged features nearest to the expert's (Procrustes), in closed form."""
+
+    kind = "orthogonal"
+    title = "orthogonal"
+    is_trained = False
+
+
+HeadSettings = SurgerySettings | ProbSettings | RidgeSettings | AffineSettings | OrthogonalSettings
+HEAD_SETTINGS: dict[str, type[HeadSettings]] = {
+    s.kind: s for s in (ProbSettings, SurgerySettings, RidgeSettings, AffineSettings, OrthogonalSettings)
+}
 _ABBREVIATIONS = {"hidden": "h", "rank": "r", "kl_weight": "kl", "batch_size": "batch", "feature_scale": "scale"}
 _ABBREVIATIONS |= {"optimizer": ""}  # its value says enough
 
@@ -179,7 +209,7 @@ def head_settings(head: str, **given: Any) -> HeadSettings:
     given = {name: value for name, value in given.items() if value is not None}
     for name in given:
         if name not in _names(head):
-            allowed = ", ".join(map(_option, _names(head)))
+            allowed = ", ".join(map(_option, _names(head))) or "none"
             raise InputError(f"{_option(name)} is not a setting of {head} heads; they take: {allowed}")
     return HEAD_SETTINGS[head](**given)
 

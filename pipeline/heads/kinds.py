@@ -47,6 +47,16 @@ def ridge_correction(params: Params, z: Features) -> Features:
     return z - z @ params["weight"].mT - params["bias"].unsqueeze(1)
 
 
+def affine_correction(params: Params, z: Features) -> Features:
+    """``z - (scale z + shift)``, by dimension; scale and shift: (K, d)."""
+    return z - z * params["scale"].unsqueeze(1) - params["shift"].unsqueeze(1)
+
+
+def orthogonal_correction(params: Params, z: Features) -> Features:
+    """``z - R z``; rotation: (K, d, d)."""
+    return z - z @ params["rotation"].mT
+
+
 @dataclass(frozen=True)
 class HeadKind:
     """One row of the table of heads."""
@@ -66,6 +76,8 @@ HEADS: dict[str, HeadKind] = {
     ),
     "surgery": HeadKind(surgery_correction, lambda s, d: {"down": (s.rank, d), "up": (d, s.rank)}),
     "ridge": HeadKind(ridge_correction, lambda s, d: {"weight": (d, d), "bias": (d,)}),
+    "affine": HeadKind(affine_correction, lambda s, d: {"scale": (d,), "shift": (d,)}),
+    "orthogonal": HeadKind(orthogonal_correction, lambda s, d: {"rotation": (d, d)}),
 }
 assert HEADS.keys() == HEAD_SETTINGS.keys()
 

@@ -17,6 +17,17 @@ BLOCK_ROWS = 4096
 """Rows in memory in float64 at a time."""
 
 
+def row_blocks(
+    merged: Float[Tensor, "N d"],
+    expert: Float[Tensor, "N d"],
+    device: torch.device | str = "cpu",
+    seen: Int[Tensor, " M"] | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows of both whose numbers are in `seen` (None: all), a block at a time, in float64."""
+    for block in (torch.arange(len(merged)) if seen is None else seen).split(BLOCK_ROWS):
+        yield merged[block].to(device, torch.float64), expert[block].to(device, torch.float64)
+
+
 def solve_ridge(
     merged: Float[Tensor, "N d"],
     expert: Float[Tensor, "N d"],
@@ -31,13 +42,12 @@ def solve_ridge(
     Without a given penalty, the one of `PENALTIES` with the least leave-one-out squared error is taken: exact, from the
     hat matrix, and without labels. Rows are read in blocks, so they may be mapped and exceed memory.
     """
-    rows = torch.arange(len(merged)) if seen is None else seen
+    rows = len(merged if seen is None else seen)
 
     def blocks() -> Iterator[tuple[Tensor, Tensor]]:
-        for block in rows.split(BLOCK_ROWS):
-            yield merged[block].to(device, torch.float64), expert[block].to(device, torch.float64)
+        return row_blocks(merged, expert, device, seen)
 
-    x_mean, y_mean = reduce(torch.add, (torch.stack([x.sum(0), y.sum(0)]) for x, y in blocks())) / len(rows)
+    x_mean, y_mean = reduce(torch.add, (torch.stack([x.sum(0), y.sum(0)]) for x, y in blocks())) / rows
     gram = reduce(torch.add, ((x - x_mean).T @ (x - x_mean) for x, _ in blocks()))
     eigenvalues, vectors = torch.linalg.eigh(gram)
     eigenvalues = eigenvalues.clamp(min=0)
@@ -50,7 +60,7 @@ def solve_ridge(
             for candidate in PENALTIES:
                 shrink = 1 / (eigenvalues + candidate * unit)
                 residual = y - projected @ (shrink[:, None] * target)
-                leverage = (projected.square() * shrink).sum(1) + 1 / len(rows)
+                leverage = (projected.square() * shrink).sum(1) + 1 / rows
                 errors[candidate] += (residual / (1 - leverage)[:, None]).square().sum().item()
         penalty = min(PENALTIES, key=lambda candidate: math.inf if math.isnan(errors[candidate]) else errors[candidate])
     weight = (vectors @ (target / (eigenvalues + penalty * unit)[:, None])).T

@@ -12,8 +12,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from probsurgery.pipeline.config import RidgeSettings
+from probsurgery.pipeline.config import AffineSettings, OrthogonalSettings, RidgeSettings
 from probsurgery.pipeline.errors import ProbsurgeryError, first_line
+from probsurgery.pipeline.heads.controls import solve_affine, solve_orthogonal
 from probsurgery.pipeline.heads.kinds import Params, initial_params
 from probsurgery.pipeline.heads.ridge import solve_ridge
 from probsurgery.pipeline.training.adam_step import Stack
@@ -170,9 +171,17 @@ def _notes_loss(feed: Feed, update: int) -> bool:
 def _solve(job: Job, device: torch.device) -> Outcome:
     begun = time.perf_counter()
     (rows,) = job.rows
-    assert isinstance(job.settings, RidgeSettings)
+    penalty = None
     try:
-        params, penalty = solve_ridge(rows.merged, rows.expert, job.settings.penalty, device, rows.seen)
+        match job.settings:
+            case RidgeSettings():
+                params, penalty = solve_ridge(rows.merged, rows.expert, job.settings.penalty, device, rows.seen)
+            case AffineSettings():
+                params = solve_affine(rows.merged, rows.expert, device, rows.seen)
+            case OrthogonalSettings():
+                params = solve_orthogonal(rows.merged, rows.expert, device, rows.seen)
+            case _:
+                raise AssertionError("other heads are trained")
     except ProbsurgeryError as error:
         return error
     return Fitted(params, penalty=penalty, seconds=time.perf_counter() - begun)

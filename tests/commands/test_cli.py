@@ -123,6 +123,7 @@ def test_bad_extract_requests(run, here, arguments, words):
         (["--loss", "huber"], ["'huber'", "l1, mse, smooth-l1, cosine"]),
         (["--head", "surgery", "--hidden", 8], ["--hidden is not a setting of surgery", "--rank"]),
         (["--head", "ridge", "--steps", 8], ["--steps is not a setting of ridge", "--penalty"]),
+        (["--head", "affine", "--steps", 8], ["--steps is not a setting of affine heads; they take: none"]),
         (["--head", "ridge", "--penalty", 0], ["--penalty is 0"]),
         (["--head", "ridge", "--shared"], ["--shared"]),
         (["--rank", 8], ["--rank is not a setting of prob", "--hidden"]),

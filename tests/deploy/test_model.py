@@ -14,7 +14,15 @@ from safetensors.torch import load_file, save_file
 
 import probsurgery
 import processes
-from probsurgery.pipeline.config import ExtractConfig, FitConfig, ProbSettings, RidgeSettings, SurgerySettings
+from probsurgery.pipeline.config import (
+    AffineSettings,
+    ExtractConfig,
+    FitConfig,
+    OrthogonalSettings,
+    ProbSettings,
+    RidgeSettings,
+    SurgerySettings,
+)
 from probsurgery.pipeline.datasets.suites import select_tasks
 from probsurgery.pipeline.datasets.tasks import open_images
 from probsurgery.pipeline.deploy.assemble import assemble
@@ -37,6 +45,8 @@ HEADS = {
     "prob": {"head": ProbSettings(hidden=8, steps=60)},
     "surgery": {"head": SurgerySettings(rank=4, steps=60)},
     "ridge": {"head": RidgeSettings()},
+    "affine": {"head": AffineSettings()},
+    "orthogonal": {"head": OrthogonalSettings()},
     "shared": {"head": ProbSettings(hidden=8, steps=60), "shared": True},
     "scaled": {"head": ProbSettings(hidden=8, steps=60, feature_scale=4.0)},
 }
@@ -266,7 +276,8 @@ def test_bad_requests_leave_nothing_behind(cache, run, tmp_path, pictures):
     (tmp_path / "text.png").write_text("no image")
     out = tmp_path / "out"
     predict = ("predict", "--cache", cache, "--task", "fruit")
-    refused(run(*predict, "--head", "mine", pictures[0]), "unknown head 'mine'", "prob, ridge, scaled, shared, surgery")
+    names = ", ".join(sorted(HEADS))
+    refused(run(*predict, "--head", "mine", pictures[0]), "unknown head 'mine'", names)
     refused(run(*predict, "--head", "prob", tmp_path / "text.png"), "text.png is not an image")
     refused(run(*predict, "--head", "prob", tmp_path / "no.png"), "no.png is no file")
     refused(run(*predict[:-1], "cars", "--head", "prob", pictures[0]), "unknown task 'cars'", "mnist, fruit")

@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 from probsurgery.pipeline import device
 from probsurgery.pipeline.analysis.report import report
 from probsurgery.pipeline.config import (
+    AffineSettings,
     ExtractConfig,
     FitConfig,
+    OrthogonalSettings,
     ProbSettings,
     RidgeSettings,
     SurgerySettings,
@@ -42,7 +44,7 @@ def head_bytes(result):
     return (result.path / "head.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("settings", [PROB, SURGERY, RidgeSettings()])
+@pytest.mark.parametrize("settings", [PROB, SURGERY, RidgeSettings(), AffineSettings(), OrthogonalSettings()])
 def test_a_fit_writes_its_head_and_one_row_for_each_task(small_cache, settings):
     result = fit(FitConfig(small_cache.path, settings))
     assert load_head(result.path).tasks == ("a", "b")
@@ -78,7 +80,7 @@ def test_labels_change_the_accuracy_and_nothing_of_the_fit(tmp_path):
 
     straight = write_cache(tmp_path / "straight", {"a": 200, "b": 80})
     permuted = write_cache(tmp_path / "permuted", {"a": 200, "b": 80}, change=permute)
-    for settings in (PROB, SURGERY, RidgeSettings()):
+    for settings in (PROB, SURGERY, RidgeSettings(), AffineSettings(), OrthogonalSettings()):
         for other in ({}, {"holdout": 0.25, "fraction": 0.5}):
             first, second = (fit(FitConfig(path, settings, **other)) for path in (straight, permuted))
             assert head_bytes(first) == head_bytes(second)

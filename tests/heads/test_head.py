@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from probsurgery.pipeline.config import ProbSettings, RidgeSettings, SurgerySettings, head_settings
+from probsurgery.pipeline.config import HEAD_SETTINGS, ProbSettings, RidgeSettings, SurgerySettings, head_settings
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.heads.head import FitRecord, Head, load_head
 from probsurgery.pipeline.heads.kinds import HEADS, initial_params, parameter_count
@@ -61,7 +61,7 @@ def test_parameter_counts_are_the_protocols():
     assert parameter_count(SurgerySettings(), 768) == 24_576
 
 
-@pytest.mark.parametrize("settings", [SurgerySettings(rank=3), ProbSettings(hidden=5), RidgeSettings()])
+@pytest.mark.parametrize("settings", [kind() for kind in HEAD_SETTINGS.values()])
 def test_saved_and_loaded_heads_give_the_same_output(tmp_path, settings):
     head, z = random_head(settings), torch.randn(5, DIM)
     head.save(tmp_path)
