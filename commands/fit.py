@@ -27,6 +27,7 @@ from probsurgery.pipeline.config import (
     HEAD_SETTINGS,
     LOSSES,
     OPTIMIZERS,
+    ClassifierSettings,
     FitConfig,
     ProbSettings,
     SurgerySettings,
@@ -50,6 +51,13 @@ FeatureScale = Annotated[
 FeatureScales = Annotated[
     Several | None, comma_list(float, "prob: multiply features by these in training, or auto.", real_or_auto)
 ]
+LearningRate = Annotated[
+    float | None,
+    Real(
+        help=f"Adam's learning rate. [{ProbSettings.lr:g}; classifier {ClassifierSettings.lr:g} times the size of its "
+        "entries]"
+    ),
+]
 KeepHeads = Annotated[bool, Option("--keep-heads", help="Save the heads, not only their results.")]
 Seeds = Annotated[Several, comma_list(int, "Seeds; figures are means and standard deviations over them.")]
 
@@ -63,10 +71,13 @@ def fit_command(
     samples: Samples = None,
     feature_scale: FeatureScale = None,
     steps: Annotated[
-        int | None, Whole(help=f"Updates for each task. [prob {ProbSettings.steps}, surgery {SurgerySettings.steps}]")
+        int | None, Whole(help=f"Updates for each task. [{SurgerySettings.steps}; prob {ProbSettings.steps}]")
     ] = None,
-    batch_size: Annotated[int | None, Whole(help=f"Rows in a step. [{ProbSettings.batch_size}]")] = None,
-    lr: Annotated[float | None, Real(help=f"Adam's learning rate. [{ProbSettings.lr:g}]")] = None,
+    batch_size: Annotated[
+        int | None,
+        Whole(help=f"Rows in a step. [{ProbSettings.batch_size}; classifier {ClassifierSettings.batch_size}]"),
+    ] = None,
+    lr: LearningRate = None,
     loss: Annotated[str | None, Option(help=f"{', '.join(LOSSES)}. [{ProbSettings.loss}]")] = None,
     optimizer: Annotated[str | None, Option(help="An Adam for each head, or one: separate, joint. [separate]")] = None,
     penalty: Annotated[float | None, Real(help="ridge: penalty. [by leave-one-out, without labels]")] = None,

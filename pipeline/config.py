@@ -73,6 +73,7 @@ class _HeadSettings:
     title: ClassVar[str]  # name in tables
     width_name: ClassVar[str | None] = None  # the setting that is the inner width
     is_trained: ClassVar[bool] = True  # step by step, and not solved in closed form
+    corrects_features: ClassVar[bool] = True  # and leaves the task's classifier as it is
     # Of a kind without these settings. Not annotated, so that they are fields of the other kinds only.
     steps = 0
     batch_size = 0
@@ -192,10 +193,26 @@ class OrthogonalSettings(_HeadSettings):
     is_trained = False
 
 
-HeadSettings = SurgerySettings | ProbSettings | RidgeSettings | AffineSettings | OrthogonalSettings
-HEAD_SETTINGS: dict[str, type[HeadSettings]] = {
-    s.kind: s for s in (ProbSettings, SurgerySettings, RidgeSettings, AffineSettings, OrthogonalSettings)
-}
+@dataclass(frozen=True)
+class ClassifierSettings(SteppedSettings):
+    """FT-Classifier (Kong et al., arxiv.org/abs/2412.13526): the task's classifier itself, by the expert's predictions.
+
+    Features are left as they are, and nothing is added at inference.
+    """
+
+    kind = "classifier"
+    title = "FT-Classifier"
+    corrects_features = False
+
+    batch_size: int = 64
+    lr: float = 1e-2
+    """Adam's learning rate, in units of the root mean square of the entries of the expert's classifier. The default is
+    the one of the least KL divergence on held-out images of the mini suite (benchmarks/RESULTS.md)."""
+
+
+HeadSettings = SurgerySettings | ProbSettings | RidgeSettings | AffineSettings | OrthogonalSettings | ClassifierSettings
+_KINDS = (ProbSettings, SurgerySettings, RidgeSettings, AffineSettings, OrthogonalSettings, ClassifierSettings)
+HEAD_SETTINGS: dict[str, type[HeadSettings]] = {settings.kind: settings for settings in _KINDS}
 _ABBREVIATIONS = {"hidden": "h", "rank": "r", "kl_weight": "kl", "batch_size": "batch", "feature_scale": "scale"}
 _ABBREVIATIONS |= {"optimizer": ""}  # its value says enough
 
@@ -341,14 +358,16 @@ class FitConfig:
             raise InputError(f"--holdout is {self.holdout}; it must be from 0 to below 1")
         if self.holdout and self.fit_split == "train":
             raise InputError("--holdout splits the test rows; with --fit-split train no test row is fitted anyway")
-        if self.shared and not self.head.is_trained:
-            raise InputError("--shared is for heads trained step by step: prob, surgery")
+        if self.shared and not isinstance(self.head, TrainedSettings):
+            raise InputError("--shared is for heads that correct features step by step: prob, surgery")
         if self.shared and self.head.optimizer == "joint":
             raise InputError("--optimizer joint is for heads of one task each; a shared head is trained as one")
         _plain_name(self.name)
         if self.online:
             if self.shared or not self.head.is_trained:
-                raise InputError("--online is for heads of one task that are trained step by step: prob, surgery")
+                raise InputError(
+                    "--online is for heads of one task that are trained step by step: prob, surgery, classifier"
+                )
             for name in ("steps", "batch_size"):
                 if getattr(self.head, name) not in (1, getattr(type(self.head), name)):
                     raise InputError(f"--online takes every row once, one at a time; leave {_option(name)} out")

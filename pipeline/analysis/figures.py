@@ -144,7 +144,8 @@ def _numbered(
 
 def _bias_bars(report: Report) -> Figure:
     """Bias of each task before and after the heads, as in ProbSurgery's figure."""
-    lines, columns = report.bias.lines[:_MAX_BARS], [*report.tasks, AVERAGE]
+    lines = [line for line in report.bias.lines if line.values][:_MAX_BARS]  # a classifier head has no bias
+    columns = [*report.tasks, AVERAGE]
     figure = _new_figure(7.2, 2.8)
     axes = figure.subplots()
     width = 0.8 / len(lines)

@@ -53,7 +53,7 @@ def sort_key(row: ResultRow, leave_out: Collection[str] = ()) -> tuple[object, .
 def head_label(row: ResultRow, leave_out: Collection[str] = ()) -> str:
     """A head's name in a table: its kind, width, steps, and whatever departs from the default."""
     kind = HEAD_SETTINGS.get(row.kind)
-    details, named = [], {"batch_size"} if row.is_online else set()
+    details, named = [], {"batch_size", "steps"} if row.is_online else set()
     if kind and (width := kind.width_name):
         named |= {width, "steps"}
         if width not in leave_out:
@@ -80,7 +80,7 @@ class HeadFigures:
     accuracy: dict[str, Spread]
     """In percent."""
     bias: dict[str, Spread]
-    """Mean absolute difference of corrected features to the expert's."""
+    """Mean absolute difference of corrected features to the expert's; empty for classifier heads."""
 
     @property
     def line_values(self) -> dict[str, Spread]:
@@ -107,6 +107,18 @@ def merged_bias(rows: Sequence[ResultRow], tasks: Sequence[str]) -> dict[str, Sp
 def head_count(rows: Sequence[ResultRow]) -> int:
     """Heads of one setting and seed: one for each task, unless it is shared."""
     return 1 if rows[0].shared else len({row.task for row in rows})
+
+
+def parameters_each(rows: Sequence[ResultRow]) -> str:
+    """Parameters of one head of a setting; classifier heads have as many as their classes take."""
+    counts = sorted({row.parameters for row in rows})
+    return f"{counts[0]:,}" + (f" to {counts[-1]:,}" if len(counts) > 1 else "")
+
+
+def parameters_of_all(rows: Sequence[ResultRow]) -> int:
+    """Parameters of all heads of a setting and seed."""
+    by_task = {row.task: row.parameters for row in rows}
+    return rows[0].parameters if rows[0].shared else sum(by_task.values())
 
 
 def training_seconds(rows: Sequence[ResultRow]) -> float:

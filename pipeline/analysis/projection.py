@@ -28,11 +28,11 @@ class Projection:
 
 
 def projection(cache: Cache, results: Path | None = None, method: str = "PCA") -> Projection | None:
-    """Features of all tasks in one plane, corrected by the first kept head; None without a head.
+    """Features of all tasks in one plane, corrected by the first kept head that does; None without one.
 
     The first `SHOWN_ROWS` rows of each task in a fixed random order. PCA, or t-SNE by scikit-learn.
     """
-    first = next(kept_heads(cache, results), None)
+    first = next((kept for kept in kept_heads(cache, results) if kept.head.settings.corrects_features), None)
     if first is None:
         return None
     features = []

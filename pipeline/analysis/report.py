@@ -11,7 +11,7 @@ from probsurgery.pipeline.analysis.curves import Curve, Grid, curve_table, find_
 from probsurgery.pipeline.analysis.kept_heads import current_rows
 from probsurgery.pipeline.analysis.plausibility import implausible_experts
 from probsurgery.pipeline.analysis.published import family_of, published_lines, published_name
-from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, PUBLISHED, Line, Table
+from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, PUBLISHED, Line, Table, Value
 from probsurgery.pipeline.config import HEAD_SETTINGS
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.files import folders_in
@@ -211,16 +211,17 @@ def _encoder_parameters(identity: Identity) -> int | None:
     return None
 
 
-def _costs(rows: Sequence[ResultRow], tasks: Sequence[str], encoder: int | None) -> dict[str, Spread | float | None]:
+def _costs(rows: Sequence[ResultRow], tasks: Sequence[str], encoder: int | None) -> dict[str, Value | None]:
     by_seed = [[row for row in rows if row.seed == seed] for seed in dict.fromkeys(row.seed for row in rows)]
-    parameters = rows[0].parameters
-    values: dict[str, Spread | float | None] = {
-        "parameters": parameters,
-        "all heads": labels.head_count(rows) * parameters,
+    is_one_count = len({row.parameters for row in rows}) == 1
+    values: dict[str, Value | None] = {
+        "parameters": rows[0].parameters if is_one_count else labels.parameters_each(rows),
+        "all heads": labels.parameters_of_all(rows),
         "fit, s": spread(map(labels.training_seconds, by_seed)),
     }
     if encoder is not None:
-        values["of the encoder, %"] = 100 * parameters / encoder
+        adds_nothing = rows[0].bias.after is None  # a classifier takes another's place
+        values["of the encoder, %"] = 0.0 if adds_nothing else 100 * rows[0].parameters / encoder
     shares = [100 * share for seed_rows in by_seed if (share := _won_back(seed_rows, tasks)) is not None]
     return values | ({"won back, %": spread(shares)} if shares else {})
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from probsurgery.pipeline.analysis.labels import head_count, training_seconds, value_text
+from probsurgery.pipeline.analysis.labels import head_count, parameters_each, training_seconds, value_text
 from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, Line, Table, mean_of
 from probsurgery.pipeline.fitting.sweep import SweepResult
 from probsurgery.pipeline.store.results import ResultRow
@@ -19,7 +19,7 @@ def fit_table(rows: Sequence[ResultRow], folder: Path | None = None) -> Table:
         lines.append(Line(row.task, dict(zip(columns, [*accuracy, row.bias.before, row.bias.after], strict=True))))
     averages = {column: mean_of(lines, column) for column in columns}
     heads = "1 head" if head_count(rows) == 1 else f"{head_count(rows)} heads"
-    note = f"{heads}, {rows[0].parameters:,} parameters each, {training_seconds(rows):.1f} s of training"
+    note = f"{heads}, {parameters_each(rows)} parameters each, {training_seconds(rows):.1f} s of training"
     title = f"{folder or rows[0].head} ({rows[0].protocol})"
     return Table(title, columns, (*lines, Line("average", averages, BASELINE)), first="task", notes=(note,))
 

@@ -47,15 +47,20 @@ def _budgets(base: SweepConfig) -> list[SweepConfig]:
     """Equal budgets: both heads as published, and each with the other's width and steps.
 
     Surgery also with as many parameters as ProbSurgery (3 d h = 2 d r); ProbSurgery also without its noise, its KL
-    divergence, or both, which leaves Surgery. Both as published with one optimiser for all tasks too.
+    divergence, or both, which leaves Surgery. Both as published with one optimiser for all tasks too. Beside them,
+    corrections in closed form, and classifiers where every task has one to start at.
     """
     surgery, prob = (replace(base, head=(head,)) for head in BOTH)
+    cache = Cache(base.cache)
+    tasks = base.tasks or cache.tasks("test")
+    has_classifiers = all(cache.manifest.tasks[task].classifier for task in tasks if task in cache.manifest.tasks)
     return [
         surgery,
         replace(surgery, values={"rank": (16, 128, 192), "steps": (5_000,)}),
         replace(prob, values={"hidden": (16,), "steps": (1_000, 5_000)}),
         replace(prob, values={"samples": (0, 1), "kl_weight": (0.0, 1e-4)}),
         replace(base, head=BOTH, values={"optimizer": ("joint",)}),
+        replace(base, head=("ridge", "affine", "orthogonal", *(["classifier"] if has_classifiers else []))),
     ]
 
 

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from probsurgery.pipeline.analysis.kept_heads import KeptHead, kept_heads
 from probsurgery.pipeline.analysis.tables import AVERAGE, BASELINE, Line, Table
+from probsurgery.pipeline.classifier import Classifier
 from probsurgery.pipeline.device import one_thread_if_small
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.fingerprints import shortened
+from probsurgery.pipeline.heads.head import Head
 from probsurgery.pipeline.heads.metrics import accuracy
 from probsurgery.pipeline.store.cache import Cache
 from probsurgery.pipeline.store.results import mean_if_known
@@ -36,12 +38,21 @@ def transfer(cache: str | Path, on: Sequence[str | Path] = (), results: Path | N
     return [_across_tasks(source, head) for head in heads] + [_on_cache(cache, source, heads) for cache in targets]
 
 
-def _percent(features: Tensor, cache: Cache, task: str) -> float | None:
+def _percent(features: Tensor, cache: Cache, task: str, classifier: Classifier | None = None) -> float | None:
+    """Accuracy of features under the task's classifier, or the one that replaces it."""
     truth = cache.truth(task)
     if truth is None:
         return None
+    own, labels = truth
     with one_thread_if_small(features):
-        return 100 * accuracy(features, *truth)
+        return 100 * accuracy(features, classifier or own, labels)
+
+
+def _head_percent(head: Head, cache: Cache, task: str, fitted_on: str) -> float | None:
+    """Accuracy of a head; None for a classifier head where it was not fitted, as the classes are others."""
+    if not head.settings.corrects_features and task != fitted_on:
+        return None
+    return _percent(head(cache.features(task), fitted_on), cache, task, head.classifiers.get(fitted_on))
 
 
 def _encoders(cache: Cache, tasks: Sequence[str]) -> list[Line]:
@@ -57,7 +68,7 @@ def _across_tasks(cache: Cache, kept: KeptHead) -> Table:
     tasks, head = cache.tasks("test"), kept.head
     lines = _encoders(cache, tasks)
     for fitted_on in [head.tasks] if head.shared else [(task,) for task in head.tasks]:
-        values = {task: _percent(head(cache.features(task), fitted_on[0]), cache, task) for task in tasks}
+        values = {task: _head_percent(head, cache, task, fitted_on[0]) for task in tasks}
         if elsewhere := [value for task, value in values.items() if task not in fitted_on]:
             values["elsewhere"] = mean_if_known(elsewhere)
         lines.append(Line(f"fitted on {'+'.join(fitted_on)}", values))
@@ -74,7 +85,7 @@ def _on_cache(target: Cache, source: Cache, heads: Sequence[KeptHead]) -> Table:
     for origin, origin_heads in ((source, heads), (target, kept_heads(target))):
         for kept in origin_heads:
             fitted = [task for task in tasks if task in kept.head.tasks]
-            values = {task: _percent(kept.head(target.features(task), task), target, task) for task in fitted}
+            values = {task: _head_percent(kept.head, target, task, task) for task in fitted}
             if len(values) == len(tasks):
                 values[AVERAGE] = mean_if_known(values.values())
             lines.append(Line(f"{kept.label}, fitted on {origin.path.name} ({kept.protocol})", values))

@@ -63,7 +63,8 @@ def assemble(
         raise InputError(f"the checkpoints in {where} do not merge to what {opened.path} was made from; {advice}")
     origin = {name: getattr(identity, name) for name in ("arch", "dim", "merge", "encoder")}
     provenance = Provenance(cache=opened.fingerprint, software=software(), preprocessing=preprocessing, **origin)
-    classifiers = {task: classifier for task in fitted.tasks if (classifier := opened.linear_classifier(task))}
+    own = fitted.classifiers  # of a classifier head, which is exported as these
+    classifiers = {task: c for task in fitted.tasks if (c := own.get(task) or opened.linear_classifier(task))}
     class_names = {
         task: opened.manifest.tasks[task].class_names or tuple(map(str, range(len(classifier.weight))))
         for task, classifier in classifiers.items()

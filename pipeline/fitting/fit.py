@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from probsurgery.pipeline.classifier import Classifier
 from probsurgery.pipeline.config import FitConfig
 from probsurgery.pipeline.device import available_memory, choose_device
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
@@ -24,7 +25,7 @@ from probsurgery.pipeline.fitting.requests import (
 from probsurgery.pipeline.fitting.scale import with_scale
 from probsurgery.pipeline.fitting.splits import LoadedTasks
 from probsurgery.pipeline.heads.head import FitRecord, Head, TrainingRecord, load_head, recorded
-from probsurgery.pipeline.heads.kinds import stack_params
+from probsurgery.pipeline.heads.kinds import Params, stack_params
 from probsurgery.pipeline.merging.registry import merge_label
 from probsurgery.pipeline.progress import Progress, no_progress
 from probsurgery.pipeline.store.cache import Cache
@@ -207,13 +208,13 @@ class _Fit:
             seconds=sum(fitted.seconds for fitted, _ in heads),
             software=software(),
         )
-        params = stack_params([fitted.params for fitted, _ in heads])
+        head = _head(config, self._cache, tasks, [fitted.params for fitted, _ in heads], record)
         self._trained.clear()
         try:
             with self._recorded.writing(), replaced(self._folder, shared=True) as partial:
                 self._folder.parent.mkdir(exist_ok=True)
                 partial.mkdir()
-                Head(config.head, tasks, self._cache.dim, params, config.shared, record).save(partial)
+                head.save(partial)
         except OSError:
             if not self._folder.is_dir():
                 raise
@@ -307,13 +308,26 @@ def _job(request: HeadRequest, loaded: LoadedTasks, shorter: Sequence[HeadReques
     return Job(rows, settings, config.seed, config.online, stops, place, tasks)
 
 
+def _head(
+    config: FitConfig, cache: Cache, tasks: tuple[str, ...], params: Sequence[Params], record: FitRecord | None = None
+) -> Head:
+    """The head of what was trained, each a stack of one: for each task, or shared."""
+    if config.head.corrects_features:
+        return Head(config.head, tasks, cache.dim, stack_params(params), config.shared, record)
+    classifiers = {
+        task: Classifier(own["weight"][0], own["bias"][0], cache.manifest.tasks[task].normalise)
+        for task, own in zip(tasks, params, strict=True)
+    }
+    return Head(config.head, tasks, cache.dim, {}, record=record, classifiers=classifiers)
+
+
 def _rows(
     request: HeadRequest, fitted: Fitted, loaded: LoadedTasks, *, device: str, plan: TrainingPlan
 ) -> list[ResultRow]:
     """Evaluate a head that was trained on this device by this plan: a row for each of its tasks."""
     config, cache = request.config, loaded.cache
     merge = cache.identity.merge
-    head = Head(config.head, request.tasks, cache.dim, fitted.params, config.shared)
+    head = _head(config, cache, request.tasks, [fitted.params])
     rows = []
     for task in request.tasks:
         eval_rows, accuracy, bias = loaded.evaluate(config, head, task)

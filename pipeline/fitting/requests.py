@@ -62,6 +62,13 @@ def head_requests(config: FitConfig, cache: Cache, *, keep_heads: bool) -> tuple
     # so far does not take the name of the head of all tasks.
     by_tasks = (keep_heads or config.shared) and len(config.known_tasks) < len(cache.identity.tasks)
     name = config.name or replace(config, tasks=config.tasks if by_tasks else None).default_name()
+    if not config.head.corrects_features:
+        lacking = [task for task in config.known_tasks if not cache.manifest.tasks[task].classifier]
+        if lacking:
+            raise InputError(
+                f"{cache.path} holds no classifier of {', '.join(lacking)}, at which a classifier head starts; leave "
+                f"{'it' if len(lacking) == 1 else 'them'} out with --tasks, or fit another kind of head"
+            )
     requests = []
     for tasks in [config.known_tasks] if config.shared else [(task,) for task in config.known_tasks]:
         settings = config.head
@@ -70,7 +77,9 @@ def head_requests(config: FitConfig, cache: Cache, *, keep_heads: bool) -> tuple
             settings = changed_settings(settings, steps=steps)
         batches = (tasks, config.seed, config.fraction, config.holdout, config.online)
         joint = settings.optimizer == "joint"
-        workload = Workload(settings, len(tasks), cache.dim, batches, len(cache.identity.tasks) if joint else 1)
+        in_round = len(cache.identity.tasks) if joint else 1
+        classes = 0 if settings.corrects_features else cache.manifest.tasks[tasks[0]].classes
+        workload = Workload(settings, len(tasks), cache.dim, batches, in_round, classes)
         requests.append(HeadRequest(config, name, tasks, workload, fingerprint(description(config, cache, tasks))))
     return tuple(requests)
 

@@ -51,7 +51,8 @@ class LoadedTasks:
             if fit_split != "test":
                 features, files = _features(cache, task, fit_split, FITTED_KINDS, scratch)
             pair = (files["merged"], files["expert"]) if files else None
-            self._fitted[task] = Rows(task, features["merged"], features["expert"], files=pair)
+            classifier = cache.linear_classifier(task)
+            self._fitted[task] = Rows(task, features["merged"], features["expert"], files=pair, classifier=classifier)
         self._seen: dict[tuple[str, int, float, float], Rows] = {}
         self._baselines: dict[tuple[object, ...], tuple[Tensor, dict[str, tuple[float | None, float]]]] = {}
 
@@ -77,13 +78,17 @@ class LoadedTasks:
         if key not in self._baselines:
             _, rows = split_rows(config, task, len(data.features["merged"]))
             features = {encoder: data.features[kind] for encoder, kind in ENCODERS.items() if kind in data.features}
-            figures = {name: _accuracy_and_bias(data, rows, values.__getitem__) for name, values in features.items()}
+            figures = {
+                name: _accuracy_and_bias(data, rows, values.__getitem__, None) for name, values in features.items()
+            }
             self._baselines[key] = rows, figures
         rows, baselines = self._baselines[key]
         merged = data.features["merged"]
-        head_accuracy, head_bias = _accuracy_and_bias(data, rows, lambda block: head(merged[block], task))
+        own = head.classifiers.get(task)
+        head_accuracy, head_bias = _accuracy_and_bias(data, rows, lambda block: head(merged[block], task), own)
         shares = {encoder: share for encoder, (share, _) in baselines.items()}
-        return len(rows), Accuracy(**shares, head=head_accuracy), Bias(baselines["merged"][1], head_bias)
+        after = head_bias if head.settings.corrects_features else None
+        return len(rows), Accuracy(**shares, head=head_accuracy), Bias(baselines["merged"][1], after)
 
 
 def _features(
@@ -96,15 +101,18 @@ def _features(
 
 
 def _accuracy_and_bias(
-    data: _TestData, rows: Tensor, features: Callable[[Tensor], Tensor]
+    data: _TestData, rows: Tensor, features: Callable[[Tensor], Tensor], classifier: Classifier | None
 ) -> tuple[float | None, float]:
-    """Accuracy in [0, 1], if it can be told, and bias on some rows; `features` maps row numbers to features."""
+    """Accuracy in [0, 1], if it can be told, and bias on some rows; `features` maps row numbers to features.
+
+    `classifier` replaces the task's; None: it does not.
+    """
     correct, bias = 0, 0.0
     for block in rows.split(EVALUATION_ROWS):
         values = features(block)
         if data.truth is not None:
-            classifier, labels = data.truth
-            correct += round(accuracy(values, classifier, labels[block]) * len(block))
+            own, labels = data.truth
+            correct += round(accuracy(values, classifier or own, labels[block]) * len(block))
         bias += representation_bias(values, data.features["expert"][block]) * len(block)
     return correct / len(rows) if data.truth else None, bias / len(rows)
 

@@ -29,7 +29,7 @@ class SettingLine:
     accuracy: dict[str, Spread]
     """In percent, for each task."""
     bias: dict[str, Spread]
-    """Mean absolute difference to the expert's features after the head, for each task."""
+    """Mean absolute difference to the expert's features after the head, for each task; empty for classifier heads."""
     average_accuracy: Spread | None
     """Over tasks, then over seeds; None if a task is missing, or has no accuracy."""
     average_bias: Spread | None
@@ -114,8 +114,8 @@ class _BestSoFar:
     def note(self, result: FitResult) -> None:
         if len(result.rows) < len(result.config.known_tasks):  # a head failed
             return
-        bias = fmean(map(_bias, result.rows))
-        if bias < self._least:
+        bias = mean_if_known(map(_bias, result.rows))
+        if bias is not None and bias < self._least:
             self._least = bias
             self.text = f"least bias so far {bias:.3f} ({result.rows[0].head})"
 
@@ -132,7 +132,9 @@ def _line(results: Sequence[FitResult], tasks: Sequence[str], varied: Sequence[s
         average_accuracy=spread(
             {rows[0].seed: mean for rows in whole if (mean := mean_if_known(map(_percent, rows))) is not None}
         ),
-        average_bias=spread({rows[0].seed: fmean(map(_bias, rows)) for rows in whole}),
+        average_bias=spread(
+            {rows[0].seed: mean for rows in whole if (mean := mean_if_known(map(_bias, rows))) is not None}
+        ),
     )
 
 
@@ -140,7 +142,7 @@ def _percent(row: ResultRow, encoder: str = "head") -> float | None:
     return row.accuracy.percent(encoder)
 
 
-def _bias(row: ResultRow) -> float:
+def _bias(row: ResultRow) -> float | None:
     return row.bias.after
 
 

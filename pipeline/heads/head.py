@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from probsurgery.pipeline.classifier import Classifier
 from probsurgery.pipeline.config import HeadSettings, head_settings
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError, first_line
 from probsurgery.pipeline.files import (
@@ -30,7 +31,7 @@ from probsurgery.pipeline.files import (
     require_readable,
     write_json,
 )
-from probsurgery.pipeline.heads.kinds import HEADS, Params
+from probsurgery.pipeline.heads.kinds import HEADS, Params, classifier_shapes
 from probsurgery.pipeline.store.manifest import Dim
 from probsurgery.pipeline.store.results import Distance, ResultRow, Seconds, TrainingPlan
 
@@ -39,6 +40,7 @@ _MAX_JSON_BYTES = 2**28
 _LATER_DEFAULTS = (("feature_scale", 1), ("optimizer", "separate"))
 """Settings that older versions lack."""
 _MAX_HEADER_BYTES = 2**20  # of head.safetensors
+_WEIGHTS = "head.safetensors"
 
 
 class HeadDescription(Record, frozen=True):
@@ -51,6 +53,10 @@ class HeadDescription(Record, frozen=True):
     tasks: Annotated[tuple[Text, ...], Meta(min_length=1)]
     shared: bool
     dim: Dim
+    classes: Mapping[Text, Annotated[int, Meta(ge=1, le=2**31)]] = {}
+    """Of a classifier head, by task."""
+    plain: tuple[Text, ...] = ()
+    """Tasks whose classifiers take features that are not normalised."""
 
 
 class TrainingRecord(Record, frozen=True, kw_only=True):
@@ -83,7 +89,8 @@ class FitRecord(Record, frozen=True, kw_only=True):
 class Head:
     """Fitted heads, ready to apply: one for each task, or one shared by all.
 
-    `head(features, "mnist")` takes merged features (N, d) and returns corrected ones (N, d).
+    `head(features, "mnist")` takes merged features (N, d) and returns corrected ones (N, d). A classifier head leaves
+    features as they are; `head.logits(features, "mnist")` are what its own classifier makes of them.
     """
 
     settings: HeadSettings
@@ -91,10 +98,12 @@ class Head:
     dim: int
     """d, the features' width."""
     params: Params = field(repr=False)
-    """Stacked over tasks; a stack of one if shared."""
+    """Stacked over tasks; a stack of one if shared. Empty for a classifier head."""
     shared: bool = False
     record: FitRecord | None = field(default=None, repr=False)
     """How the head was fitted and how good it is; None if it was saved without that."""
+    classifiers: Mapping[str, Classifier] = field(default_factory=dict, repr=False)
+    """Of a classifier head: what replaces each task's classifier."""
 
     def params_of(self, task: str | None = None) -> Params:
         """One task's parameters, a stack of one. `task` is optional if there is only one head."""
@@ -109,7 +118,10 @@ class Head:
 
     @torch.no_grad()
     def __call__(self, features: Float[Tensor, "N d"], task: str | None = None) -> Float[Tensor, "N d"]:
-        """Merged features with the task's estimated bias subtracted. Raises `InputError` for another width."""
+        """Merged features with the task's estimated bias subtracted. Raises `InputError` for another width.
+
+        Of a classifier head, the features themselves, in float32.
+        """
         features = torch.as_tensor(features)
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise InputError(f"features have shape {tuple(features.shape)}; this head takes (N, {self.dim})")
@@ -117,16 +129,42 @@ class Head:
         z = features.float().unsqueeze(0)
         return (z - HEADS[self.settings.kind].correction(params, z))[0]
 
+    def logits(self, features: Float[Tensor, "N d"], task: str | None = None) -> Float[Tensor, "N C"]:
+        """Logits of a classifier head's own classifier. Raises `InputError` for a head of another kind."""
+        if self.settings.corrects_features:
+            raise InputError(
+                f"{self.settings.kind} heads have no classifier; correct the features, and give them to "
+                "`cache.linear_classifier(task)`"
+            )
+        values = self(features, task)
+        return self.classifiers[task or self.tasks[0]].to(values.device).logits(values)
+
     def save(self, folder: Path) -> None:
         """Write head.safetensors and head.json into an existing folder."""
-        weights = folder / "head.safetensors"
+        weights = folder / _WEIGHTS
         try:
-            save_file({name: t.contiguous().cpu() for name, t in self.params.items()}, weights)
+            save_file({name: t.contiguous().cpu() for name, t in self._tensors().items()}, weights)
         except SafetensorError as error:
             raise ProbsurgeryError(f"cannot write {weights}: {first_line(error)}") from None
         settings = self.settings
-        description = HeadDescription(SCHEMA, settings.kind, recorded(settings), self.tasks, self.shared, self.dim)
+        description = HeadDescription(
+            SCHEMA,
+            settings.kind,
+            recorded(settings),
+            self.tasks,
+            self.shared,
+            self.dim,
+            {task: len(classifier.weight) for task, classifier in self.classifiers.items()},
+            tuple(task for task, classifier in self.classifiers.items() if not classifier.normalise),
+        )
         write_json(folder / "head.json", description.to_json() | (self.record.to_json() if self.record else {}))
+
+    def _tensors(self) -> Params:
+        tensors = dict(self.params)
+        for task, classifier in self.classifiers.items():
+            bias = torch.zeros(len(classifier.weight)) if classifier.bias is None else classifier.bias
+            tensors |= {f"weight/{task}": classifier.weight, f"bias/{task}": bias}
+        return tensors
 
 
 def recorded(settings: HeadSettings) -> dict[str, Any]:
@@ -174,8 +212,19 @@ def _read_head(folder: Path) -> Head:
         raise MalformedError("a task has two heads")
     settings, stack = stored_settings(head.head, head.settings), 1 if head.shared else len(head.tasks)
     shapes = HEADS[settings.kind].shapes(settings, head.dim)
-    params = _read_params(folder / "head.safetensors", {name: (stack, *shape) for name, shape in shapes.items()})
-    return Head(settings, head.tasks, head.dim, params, head.shared, record)
+    expected = {name: (stack, *shape) for name, shape in shapes.items()}
+    if settings.corrects_features:
+        return Head(settings, head.tasks, head.dim, _read_params(folder / _WEIGHTS, expected), head.shared, record)
+    if head.shared or head.classes.keys() != set(head.tasks):
+        raise MalformedError("it does not say how many classes each of its tasks has")
+    by_task = {task: classifier_shapes(head.classes[task], head.dim) for task in head.tasks}
+    expected = {f"{part}/{task}": shape for task, parts in by_task.items() for part, shape in parts.items()}
+    tensors = _read_params(folder / _WEIGHTS, expected)
+    classifiers = {
+        task: Classifier(tensors[f"weight/{task}"], tensors[f"bias/{task}"], task not in head.plain)
+        for task in head.tasks
+    }
+    return Head(settings, head.tasks, head.dim, {}, record=record, classifiers=classifiers)
 
 
 def _read_params(file: Path, expected: dict[str, tuple[int, ...]]) -> Params:

@@ -57,13 +57,19 @@ def orthogonal_correction(params: Params, z: Features) -> Features:
     return z - z @ params["rotation"].mT
 
 
+def no_correction(params: Params, z: Features) -> Features:
+    """Zeros: of a classifier head, which leaves features as they are."""
+    return torch.zeros_like(z)
+
+
 @dataclass(frozen=True)
 class HeadKind:
     """One row of the table of heads."""
 
     correction: Callable[[Params, Tensor], Tensor]
     shapes: Callable[[Any, int], dict[str, tuple[int, ...]]]
-    """Shapes of one head's parameters, from its settings and d; the layer that takes the features comes first."""
+    """Shapes of the parameters of one head's correction, from its settings and d; the layer that takes the features
+    comes first."""
     per_head: tuple[str, ...] = ()
     """Numeric settings in which the heads of one stack may differ."""
 
@@ -78,13 +84,20 @@ HEADS: dict[str, HeadKind] = {
     "ridge": HeadKind(ridge_correction, lambda s, d: {"weight": (d, d), "bias": (d,)}),
     "affine": HeadKind(affine_correction, lambda s, d: {"scale": (d,), "shift": (d,)}),
     "orthogonal": HeadKind(orthogonal_correction, lambda s, d: {"rotation": (d, d)}),
+    "classifier": HeadKind(no_correction, lambda s, d: {}),
 }
 assert HEADS.keys() == HEAD_SETTINGS.keys()
 
 
-def parameter_count(settings: HeadSettings, d: int) -> int:
-    """Number of parameters in one head."""
-    return sum(math.prod(shape) for shape in HEADS[settings.kind].shapes(settings, d).values())
+def classifier_shapes(classes: int, d: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of what a classifier head trains."""
+    return {"weight": (classes, d), "bias": (classes,)}
+
+
+def parameter_count(settings: HeadSettings, d: int, classes: int = 0) -> int:
+    """Number of parameters in one head; `classes` are those of a classifier head's task."""
+    of_kind = HEADS[settings.kind].shapes(settings, d)
+    return sum(math.prod(shape) for shape in (of_kind or classifier_shapes(classes, d)).values())
 
 
 def initial_params(settings: HeadSettings, d: int, generator: torch.Generator) -> Params:

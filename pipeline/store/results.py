@@ -58,7 +58,8 @@ class Bias(Record, frozen=True):
     """Mean absolute difference of merged features to the expert's, before and after the head."""
 
     before: Distance
-    after: Distance
+    after: Distance | None
+    """None for a head that leaves features as they are."""
 
 
 class TrainingPlan(Record, frozen=True, omit_defaults=False):
@@ -71,7 +72,7 @@ class TrainingPlan(Record, frozen=True, omit_defaults=False):
     graph: bool = False
     """Whether a step was replayed as a CUDA graph."""
     precision: Text = "fp32"
-    """`fp32`, `tf32`, or `fp64` for ridge."""
+    """`fp32`, `tf32`, or `fp64` for heads in closed form."""
     kernel: Text = "torch"
     """`avx512`, `avx2` or `neon` if a compiled step trained."""
 

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from probsurgery.pipeline.classifier import Classifier
 from probsurgery.pipeline.config import HeadSettings
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.store.memmap import mapped, spill
@@ -35,6 +36,8 @@ class Rows:
     """Numbers of the rows that the fit may see; None: all."""
     files: tuple[Path, Path] | None = None
     """The .npy files that hold both. With them, rows are pickled as paths, and mapped into memory when unpickled."""
+    classifier: Classifier | None = None
+    """The task's, where a classifier head starts, and whose predictions on expert features it learns."""
 
     def __len__(self) -> int:
         return len(self.merged if self.seen is None else self.seen)
@@ -95,6 +98,14 @@ class Job:
     def dim(self) -> int:
         """d, the features' width."""
         return self.rows[0].merged.shape[1]
+
+    @property
+    def classifier(self) -> Classifier:
+        """The classifier at which a classifier head starts. Raises `InputError` if it cannot have one."""
+        own = self.rows[0].classifier
+        if len(self.rows) > 1 or own is None or own.weight.shape[1] != self.dim:
+            raise InputError(f"the head for {self.label} needs one task, with a classifier of {self.dim} dimensions")
+        return own
 
 
 def generator(task: str, seed: int, purpose: str) -> torch.Generator:

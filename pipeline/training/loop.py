@@ -12,13 +12,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from probsurgery.pipeline.config import AffineSettings, OrthogonalSettings, RidgeSettings
+from probsurgery.pipeline.config import AffineSettings, ClassifierSettings, OrthogonalSettings, RidgeSettings
 from probsurgery.pipeline.errors import ProbsurgeryError, first_line
 from probsurgery.pipeline.heads.controls import solve_affine, solve_orthogonal
 from probsurgery.pipeline.heads.kinds import Params, initial_params
 from probsurgery.pipeline.heads.ridge import solve_ridge
 from probsurgery.pipeline.training.adam_step import Stack
 from probsurgery.pipeline.training.batches import BLOCK, Batch, Feed, Job, generator
+from probsurgery.pipeline.training.classifier_step import ClassifierStack
 from probsurgery.pipeline.training.kernel import TORCH, CompiledStack
 
 LOSS_EVERY = 8
@@ -51,7 +52,7 @@ class _GraphedStep:
 
     WARM_UP = 3
 
-    def __init__(self, stack: Stack) -> None:
+    def __init__(self, stack: Stack | ClassifierStack) -> None:
         self._stack, self._done = stack, 0
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         self._batch: Batch | None = None
@@ -108,8 +109,7 @@ def _run_steps(
 ) -> list[Outcome]:
     begun = time.perf_counter()
     settings, tasks = jobs[0].settings, len(jobs[0].rows)
-    starts = [initial_params(job.settings, job.dim, generator(job.label, job.seed, "init")) for job in jobs]
-    stack, run = make_stack(kernel, jobs, starts, device, graph)
+    stack, run = _stack_of(jobs, device, kernel, graph)
     feed = Feed(jobs, device, ahead=device.type == "cuda")
     curves: list[list[tuple[int, float]]] = [[] for _ in jobs]
     earlier: list[dict[int, Fitted]] = [{} for _ in jobs]
@@ -144,6 +144,22 @@ def _run_steps(
         if k not in failures and not all(tensor.isfinite().all() for tensor in head.params.values()):
             failures[k] = ProbsurgeryError("weights became NaN or infinite; lower --lr or --kl-weight")
     return [failures.get(k, head) for k, head in enumerate(heads)]
+
+
+_Run = Callable[[Feed, int, int], None]
+"""Takes updates of the feed's block, from the first to the last (exclusive)."""
+
+
+def _stack_of(
+    jobs: Sequence[Job], device: torch.device, kernel: str, graph: bool
+) -> tuple[Stack | CompiledStack | ClassifierStack, _Run]:
+    """The jobs' heads to train, and the function that takes updates."""
+    settings = jobs[0].settings
+    if isinstance(settings, ClassifierSettings):
+        stack = ClassifierStack(settings, [job.classifier for job in jobs], device)
+        return stack, partial(_each_update, _GraphedStep(stack) if graph else stack.step)
+    starts = [initial_params(job.settings, job.dim, generator(job.label, job.seed, "init")) for job in jobs]
+    return make_stack(kernel, jobs, starts, device, graph)
 
 
 def make_stack(

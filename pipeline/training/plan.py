@@ -18,7 +18,7 @@ from typing import Self
 
 import torch
 
-from probsurgery.pipeline.config import HeadSettings, changed_settings
+from probsurgery.pipeline.config import HeadSettings, TrainedSettings, changed_settings
 from probsurgery.pipeline.device import available_memory
 from probsurgery.pipeline.errors import InputError, ProbsurgeryError
 from probsurgery.pipeline.heads.kinds import HEADS, parameter_count
@@ -73,7 +73,8 @@ class Plan:
         """What the result of a head in this stack records of the plan."""
         if not settings.is_trained:  # solved by this process
             return TrainingPlan(precision="fp64")
-        return TrainingPlan(len(stack), self.workers, self.graph, "tf32" if self.tf32 else "fp32", self.kernel)
+        kernel = self.kernel if isinstance(settings, TrainedSettings) else TORCH
+        return TrainingPlan(len(stack), self.workers, self.graph, "tf32" if self.tf32 else "fp32", kernel)
 
 
 @dataclass(frozen=True)
@@ -89,14 +90,18 @@ class Workload:
     """Heads for which this is equal take the same rows and noise, if they agree in batch size and samples."""
     tasks_in_round: int = 1
     """As of a `Job`."""
+    classes: int = 0
+    """Classes of the task, for a classifier head."""
 
     @classmethod
     def of(cls, job: Job) -> Self:
-        return cls(job.settings, len(job.rows), job.dim, (*map(id, job.rows), job.seed, job.online), job.tasks_in_round)
+        classes = 0 if job.settings.corrects_features else len(job.classifier.weight)
+        batches = (*map(id, job.rows), job.seed, job.online)
+        return cls(job.settings, len(job.rows), job.dim, batches, job.tasks_in_round, classes)
 
     @property
     def parameters(self) -> int:
-        return parameter_count(self.settings, self.dim)
+        return parameter_count(self.settings, self.dim, self.classes)
 
     @property
     def head_steps(self) -> int:
@@ -124,9 +129,10 @@ class Workload:
     def stack_key(self, kernel: str) -> Hashable:
         """Heads with the same key can be trained in one stack, and gain by it."""
         settings = self.settings
-        if kernel == TORCH or not settings.is_trained:
+        if kernel == TORCH or not isinstance(settings, TrainedSettings):
             per_head = HEADS[settings.kind].per_head
-            return changed_settings(settings, **dict.fromkeys(per_head, 0)), self.tasks, self.tasks_in_round, self.dim
+            alike = changed_settings(settings, **dict.fromkeys(per_head, 0))
+            return alike, self.tasks, self.tasks_in_round, self.dim, self.classes
         fed = settings.steps, settings.batch_size, settings.samples, settings.feature_scale
         return fed, self.tasks, self.dim, self.batches
 
@@ -227,8 +233,8 @@ def execute(
 ) -> Iterator[tuple[int, Outcome]]:
     """Train every job as planned. Yields (number of the job, outcome) as stacks finish.
 
-    A plan with processes takes a pool, which needs the rows of the jobs on disk (`Rows.spilled`). Ridge is solved by
-    the caller's thread. `advance` is called with the number of head-steps that have just been done.
+    A plan with processes takes a pool, which needs the rows of the jobs on disk (`Rows.spilled`). Heads in closed
+    form are solved by the caller's thread. `advance` is called with the number of head-steps that have just been done.
     """
     for_workers = []
     for numbers in plan.stacks:

@@ -7,7 +7,16 @@ import pytest
 
 from probsurgery.pipeline.analysis import study as study_module
 from probsurgery.pipeline.analysis.study import STUDIES, study
-from probsurgery.pipeline.config import LOSSES, ProbSettings, SurgerySettings, SweepConfig
+from probsurgery.pipeline.config import (
+    LOSSES,
+    AffineSettings,
+    ClassifierSettings,
+    OrthogonalSettings,
+    ProbSettings,
+    RidgeSettings,
+    SurgerySettings,
+    SweepConfig,
+)
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.fitting.fit import fit_all
 from probsurgery.pipeline.heads.head import recorded
@@ -28,7 +37,10 @@ def quick(monkeypatch):
 
     def few_steps(configs, **other):
         asked.extend(configs)
-        heads = [replace(c.head, steps=min(c.head.steps, 3 + c.head.steps // 500)) for c in configs]
+        heads = [
+            replace(c.head, steps=min(c.head.steps, 3 + c.head.steps // 500)) if c.head.is_trained else c.head
+            for c in configs
+        ]
         return fit_all([replace(c, head=head) for c, head in zip(configs, heads, strict=True)], **other)
 
     monkeypatch.setattr(study_module, "fit_all", few_steps)
@@ -49,7 +61,9 @@ def test_every_study_runs_resumes_and_names_its_protocol(quick, small_cache, nam
     assert len(set(labels)) == len(labels)
     heads = [line for line in first.table.lines if line.kind == "measured"]
     assert len(heads) > 1
-    assert all({"a", "b", "Avg", "bias"} <= line.values.keys() for line in heads)
+    for line in heads:
+        expected = {"a", "b", "Avg"} | (set() if "FT-Classifier" in line.label else {"bias"})
+        assert expected == {column for column, value in line.values.items() if value is not None}
     rows = read_results(small_cache.path)
     assert heads[0].values["a"].seeds == 2
     assert {row.seed for row in rows} == {0, 1}
@@ -82,6 +96,18 @@ def test_equal_budgets_are_equal(small_cache):
     assert parameter_count(as_many, 512) == parameter_count(ProbSettings(), 512)
     for without in ({"samples": 0}, {"kl_weight": 0.0}, {"samples": 0, "kl_weight": 0.0}):
         assert ProbSettings(**without) in heads
+    assert {RidgeSettings(), AffineSettings(), OrthogonalSettings(), ClassifierSettings()} <= heads
+
+
+def test_classifiers_are_in_the_budget_where_every_task_has_one(quick, tmp_path):
+    def without(task, arrays):
+        return {kind: values for kind, values in arrays.items() if (task, kind) != ("b", "classifier")}
+
+    path = write_cache(tmp_path / "cache", {"a": 40, "b": 30}, change=without)
+    assert not study("budget", SweepConfig(path)).failures
+    assert "classifier" not in {config.head.kind for config in quick}
+    study("budget", SweepConfig(path, tasks=("a",)))
+    assert "classifier" in {config.head.kind for config in quick}
 
 
 def test_train_images_are_a_protocol_where_the_cache_has_them(quick, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from probsurgery.pipeline.analysis.transfer import transfer
-from probsurgery.pipeline.config import FitConfig, ProbSettings, SurgerySettings
+from probsurgery.pipeline.config import ClassifierSettings, FitConfig, ProbSettings, SurgerySettings
 from probsurgery.pipeline.fitting.fit import fit
 from probsurgery.pipeline.heads.head import load_head
 from probsurgery.pipeline.heads.metrics import accuracy
@@ -29,6 +29,7 @@ def caches(tmp_path_factory):
     other = write_cache(folder / "noisy", {"a": 90, "b": 60, "c": 50}, change=noisy)
     fit(FitConfig(clean, SURGERY, name="private"))
     fit(FitConfig(clean, ProbSettings(hidden=8, steps=60), tasks=("a", "b"), shared=True, name="of-two"))
+    fit(FitConfig(clean, ClassifierSettings(steps=60), name="classifier"))
     fit(FitConfig(other, SURGERY, name="there"))
     return clean, other
 
@@ -50,6 +51,17 @@ def test_every_head_on_every_task(caches):
             assert values[task] == percent(caches[0], head, task, fitted)
         assert values["elsewhere"] == pytest.approx(fmean(values[task] for task in "abc" if task != fitted))
     assert lines["fitted on a"]["a"] > lines["fitted on b"]["a"]
+
+
+def test_a_classifier_head_has_no_accuracy_on_other_classes(caches):
+    (table,) = [t for t in transfer(caches[0]) if "FT-Classifier" in t.title]
+    head, cache = load_head(caches[0] / "heads" / "classifier"), Cache(caches[0])
+    for line, fitted in zip(table.lines[2:], "abc", strict=True):
+        right = (head.logits(cache.features(fitted), fitted).argmax(-1) == cache.labels(fitted)).double().mean().item()
+        assert {column: value for column, value in line.values.items() if value is not None} == {fitted: 100 * right}
+    on_other = next(line.values for line in transfer(caches[0], [caches[1]])[-1].lines if "FT-Cl" in line.label)
+    assert None not in on_other.values()
+    assert on_other["a"] != table.lines[2].values["a"]
 
 
 def test_a_shared_head_on_a_task_that_it_was_not_fitted_on(caches):
@@ -77,7 +89,7 @@ def test_on_another_cache_beside_its_own_heads(caches):
 def test_the_command_and_bad_requests(caches, run, tmp_path):
     status, out, _ = run("transfer", "--cache", caches[0], "--on", caches[1], "--json")
     assert status == 0
-    assert len(json.loads(out)) == 3
+    assert len(json.loads(out)) == 4
     assert "fitted on a+b" in run("transfer", "--cache", caches[0])[1]
     empty = write_cache(tmp_path / "empty", {"a": 30})
     refused(run("transfer", "--cache", empty), "no head of", "probsurgery fit")

@@ -16,6 +16,7 @@ import probsurgery
 import processes
 from probsurgery.pipeline.config import (
     AffineSettings,
+    ClassifierSettings,
     ExtractConfig,
     FitConfig,
     OrthogonalSettings,
@@ -48,6 +49,7 @@ HEADS = {
     "affine": {"head": AffineSettings()},
     "orthogonal": {"head": OrthogonalSettings()},
     "shared": {"head": ProbSettings(hidden=8, steps=60), "shared": True},
+    "classifier": {"head": ClassifierSettings(steps=60)},
     "scaled": {"head": ProbSettings(hidden=8, steps=60, feature_scale=4.0)},
 }
 
@@ -99,8 +101,10 @@ def test_from_images_it_gives_what_the_cache_gives(cache, images, tmp_path, name
             expected = head(opened.features(task), task)
             assert torch.allclose(features, expected, atol=1e-5, rtol=0)
             right = (logits.argmax(-1) == opened.labels(task)).double().mean().item()
-            assert right == probsurgery.accuracy(expected, opened.classifier(task), opened.labels(task))
-            assert not torch.allclose(features, opened.features(task), atol=1e-2, rtol=0)
+            classifier = head.classifiers.get(task, opened.classifier(task))
+            assert right == probsurgery.accuracy(expected, classifier, opened.labels(task))
+            changes = not torch.allclose(features, opened.features(task), atol=1e-2, rtol=0)
+            assert changes == head.settings.corrects_features
 
 
 @pytest.fixture
@@ -419,7 +423,7 @@ def test_weights_of_another_shape_are_refused(model):
         load_model(model / "none")
 
 
-@pytest.mark.parametrize("name", ["prob", "ridge"])
+@pytest.mark.parametrize("name", ["prob", "ridge", "classifier"])
 def test_onnx_files_give_what_torch_gives(cache, images, run, tmp_path, name):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)

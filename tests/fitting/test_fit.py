@@ -13,6 +13,7 @@ from probsurgery.pipeline import device
 from probsurgery.pipeline.analysis.report import report
 from probsurgery.pipeline.config import (
     AffineSettings,
+    ClassifierSettings,
     ExtractConfig,
     FitConfig,
     OrthogonalSettings,
@@ -34,7 +35,7 @@ from probsurgery.pipeline.store.manifest import write_manifest
 from probsurgery.pipeline.store.results import read_results
 from probsurgery.pipeline.training.batches import Job, Rows
 from probsurgery.pipeline.training.plan import fit_heads
-from support import damage, identity, opened, write_cache
+from support import damage, identity, opened, refused, write_cache
 
 PROB = ProbSettings(hidden=8, steps=60)
 SURGERY = SurgerySettings(rank=4, steps=60)
@@ -68,6 +69,50 @@ def test_a_fit_writes_its_head_and_one_row_for_each_task(small_cache, settings):
         assert row.protocol == "transductive"
 
 
+def test_a_classifier_head_is_the_task_s_classifier(small_cache):
+    """Its accuracy is that of merged features under the new classifier, and it has no bias."""
+    result = fit(FitConfig(small_cache.path, ClassifierSettings(steps=60)))
+    assert read_results(small_cache.path) == result.rows
+    lines = [json.loads(line) for line in (small_cache.path / "results.jsonl").read_text().splitlines()]
+    assert [line["bias"]["after"] for line in lines] == [None, None]
+    head = load_head(result.path)
+    for row in result.rows:
+        task, labels = row.task, small_cache.labels(row.task)
+        merged, old = small_cache.features(task), small_cache.classifier(task)
+        assert torch.equal(head(merged, task), merged)
+        assert row.accuracy.head == (head.logits(merged, task).argmax(-1) == labels).double().mean().item()
+        assert row.accuracy.merged == accuracy(merged, old, labels)
+        assert row.bias.before == representation_bias(merged, small_cache.features(task, "expert"))
+        assert row.parameters == 3 * (16 + 1)
+        assert row.plan.kernel == "torch"
+        assert head.classifiers[task].normalise
+    assert fit(FitConfig(small_cache.path, ClassifierSettings(steps=60))).repeated
+
+
+def test_a_classifier_head_needs_a_classifier(tmp_path, run):
+    def without(task, arrays):
+        return {kind: values for kind, values in arrays.items() if (task, kind) != ("b", "classifier")}
+
+    path = write_cache(tmp_path / "cache", {"a": 40, "b": 30}, change=without)
+    before = sorted(path.rglob("*"))
+    words = "holds no classifier of b, at which a classifier head starts; leave it out with --tasks"
+    refused(run("fit", "--cache", path, "--head", "classifier"), words)
+    assert sorted(path.rglob("*")) == before
+    assert run("fit", "--cache", path, "--head", "classifier", "--tasks", "a", "--steps", 5)[0] == 0
+
+
+def test_a_classifier_of_plain_features_and_a_bias_stays_one(tmp_path):
+    def plain(task, arrays):
+        return arrays | {"bias": np.array([1.0, 0.0, -1.0], "float32"), "normalise": False}
+
+    path = write_cache(tmp_path / "cache", {"a": 90}, change=plain)
+    (row,) = (result := fit(FitConfig(path, ClassifierSettings(steps=200), holdout=0.2))).rows
+    assert result.head.classifiers["a"].normalise is False
+    assert row.accuracy.head > row.accuracy.merged
+    (online,) = fit(FitConfig(path, ClassifierSettings(), online=True, fraction=0.5)).rows
+    assert (online.fit_rows, online.settings["batch_size"]) == (45, 1)
+
+
 def test_both_stores_give_the_same_head(tmp_path):
     paths = [write_cache(tmp_path / store, {"a": 60, "b": 11}, store) for store in ("zarr", "hdf5")]
     first, second = (fit(FitConfig(path, PROB)) for path in paths)
@@ -80,7 +125,8 @@ def test_labels_change_the_accuracy_and_nothing_of_the_fit(tmp_path):
 
     straight = write_cache(tmp_path / "straight", {"a": 200, "b": 80})
     permuted = write_cache(tmp_path / "permuted", {"a": 200, "b": 80}, change=permute)
-    for settings in (PROB, SURGERY, RidgeSettings(), AffineSettings(), OrthogonalSettings()):
+    closed = (RidgeSettings(), AffineSettings(), OrthogonalSettings())
+    for settings in (PROB, SURGERY, *closed, ClassifierSettings(steps=60)):
         for other in ({}, {"holdout": 0.25, "fraction": 0.5}):
             first, second = (fit(FitConfig(path, settings, **other)) for path in (straight, permuted))
             assert head_bytes(first) == head_bytes(second)
@@ -297,6 +343,8 @@ def test_default_names_tell_settings_apart():
         FitConfig(cache=None, head=SurgerySettings(optimizer="joint")),
         FitConfig(cache=None, head=RidgeSettings()),
         FitConfig(cache=None, head=RidgeSettings(penalty=0.5)),
+        FitConfig(cache=None, head=OrthogonalSettings()),
+        FitConfig(cache=None, head=ClassifierSettings(lr=0.001)),
         FitConfig(cache=None, head=ProbSettings(kl_weight=0, lr=1e-4), seed=2, shared=True, holdout=0.2, fraction=0.1),
     ]
     assert [c.default_name() for c in configs] == [
@@ -306,6 +354,8 @@ def test_default_names_tell_settings_apart():
         "surgery-r16-joint",
         "ridge",
         "ridge-penalty0.5",
+        "orthogonal",
+        "classifier-lr0.001",
         "prob-h128-lr0.0001-kl0-shared-holdout0.2-fraction0.1-seed2",
     ]
 

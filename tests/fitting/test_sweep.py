@@ -305,7 +305,7 @@ def test_several_kinds_of_head_in_one_table(small_cache, run):
         (("--optimizer", "joint,both"), ["unknown optimizer 'both'", "separate, joint"]),
         (("--optimizer", "joint", "--shared"), ["--optimizer joint is for heads of one task each"]),
         (("--rank", "4,8"), ["--rank is not a setting of prob heads"]),
-        (("--head", "ridge", "--shared"), ["--shared is for heads trained step by step"]),
+        (("--head", "ridge", "--shared"), ["--shared is for heads that correct features step by step"]),
         (("--workers", "-1"), ["--workers is -1"]),
         (("--device", "tpu"), ["unknown device 'tpu'"]),
         (("--tf32", "--device", "cpu"), ["--tf32 is for CUDA devices"]),

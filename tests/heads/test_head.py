@@ -7,7 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from probsurgery.pipeline.config import HEAD_SETTINGS, ProbSettings, RidgeSettings, SurgerySettings, head_settings
+from probsurgery.pipeline.classifier import Classifier
+from probsurgery.pipeline.config import (
+    HEAD_SETTINGS,
+    ClassifierSettings,
+    ProbSettings,
+    RidgeSettings,
+    SurgerySettings,
+    head_settings,
+)
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.heads.head import FitRecord, Head, load_head
 from probsurgery.pipeline.heads.kinds import HEADS, initial_params, parameter_count
@@ -20,7 +28,10 @@ FITS = {"tasks": ["a"], "penalty": None, "loss_curve": [[64, 0.5]]}
 def random_head(settings, tasks=("a", "b")):
     shapes = HEADS[settings.kind].shapes(settings, DIM)
     params = {name: torch.randn(len(tasks), *shape) for name, shape in shapes.items()}
-    return Head(settings, tasks, DIM, params, record=FitRecord(request={"seed": 0}))
+    own = {}
+    if not settings.corrects_features:  # tasks of other numbers of classes, and one without a bias
+        own = {task: Classifier(torch.randn(3 + n, DIM), torch.randn(3 + n) * n, n < 1) for n, task in enumerate(tasks)}
+    return Head(settings, tasks, DIM, params, record=FitRecord(request={"seed": 0}), classifiers=own)
 
 
 def test_surgery_is_the_papers_formula():
@@ -43,6 +54,40 @@ def test_ridge_is_an_affine_map():
     assert torch.allclose(head(z, "a"), z @ weight.T + bias, atol=1e-5)
 
 
+def test_a_classifier_head_leaves_features_and_has_logits_of_its_own():
+    head, z = random_head(ClassifierSettings()), torch.randn(5, DIM)
+    assert torch.equal(head(z, "a"), z)
+    own = head.classifiers["a"]
+    assert torch.allclose(head.logits(z, "a"), torch.nn.functional.normalize(z, dim=-1) @ own.weight.T, atol=1e-5)
+    own = head.classifiers["b"]
+    assert torch.allclose(head.logits(z, "b"), z @ own.weight.T + own.bias, atol=1e-5)
+    with pytest.raises(InputError, match="no head for task 'c'"):
+        head.logits(z, "c")
+    with pytest.raises(InputError, match="surgery heads have no classifier; correct the features"):
+        random_head(SurgerySettings()).logits(z, "a")
+
+
+def test_damaged_classifier_heads_are_refused(tmp_path):
+    random_head(ClassifierSettings()).save(tmp_path)
+    tensors, plain = load_file(tmp_path / "head.safetensors"), json.loads((tmp_path / "head.json").read_text())
+    assert plain["classes"] == {"a": 3, "b": 4}
+    for bad, words in (
+        ({"classes": {"a": 3}}, "how many classes each of its tasks has"),
+        ({"classes": {"a": 3, "b": 4, "c": 5}}, "how many classes each of its tasks has"),
+        ({"shared": True}, "how many classes each of its tasks has"),
+        ({"classes": {"a": 3, "b": 0}}, "classes"),
+        ({"classes": {"a": 4, "b": 3}}, "its settings ask for"),
+        ({"classes": {"a": 3, "b": 2**31}}, "but its settings ask for"),
+    ):
+        (tmp_path / "head.json").write_text(json.dumps(plain | bad))
+        with pytest.raises(InputError, match=words):
+            load_head(tmp_path)
+    (tmp_path / "head.json").write_text(json.dumps(plain))
+    save_file({n: t for n, t in tensors.items() if n != "bias/b"}, tmp_path / "head.safetensors")
+    with pytest.raises(InputError, match="its settings ask for"):
+        load_head(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["surgery", "prob"])
 def test_a_new_head_changes_nothing_and_starts_within_kaimings_bound(name):
     settings = head_settings(name)
@@ -59,6 +104,7 @@ def test_parameter_counts_are_the_protocols():
     assert parameter_count(ProbSettings(), 768) == 294_912
     assert parameter_count(SurgerySettings(), 512) == 16_384
     assert parameter_count(SurgerySettings(), 768) == 24_576
+    assert parameter_count(ClassifierSettings(), 512, classes=10) == 5_130
 
 
 @pytest.mark.parametrize("settings", [kind() for kind in HEAD_SETTINGS.values()])
@@ -68,6 +114,9 @@ def test_saved_and_loaded_heads_give_the_same_output(tmp_path, settings):
     again = load_head(tmp_path)
     assert again.settings == settings
     assert again.record == head.record
+    assert {task: c.digest for task, c in again.classifiers.items()} == {
+        t: c.digest for t, c in head.classifiers.items()
+    }
     for task in head.tasks:
         assert torch.equal(again(z, task), head(z, task))
     assert torch.equal(load_head(tmp_path / "head.safetensors")(z, "a"), head(z, "a"))
