@@ -78,7 +78,7 @@ def head_requests(config: FitConfig, cache: Cache, *, keep_heads: bool) -> tuple
         batches = (tasks, config.seed, config.fraction, config.holdout, config.online)
         joint = settings.optimizer == "joint"
         in_round = len(cache.identity.tasks) if joint else 1
-        classes = 0 if settings.corrects_features else cache.manifest.tasks[tasks[0]].classes
+        classes = 0 if settings.corrects_features else cache.manifest.arrays[f"classifiers/{tasks[0]}"].shape[0]
         workload = Workload(settings, len(tasks), cache.dim, batches, in_round, classes)
         requests.append(HeadRequest(config, name, tasks, workload, fingerprint(description(config, cache, tasks))))
     return tuple(requests)
