@@ -64,6 +64,12 @@ def test_every_format_of_a_report(fitted, run, tmp_path):
     assert (costs["parameters"], costs["all heads"]) == ("34 to 51", 34 + 51)
 
 
+def test_an_online_head_names_no_steps_and_no_batch_size(cache, run):
+    assert run("fit", "--cache", cache, "--head", "classifier", "--online")[0] == 0
+    (result,) = report(cache)
+    assert result.accuracy.lines[-1].label == "+ FT-Classifier"
+
+
 def test_fits_sweeps_figures_and_analyses(fitted, run, tmp_path):
     status, out, err = run("fit", "--cache", fitted, *CLASSIFIER, "--seed", 1)
     assert status == 0, err
@@ -74,8 +80,8 @@ def test_fits_sweeps_figures_and_analyses(fitted, run, tmp_path):
     assert run("sweep", "--cache", fitted, *CLASSIFIER[:2], "--steps", "5,10", "--lr", "0.01,0.1")[0] == 0
     reports = report(fitted)
     drawn = draw(reports, tmp_path / "figures", uncertainties(Cache(fitted)))
+    assert NAME not in next(path for path in drawn if path.stem == "bias").with_suffix(".svg").read_text()
     assert {path.stem for path in drawn} >= {"bias", "steps", "lr"}
     shown = projection(Cache(fitted))
     assert (shown is None) == ("surgery" not in " ".join(path.name for path in (fitted / "heads").iterdir()))
-    assert run("report", "--cache", fitted, "--plots", tmp_path / "plots")[0] == 0
     assert run("transfer", "--cache", fitted, "--on", fitted)[0] == 0
