@@ -20,7 +20,9 @@ JOBS ?= 3
 demo: .venv/installed
 	$(BIN)/probsurgery extract --arch mini --out $(CACHE)
 	$(BIN)/probsurgery fit --cache $(CACHE)
+	$(BIN)/probsurgery fit --cache $(CACHE) --optimizer joint
 	$(BIN)/probsurgery fit --cache $(CACHE) --head surgery
+	$(BIN)/probsurgery fit --cache $(CACHE) --head surgery --optimizer joint
 	$(BIN)/probsurgery fit --cache $(CACHE) --head surgery --rank 128 --steps 5000
 	$(BIN)/probsurgery fit --cache $(CACHE) --head ridge
 	$(BIN)/probsurgery report --cache $(CACHE)
