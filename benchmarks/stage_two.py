@@ -196,7 +196,7 @@ def step_times(rate: float) -> None:
         merged = torch.randn(4_000, dim)
         job = Job((Rows("t", merged, merged + 0.3 * torch.randn(4_000, dim)),), settings)
         feed, start = Feed([job], cpu, ahead=False), initial_params(settings, dim, torch.Generator())
-        runs = [make_stack(kernel, [settings], [start], cpu, graph=False)[1] for kernel in kernels]
+        runs = [make_stack(kernel, [job], [start], cpu, graph=False)[1] for kernel in kernels]
         times: list[list[float]] = [[] for _ in runs]
         torch.set_num_threads(1)
         with torch.no_grad():
