@@ -107,6 +107,8 @@ def _info_lines(cache: Cache, size: int) -> Iterator[str]:
     if merge.method == IMPORTED:
         what = "imported features" + (f" of {identity.arch}" if identity.arch != IMPORTED else "")
     yield f"{cache.path}: {what}, d={cache.dim}"
+    if manifest.merge.chosen:
+        yield "chosen on images: " + ", ".join(f"{key}={value:g}" for key, value in manifest.merge.chosen.items())
     if identity.corruption:
         yield f"images corrupted by {identity.corruption}"
     encoded = f"; encoded in {identity.precision}" if identity.precision else ""

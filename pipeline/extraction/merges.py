@@ -260,7 +260,7 @@ def make_merge(
         names = tuple(task.name for task in tasks), tuple(pretrained)
         coefficients = coefficients.named(*_first(request), *names)
     identity = replace(request.identity, digest=digest(merged.state))
-    record = MergeRecord(seconds, entropy)
+    record = MergeRecord(seconds, entropy, chosen=dict(merged.chosen))
     return MergedModel(request, merged.state, identity, record, coefficients, request.is_kept)
 
 

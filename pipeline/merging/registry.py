@@ -24,6 +24,7 @@ from probsurgery.pipeline.merging.consensus import consensus_ta
 from probsurgery.pipeline.merging.fisher import fisher
 from probsurgery.pipeline.merging.method import Method, Setting, Value
 from probsurgery.pipeline.merging.regmean import regmean
+from probsurgery.pipeline.merging.rescale import rescale
 from probsurgery.pipeline.merging.sparse import COUNTED, breadcrumbs, dare, ties
 from probsurgery.pipeline.merging.spectral import iso_c, iso_cts, svc, tsv_m, wudi
 from probsurgery.pipeline.merging.vectors import ImageStream, Machine, Merged
@@ -85,7 +86,12 @@ _CONSENSUS = {
     "threshold": Setting(0.4, "size from which a task uses an entry, relative to all other tasks' sum", 0, 1e3),
     "least": Setting(2, "number of tasks that must use an entry", 1, 1000),
 }
+_BY = ("distance", "entropy")
 _SVC = {"alpha": Setting(0.0, "least that a task counts along a singular vector; 0: 1 / number of tasks", 0, 1), **_QKV}
+_RESCALE = {
+    "by": Setting("distance", "what is least: distance to experts' features, or entropy", choices=_BY),
+    **_images(64),
+}
 _REGMEAN = {**_images(256), "off_diagonal": Setting(0.9, "factor of the Gram matrices' off-diagonal entries", 0, 1)}
 
 METHODS: dict[str, Method] = {
@@ -138,6 +144,15 @@ METHODS: dict[str, Method] = {
         svc,
         _SVC,
         computes=True,
+        follows=True,
+    ),
+    "rescale": Method(
+        "factor of a merge's update, chosen on unlabelled images",
+        "ours",
+        rescale,
+        _RESCALE,
+        learns=True,
+        classifies=False,
         follows=True,
     ),
     "traditional-mtl": Method("multi-task learning: one encoder fine-tuned on all tasks", "Surgery, Tab. 1", None),
@@ -321,6 +336,10 @@ def merge(
         inputs += [stream, coefficients] if row.takes_coefficients else [stream] if row.learns else []
         with torch.set_grad_enabled(row.learns):
             made = row.function(pretrained, experts, *inputs, **chain.own(name, settings))
-        entropy = merged.entropy + made.entropy
-        merged = replace(made, entropy=entropy, coefficients=made.coefficients or merged.coefficients)
+        merged = replace(
+            made,
+            entropy=merged.entropy + made.entropy,
+            coefficients=made.coefficients or merged.coefficients,
+            chosen={**merged.chosen, **{f"{name}.{key}": value for key, value in made.chosen.items()}},
+        )
     return merged

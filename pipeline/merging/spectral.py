@@ -57,7 +57,7 @@ def iso_c(pretrained: StateDict, experts: Experts, machine: Machine, *, scale: f
     """
 
     def combine(taus: Tensor, noise: list[float]) -> Tensor:
-        left, sizes, right = factors(taus.sum(0, dtype=torch.float64), math.hypot(*noise))
+        left, sizes, right = factors(_sum(taus), math.hypot(*noise))
         return sizes.sum() / max(1, len(sizes)) * (left @ right.T)
 
     return _merge(pretrained, experts, machine, combine, scale, qkv)
@@ -75,7 +75,7 @@ def iso_cts(
     """
 
     def combine(taus: Tensor, noise: list[float]) -> Tensor:
-        left, sizes, right = factors(taus.sum(0, dtype=torch.float64), math.hypot(*noise))
+        left, sizes, right = factors(_sum(taus), math.hypot(*noise))
         rank = len(sizes)
         each = round((rank - int(common * rank)) / len(taus))
         kept = max(0, rank - each * len(taus))
@@ -105,7 +105,7 @@ def wudi(
     """
 
     def combine(taus: Tensor, noise: list[float]) -> Tensor:
-        start = taus.sum(0, dtype=torch.float64)
+        start = _sum(taus)
         gram = start.new_zeros(start.shape[1], start.shape[1])
         for tau in taus:
             gram += tau.double().T @ (tau.double() / _square(tau))
@@ -124,6 +124,14 @@ def wudi(
         return start + (wanted / values - start @ vectors) * filters @ vectors.T
 
     return _merge(pretrained, experts, machine, combine, scale, qkv, is_merged=_in_block)
+
+
+def _sum(taus: Tensor) -> Tensor:
+    """The sum of task vectors in float64, which holds one of them in float64 at a time."""
+    summed = torch.zeros_like(taus[0], dtype=torch.float64)
+    for tau in taus:
+        summed += tau
+    return summed
 
 
 def _square(tau: Tensor) -> Tensor:

@@ -76,6 +76,8 @@ class Merged:
     entropy: tuple[float, ...] = ()
     """Mean entropy of the predictions before each step, in nats."""
     coefficients: Coefficients | None = None
+    chosen: Mapping[str, float] = field(default_factory=dict)
+    """Numbers that were chosen on images, by name."""
 
 
 def task_vector(pretrained: StateDict, expert: Mapping[str, Tensor], names: Iterable[str] | None = None) -> Vector:

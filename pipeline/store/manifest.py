@@ -156,6 +156,8 @@ class MergeRecord(Record, frozen=True):
     images: Mapping[str, str] = {}
     """Fingerprints of the images that it learned from, by task; by `split/task` if its parts used different splits."""
     files: Mapping[LearnedFile, Seal] = {}
+    chosen: Mapping[Name, float] = {}
+    """Numbers that were chosen on images, such as `rescale.factor`."""
     coefficients: Mapping[str, float | tuple[float, ...]] | None = None
 
 

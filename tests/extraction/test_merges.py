@@ -147,6 +147,16 @@ def test_a_setting_may_name_the_part_that_it_is_for(tmp_path):
 # What is learned is kept
 
 
+def test_what_was_chosen_on_images_is_recorded(tmp_path, run):
+    arguments = ("extract", "--arch", "mini", "--tasks", "digits8,texture", "--limit", "20", "--root", str(tmp_path))
+    code, out, _ = run(*arguments, "--merge", "ta+rescale", "--merge-arg", "images=8")
+    assert code == 0
+    path = out.partition(": written")[0]
+    (chosen,) = Cache(path).manifest.merge.chosen.items()
+    assert chosen[0] == "rescale.factor"
+    assert f"chosen on images: rescale.factor={chosen[1]:g}" in run("cache", "info", path)[1]
+
+
 @pytest.mark.parametrize("given", [None, "coefficients.json"])
 def test_what_depends_on_the_machine_is_merged_once(tmp_path, monkeypatch, given):
     method, settings = ("tsv-m", {}) if given is None else ("tw-adamerging+svc", {"merge_args": {}})

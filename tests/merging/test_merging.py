@@ -14,6 +14,7 @@ from probsurgery.pipeline.merging.fisher import add_squares
 from probsurgery.pipeline.merging.method import Method, Setting
 from probsurgery.pipeline.merging.registry import METHODS, Coefficients, ImageStream, find_merge, merge
 from probsurgery.pipeline.merging.regmean import InputGrams
+from probsurgery.pipeline.merging.rescale import FACTORS
 from probsurgery.pipeline.merging.sparse import magnitude_threshold, share_of, ties_vectors
 from probsurgery.pipeline.merging.vectors import Merged
 from probsurgery.pipeline.progress import no_progress
@@ -40,6 +41,7 @@ AT_FULL_WEIGHT = {
     "tsv-m": {},
     "wudi": {},
     "wa+svc": {},
+    "wa+rescale": {},
 }
 
 
@@ -166,7 +168,7 @@ def followers(monkeypatch):
     }
     for name, row in rows.items():
         monkeypatch.setitem(METHODS, name, row)
-    monkeypatch.setattr(registry, "FOLLOWERS", ("svc", *rows))
+    monkeypatch.setattr(registry, "FOLLOWERS", ("svc", "rescale", *rows))
     return seen
 
 
@@ -244,6 +246,30 @@ def test_svc_divides_a_direction_by_how_often_the_tasks_count_it():
     experts = [{"w": tau} for tau in apart]  # each direction is one task's, and nothing of the other's: 2 / (1 + 1/2)
     found = merge("ta+svc", {"w": torch.zeros(3, 3)}, experts, **{"ta.scale": 1.0}).state["w"]
     assert torch.allclose(found, (apart[0] + apart[1]) * 4 / 3, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
+def test_rescaling_finds_the_factor_at_which_the_features_are_the_experts(scale):
+    expert = {"task1": EXPERTS["task1"]}
+    found = merge("ta+rescale", BASE, expert, make_stream(expert), scale=scale, images=20)
+    assert found.chosen == {"rescale.factor": 1 / scale}
+    assert close(found.state, EXPERTS["task1"])
+
+
+def test_rescaling_by_entropy_takes_the_surest_of_all_factors():
+    stream = make_stream()
+    found = merge("wa+rescale", BASE, EXPERTS, stream, by="entropy", images=20)
+    whole, least = merge("wa", BASE, EXPERTS).state, {}
+    for factor in FACTORS:
+        weights = {n: BASE[n] + factor * (whole[n] - BASE[n]) for n in BASE}
+        images = {task: next(stream.take(task, "test", 20, 0))[0] for task in EXPERTS}
+        p = {task: stream.logits(weights, task, x).softmax(-1) for task, x in images.items()}
+        least[factor] = sum(-(q * q.log()).sum(-1).mean() for q in p.values())
+    assert found.chosen == {"rescale.factor": min(least, key=least.get)}
+    stream = make_stream(list(EXPERTS)[1:])
+    merge("wa+rescale", BASE, EXPERTS, stream, images=20)
+    with pytest.raises(InputError, match="task1 has no classifier; use by=distance"):
+        merge("wa+rescale", BASE, EXPERTS, stream, by="entropy", images=20)
 
 
 # TIES, DARE, Breadcrumbs
