@@ -4,15 +4,13 @@ Holds the sums of experts, of Gram matrices and of their products with the weigh
 Gram matrices on the device. Matrices are float64; a ViT-L/14's have 1.6 times the model's entries. In total 13 P.
 """
 
-from typing import Any
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from probsurgery.pipeline.merging.layers import LayerInputs
 from probsurgery.pipeline.merging.vectors import Experts, ImageStream, Merged, StateDict, add_to
-
-_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 
 
 def regmean(
@@ -61,46 +59,16 @@ def regmean(
     return Merged({name: means[name] for name in pretrained})
 
 
-class InputGrams(TorchDispatchMode):
-    """A context that sums the Gram matrix X^T X of the inputs X (rows, in) of each weight of a state dict.
+class InputGrams(LayerInputs):
+    """A context that sums the Gram matrix X^T X of the inputs X (rows, in) of each matrix of a state dict."""
 
-    It intercepts the matrix products themselves: attention applies both of its weights inside one function, which
-    module hooks do not reach.
-    """
-
-    def __init__(self, state: StateDict) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._weights = {(t.data_ptr(), t.numel()): (name, t) for name, t in state.items() if t.ndim == 2}
+    def __init__(self, state: StateDict, end: Collection[str] = ()) -> None:
         self.grams: StateDict = {}
-        self.transposed: set[str] = set()
-        """Weights that are stored as (out, in) instead of (in, out)."""
+        super().__init__({name: t for name, t in state.items() if t.ndim == 2 or name in end}, self._add, end)
 
-    def __enter__(self) -> "InputGrams":
-        self._fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # one fused kernel hides its products
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        torch.backends.mha.set_fastpath_enabled(self._fast)
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _PRODUCTS:
-            self._add(*args[-2:])
-        return func(*args, **(kwargs or {}))
-
-    def _add(self, inputs: Tensor, factor: Tensor) -> None:
-        """Add the inputs (..., in) of a product with `factor` (in, out), if that is a weight or a transposed one."""
-        if factor.ndim == 3 and factor.stride(0) == 0:  # one matrix, expanded over the batch
-            factor = factor[0]
-        name, weight = self._weights.get((factor.data_ptr(), factor.numel()), (None, factor))
-        if name is None:
-            return
-        rows = inputs.reshape(-1, inputs.shape[-1]).double()
+    def _add(self, name: str, inputs: Tensor) -> None:
+        rows = inputs.double()
         add_to(self.grams, name, rows.T @ rows)
-        if factor.shape == weight.T.shape and factor.stride() == weight.T.stride():
-            self.transposed.add(name)
 
 
 def _solve(gram: Tensor, product: Tensor, mean: Tensor) -> Tensor:
