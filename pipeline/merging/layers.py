@@ -12,14 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from probsurgery.pipeline.merging.vectors import ImageStream, StateDict
 
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
-_NORM = torch.ops.aten.native_layer_norm.default
+_NORM, _NORM_BACKWARD = torch.ops.aten.native_layer_norm.default, torch.ops.aten.native_layer_norm_backward.default
 
 
 class LayerInputs(TorchDispatchMode):
     """A context that shows what each linear layer and layer norm of a state dict is given.
 
     `see` is called with a weight's name and the inputs (rows, in) that it is multiplied with, those of a layer norm
-    normalised. In a backward pass it is called with the gradients (rows, out) of a linear layer's outputs. The products
+    normalised. In a backward pass it is called with the gradients (rows, out) of a layer's outputs. The products
     themselves are intercepted: attention applies both of its weights inside one function, which module hooks do not
     reach. The context ends quietly at the first layer of `end`.
     """
@@ -49,8 +49,9 @@ class LayerInputs(TorchDispatchMode):
             self._use(*args[-2:])
         result = func(*args, **(kwargs or {}))
         if func is _NORM and args[2] is not None:
-            inputs, mean, deviation = args[0], *result[1:]
-            self._use((inputs - mean) * deviation, args[2])
+            self._use((args[0] - result[1]) * result[2], args[2])  # the mean, and 1 / the deviation
+        elif func is _NORM_BACKWARD and args[5] is not None:
+            self._use(args[0], args[5])
         return result
 
     def _use(self, inputs: Tensor, factor: Tensor) -> None:
@@ -73,8 +74,10 @@ class _EndReached(Exception):
 
 @dataclass(frozen=True)
 class Block:
-    """A block of an encoder: layers between whose inputs nothing is merged."""
+    """A block of an encoder: layers that are merged at once, given the blocks before it."""
 
+    number: str
+    """The beginning of its tensors' names, up to the number; empty for layers outside the numbered blocks."""
     names: tuple[str, ...]
     """Its tensors, in the state dict's order."""
     layers: tuple[str, ...]
@@ -101,16 +104,16 @@ def blocks(stream: ImageStream, state: StateDict, images: Tensor) -> list[Block]
     found, left = [], set(order)
     for index, (key, layers) in enumerate(runs):
         left -= set(layers)
-        own = {*layers, *filter(None, map(bias_name, layers))}
+        own = {*layers, *map(bias_name, layers)}
         names = tuple(name for name in state if (_numbered(name) == key if key else name in own))
         transposed = frozenset(watch.transposed.intersection(layers))
-        found.append(Block(names, layers, transposed, frozenset(left), index >= last))
+        found.append(Block(key, names, layers, transposed, frozenset(left), index >= last))
     return found
 
 
-def bias_name(weight: str) -> str | None:
+def bias_name(weight: str) -> str:
     """What the bias of a layer is called, if it has one."""
-    return weight.removesuffix("weight") + "bias" if weight.endswith("weight") else None
+    return weight.removesuffix("weight") + "bias"
 
 
 def _numbered(name: str) -> str:

@@ -21,9 +21,10 @@ from probsurgery.pipeline.merging.arithmetic import task_arithmetic, weight_aver
 from probsurgery.pipeline.merging.coefficients import Coefficients
 from probsurgery.pipeline.merging.concrete import concrete_am, concrete_ta
 from probsurgery.pipeline.merging.consensus import consensus_ta
+from probsurgery.pipeline.merging.featcal import featcal
 from probsurgery.pipeline.merging.fisher import fisher
 from probsurgery.pipeline.merging.method import Method, Setting, Value
-from probsurgery.pipeline.merging.regmean import regmean
+from probsurgery.pipeline.merging.regmean import regmean, regmean_plus_plus
 from probsurgery.pipeline.merging.rescale import rescale
 from probsurgery.pipeline.merging.sparse import COUNTED, breadcrumbs, dare, ties
 from probsurgery.pipeline.merging.spectral import iso_c, iso_cts, svc, tsv_m, wudi
@@ -93,6 +94,14 @@ _RESCALE = {
     **_images(64),
 }
 _REGMEAN = {**_images(256), "off_diagonal": Setting(0.9, "factor of the Gram matrices' off-diagonal entries", 0, 1)}
+_FEATCAL = {
+    **_images(256),
+    "split": Setting("train", _SPLIT.description, choices=SPLITS),
+    "ridge": Setting(0.05, "weight of the anchor (lambda)", 1e-8, 1e8),
+    "anchor": Setting(2.2, "the anchor is this times the merged weights, the rest pre-trained (rho)", -100, 100),
+    "blend": Setting(0.25, "share of the expert's inputs in those of the targets (alpha)", 0, 1),
+    "outside": Setting(False, "refit the layers outside the blocks too: layer norms, the projection"),
+}
 
 METHODS: dict[str, Method] = {
     "wa": Method("weight averaging", "Wortsman et al., ICML 2022, arxiv.org/abs/2203.05482", weight_averaging),
@@ -128,6 +137,14 @@ METHODS: dict[str, Method] = {
     "regmean": Method(
         "RegMean", "Jin et al., ICLR 2023, arxiv.org/abs/2212.09849", regmean, _REGMEAN, learns=True, classifies=False
     ),
+    "regmean++": Method(
+        "RegMean, block by block",
+        "Nguyen et al., 2025, arxiv.org/abs/2508.03121",
+        regmean_plus_plus,
+        _REGMEAN,
+        learns=True,
+        classifies=False,
+    ),
     "tw-adamerging": Method("task-wise AdaMerging", _ADA, _TASK_WISE, _COEFFICIENTS, learns=True),
     "lw-adamerging": Method("layer-wise AdaMerging", _ADA, _LAYER_WISE, _COEFFICIENTS, learns=True),
     "tw-adamerging++": Method("task-wise AdaMerging of TIES vectors", _ADA, _TASK_WISE, _PROCESSED, learns=True),
@@ -151,6 +168,15 @@ METHODS: dict[str, Method] = {
         "ours",
         rescale,
         _RESCALE,
+        learns=True,
+        classifies=False,
+        follows=True,
+    ),
+    "featcal": Method(
+        "feature calibration",
+        "Gu et al., 2026, arxiv.org/abs/2605.13030",
+        featcal,
+        _FEATCAL,
         learns=True,
         classifies=False,
         follows=True,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.merging.coefficients import Coefficients
 from probsurgery.pipeline.progress import Progress, no_progress
 
+Key = TypeVar("Key")
 StateDict = dict[str, Tensor]
 Experts = Mapping[str, Mapping[str, Tensor]]
 """State dicts by task."""
@@ -120,7 +122,7 @@ def add_vectors(pretrained: StateDict, vectors: Iterable[Vector], scale: float =
     return Merged(add(pretrained, total(pretrained, vectors), scale))
 
 
-def add_to(sums: StateDict, name: str, tensor: Tensor) -> None:
+def add_to(sums: dict[Key, Tensor], name: Key, tensor: Tensor) -> None:
     """Add a tensor to the sum under this name. The first tensor becomes the sum and is changed by later calls."""
     sums[name] = sums[name].add_(tensor) if name in sums else tensor
 

@@ -31,6 +31,7 @@ AT_FULL_WEIGHT = {
     "breadcrumbs": {"scale": 1.0, "small": 0.0, "large": 0.0},
     "fisher": {},
     "regmean": {},
+    "regmean++": {},
     "tw-adamerging": {"initial": 1.0, "lr": 1e-9},
     "lw-adamerging": {"initial": 1.0, "lr": 1e-9},
     "tw-adamerging++": {"initial": 1.0, "keep": 1.0, "lr": 1e-9},
@@ -42,6 +43,7 @@ AT_FULL_WEIGHT = {
     "wudi": {},
     "wa+svc": {},
     "wa+rescale": {},
+    "wa+featcal": {"ridge": 1e-8, "anchor": 1.0},
 }
 
 
@@ -102,7 +104,7 @@ def test_experts_equal_to_the_base_give_the_base(method):
     assert close(merged(method, BASE, dict.fromkeys(("task1", "task2", "task3"), BASE)).state, BASE, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["wa", "fisher", "regmean"])
+@pytest.mark.parametrize("method", ["wa", "fisher", "regmean", "regmean++"])
 def test_averages_of_identical_experts_are_the_expert(method):
     same = dict.fromkeys(("task1", "task2", "task3"), EXPERTS["task4"])
     assert close(merged(method, BASE, same).state, EXPERTS["task4"], atol=1e-4)
