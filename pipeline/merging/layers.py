@@ -99,13 +99,13 @@ def blocks(stream: ImageStream, state: StateDict, images: Tensor) -> list[Block]
     watch = LayerInputs(state, lambda name, _: order.setdefault(name))
     with torch.no_grad(), watch:
         stream.forward(state, images)
-    runs = [(key, tuple(layers)) for key, layers in groupby(order, _numbered)]
+    runs = [(key, tuple(layers)) for key, layers in groupby(order, block_of)]
     last = max((index for index, (key, _) in enumerate(runs) if key), default=0)
     found, left = [], set(order)
     for index, (key, layers) in enumerate(runs):
         left -= set(layers)
         own = {*layers, *map(bias_name, layers)}
-        names = tuple(name for name in state if (_numbered(name) == key if key else name in own))
+        names = tuple(name for name in state if (block_of(name) == key if key else name in own))
         transposed = frozenset(watch.transposed.intersection(layers))
         found.append(Block(key, names, layers, transposed, frozenset(left), index >= last))
     return found
@@ -116,7 +116,7 @@ def bias_name(weight: str) -> str:
     return weight.removesuffix("weight") + "bias"
 
 
-def _numbered(name: str) -> str:
+def block_of(name: str) -> str:
     """A tensor's name up to the first number, such as `transformer.resblocks.3`; empty if it has none."""
     parts = name.split(".")
     number = next((index for index, part in enumerate(parts) if part.isdigit()), None)

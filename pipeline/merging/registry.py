@@ -17,6 +17,7 @@ from torch import Tensor
 from probsurgery.pipeline.config import SPLITS, number_text
 from probsurgery.pipeline.errors import InputError, nearest, unknown
 from probsurgery.pipeline.merging.adamerging import adamerging
+from probsurgery.pipeline.merging.adarank import adarank
 from probsurgery.pipeline.merging.arithmetic import task_arithmetic, weight_averaging
 from probsurgery.pipeline.merging.coefficients import Coefficients
 from probsurgery.pipeline.merging.concrete import concrete_am, concrete_ta
@@ -154,6 +155,9 @@ METHODS: dict[str, Method] = {
     ),
     "concrete-am": Method(
         "Concrete layer-wise AdaMerging", _CONCRETE, concrete_am, _INITIAL | _TEMPERATURE | _adam(1000), learns=True
+    ),
+    "adarank": Method(
+        "AdaRank", "Lee et al., ICLR 2026, arxiv.org/abs/2503.22178", adarank, _COEFFICIENTS, learns=True
     ),
     "svc": Method(
         "singular value calibration",

@@ -36,6 +36,7 @@ AT_FULL_WEIGHT = {
     "lw-adamerging": {"initial": 1.0, "lr": 1e-9},
     "tw-adamerging++": {"initial": 1.0, "keep": 1.0, "lr": 1e-9},
     "lw-adamerging++": {"initial": 1.0, "keep": 1.0, "lr": 1e-9},
+    "adarank": {"initial": 1.0, "lr": 1e-9},
     "concrete-ta": {"scale": 1.0, "lr": 1e-9},
     "concrete-am": {"initial": 1.0, "lr": 1e-9},
     "consensus-ta": {"scale": 1.0},
@@ -424,7 +425,9 @@ def test_a_step_holds_one_copy_of_the_merged_model_and_no_gradients():
     assert all(others == [] for _, others in gradients)
 
 
-@pytest.mark.parametrize("method", ["tw-adamerging", "lw-adamerging", "lw-adamerging++", "concrete-ta", "concrete-am"])
+@pytest.mark.parametrize(
+    "method", ["tw-adamerging", "lw-adamerging", "lw-adamerging++", "adarank", "concrete-ta", "concrete-am"]
+)
 def test_entropy_falls(method):
     progress = []
     stream = make_stream(progress=lambda done, total, what, **_: progress.append((done, total, what)))
