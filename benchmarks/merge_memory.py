@@ -64,7 +64,7 @@ def measure(folder: Path, method: str, count: int) -> tuple[float, float]:
     stream = ImageStream(
         get_encoder("vitb32").functional(), {task: Classifier(torch.randn(10, 512)) for task in experts}, batches
     )
-    settings = {name: value for name, value in BRIEF.items() if name in row.settings}
+    settings = {name: value for name, value in BRIEF.items() if row.meant(name)}
     with torch.no_grad():
         stream.forward(pretrained, next(batches("", "", 2, 0))[0])  # loads libraries
     begun = time.perf_counter()

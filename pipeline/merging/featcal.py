@@ -1,6 +1,6 @@
 """FeatCal (Gu et al., 2026): the layers of a merged model are refitted to those of the experts, block by block.
 
-Holds theta_0, the merged model, one expert, and the sums of one block in float64: 4 P on CPU and device together; and
+Holds theta_0, the merged model, one expert, and the sums of one block in float64: 6 P on CPU and device together; and
 the images on the CPU, 0.6 MB each at 224 x 224. For each block, the images pass through the merged model and through
 their experts up to this block: in all about as many passes as encoding the images once for each block.
 """

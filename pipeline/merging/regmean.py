@@ -2,7 +2,7 @@
 
 RegMean holds the sums of experts, of Gram matrices and of their products with the weights on the CPU, and one expert
 and its Gram matrices on the device. Matrices are float64; a ViT-L/14's have 1.6 times the model's entries: 13 P in all.
-RegMean++ holds theta_0, the merged model, and these sums of one block, 3 P, and the images on the CPU, 0.6 MB each at
+RegMean++ holds theta_0, the merged model, and these sums of one block, 5.3 P, and the images on the CPU, 0.6 MB each at
 224 x 224. They pass through the model up to each block: half as many passes as encoding them once for each block.
 """
 
