@@ -314,7 +314,7 @@ def test_what_was_learned_goes_where_the_cache_goes(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", ["lw-adamerging++", "fisher", "regmean"])
+@pytest.mark.parametrize("method", ["lw-adamerging++", "fisher", "regmean", "regmean++", "ta+featcal"])
 def test_a_gpu_learns_what_a_cpu_does(tmp_path, method):
     states = [
         load_file(run(tmp_path / device, method, device=device)[0] / "merged.safetensors") for device in ("cpu", "cuda")
