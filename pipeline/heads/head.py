@@ -237,8 +237,10 @@ def _read_params(file: Path, expected: dict[str, tuple[int, ...]]) -> Params:
     require_readable(file)
     params = load_file(file)
     shapes = {name: tuple(tensor.shape) for name, tensor in params.items()}
-    if shapes != expected:
-        raise MalformedError(f"{file.name} has shapes {shapes}, but its settings ask for {expected}")
+    for name in sorted(shapes.keys() | expected.keys()):
+        if shapes.get(name) != expected.get(name):
+            found, asked = (of.get(name, "no such tensor") for of in (shapes, expected))
+            raise MalformedError(f"{file.name} has {name!r} of shape {found}, but its settings ask for {asked}")
     if other := next((tensor.dtype for tensor in params.values() if tensor.dtype != torch.float32), None):
         raise MalformedError(f"{file.name} holds {other} weights and not float32")
     if not all(tensor.isfinite().all() for tensor in params.values()):

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -238,8 +239,8 @@ class Chain:
 
     def meant(self, key: str) -> list[str]:
         """The recorded names that a key addresses: `seed` of every part that has it, `svc.seed` of this part alone."""
-        part, _, plain = key.replace("-", "_").rpartition(".")
-        return [r for name, own, r in self._keys() if own == plain and part in ("", name.replace("-", "_"))]
+        part, dot, plain = key.replace("-", "_").rpartition(".")
+        return [r for name, own, r in self._keys() if own == plain and (not dot or part == name.replace("-", "_"))]
 
     def addressed(self, given: Mapping[str, object]) -> dict[str, object]:
         """Values by recorded name. A key that names a part wins over one that does not.
@@ -288,6 +289,9 @@ def find_merge(name: str, *others: str) -> Chain:
     rest: str | None = name
     while rest is not None:
         part = next((m for m in by_length if rest == m or rest.startswith(f"{m}+")), None)
+        first, plus, last = name.rpartition("+")
+        if part is None and not parts and plus and last in FOLLOWERS and Path(first).suffix:
+            raise InputError(f"{first} is a merged checkpoint, and nothing can follow it; leave +{last} out")
         if part is None and not parts:
             raise unknown("merge", name, [*(m for m in METHODS if m not in FOLLOWERS), *others])
         before = "+".join(parts)

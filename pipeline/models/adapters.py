@@ -27,6 +27,8 @@ _REFUSED = (
     *("alora_invocation_tokens", "arrow_config", "layer_replication", "megatron_config", "target_parameters"),
     *("trainable_token_indices", "use_bdlora", "use_qalora"),
 )
+_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+"""Settings of which modules may have their own value, and where."""
 _OTHER_BASE = re.compile(r"pissa|olora|loftq|corda|lora_ga")
 """Initialisations that change the base, so that the adapter fits no published one."""
 
@@ -47,6 +49,8 @@ def merged_adapter(
     for key, tensor in tensors.items():
         module, lora, part = _PREFIX.sub("", key).replace(".base_layer.", ".").partition(".lora_")
         published = _published(module + (".weight" if lora else ""), encoder)
+        if not tensor.isfinite().all():
+            raise InputError(f"the adapter {folder} holds NaN or infinite values in {key!r}")
         if published is None:
             if BESIDE.search(module):
                 continue
@@ -77,8 +81,7 @@ def _merged(
     """The weights with the adapter's tensors merged. `modules` are the tower's, with their names in the adapter."""
     peft = _require_peft()
     tower = encoder.build(state)
-    ranks = {key.partition(".lora_")[0]: len(t) for key, t in added.items() if re.search("lora_(embedding_)?A", key)}
-    alphas = {name: _alpha(config, trained) for name, trained in modules.items()}
+    ranks, alphas = ({name: _value(config, key, own) for name, own in modules.items()} for key in ("r", "lora_alpha"))
     try:
         settings = peft.LoraConfig(
             **{name: config[name] for name in _TAKEN if config.get(name) is not None},
@@ -126,6 +129,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if refused or _OTHER_BASE.match(start):
         what = f"has {refused}" if refused else f"began with {start[:40]}, which changes its base"
         raise InputError(f"{path} {what}; merge it with peft's merge_and_unload(), and give the model that this saves")
+    for key, kinds in (("r", int), ("lora_alpha", (int, float))):
+        pattern = config.get(_PATTERNS[key]) or {}
+        values = [config.get(key), *(pattern.values() if isinstance(pattern, dict) else [pattern])]
+        wrong = next((v for v in values if isinstance(v, bool) or not isinstance(v, kinds) or not 0 < v < 1e9), None)
+        if wrong is not None or None in values:
+            raise InputError(f"{path} has a {key} of {str(wrong)[:40]!r}; it must be a number above 0")
     return config
 
 
@@ -136,13 +145,12 @@ def _published(name: str, encoder: TransformersEncoder) -> str | None:
     return next((end for end in ends if end in encoder.shapes), None)
 
 
-def _alpha(config: Mapping[str, Any], module: str) -> float:
-    """lora_alpha of a module of the model that was trained."""
+def _value(config: Mapping[str, Any], key: str, module: str) -> Any:
+    """A setting of a module of the model that was trained: the module's own, if it has one."""
     from peft.utils.other import get_pattern_key
 
-    patterns: dict[str, float] = config.get("alpha_pattern") or {}
-    own = patterns.get(get_pattern_key(list(patterns), module))
-    return config.get("lora_alpha", 8) if own is None else own
+    patterns = config.get(_PATTERNS[key]) or {}
+    return patterns.get(get_pattern_key(list(patterns), module), config[key])
 
 
 def _misfit(folder: Path, key: str, given: Tensor, expected: Tensor | None, encoder: TransformersEncoder) -> InputError:

@@ -195,12 +195,12 @@ def test_settings_go_to_every_part_or_to_the_one_that_is_named(followers):
     everywhere = chain.checked({"scale": "2", "seed": 1})
     assert [everywhere[key] for key in ("scale", "lift.scale", "seed", "watch.seed")] == [2, 2, 1, 1]
     apart = chain.checked({"lift.scale": 4, "scale": 2, "dare.seed": 5})
-    assert [apart[key] for key in ("scale", "lift.scale", "seed", "watch.seed")] == [2, 4, 5, 7]
+    assert [apart[key] for key in (".scale", "scale", "lift.scale", "seed", "watch.seed")] == [2, 4, 5, 7]
     assert chain.checked(apart) == apart  # what is recorded means the same when it is read
     assert find_merge("tw-adamerging+++watch").checked({"tw_adamerging++.seed": 5})["watch.seed"] == 7
     found = merge("ta+lift", BASE, EXPERTS, **{"ta.scale": 0.5, "by": 2.0})
     assert close(found.state, {n: t + 2 for n, t in merge("ta", BASE, EXPERTS, scale=0.5).state.items()})
-    for key in ("dare.by", "lift.seed", "size", "ties.scale"):
+    for key in (".scale", "dare.by", "lift.seed", "size", "ties.scale"):
         with pytest.raises(InputError, match=f"unknown setting of dare.lift.watch '{key}'"):
             chain.checked({key: 1})
 
@@ -226,6 +226,7 @@ def test_coefficients_are_for_merges_whose_followers_learn_nothing(followers):
         ("ta+svc+svc", r"svc is there twice"),
         ("traditional-mtl+svc", "traditional-mtl is a checkpoint, not a merge of experts, and nothing can follow it"),
         ("nonsense+svc", "unknown merge 'nonsense.svc'"),
+        ("my/model.pt+svc", r"my/model.pt is a merged checkpoint, and nothing can follow it; leave \+svc out"),
         ("+svc", "unknown merge '.svc'"),
         ("", "unknown merge ''"),
     ],

@@ -144,7 +144,12 @@ def without_b(state):
         (edit("peft_type", "IA3"), "of an adapter of type IA3; LORA is merged here"),
         (edit("layer_replication", [[0, 2]]), "has layer_replication; merge it with"),
         (edit("init_lora_weights", "pissa_niter_4"), "began with pissa_niter_4, which changes its base"),
-        (edit("lora_alpha", "much"), "cannot be merged by peft"),
+        (edit("lora_alpha", "much"), "has a lora_alpha of 'much'; it must be a number above 0"),
+        (edit("alpha_pattern", {"q_proj": None}), "has a lora_alpha of 'None'"),
+        (edit("r", 8), r"another base: '.*lora_A.weight' has shape \(4, 32\), and base takes shape \(8, 32\)"),
+        (edit("r", 0), "has a r of '0'"),
+        (edit("use_dora", [1]), "lacks .*lora_magnitude_vector|cannot be merged by peft"),
+        (tensors(lambda state: {k: t * float("nan") for k, t in state.items()}), "holds NaN or infinite values in"),
         (tensors(renamed), r"of another base: it changes '.*7.*', which base lacks"),
         (
             tensors(lambda state: {k: t[:, :8].contiguous() if "lora_A" in k else t for k, t in state.items()}),
