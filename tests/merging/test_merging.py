@@ -195,7 +195,7 @@ def test_settings_go_to_every_part_or_to_the_one_that_is_named(followers):
     everywhere = chain.checked({"scale": "2", "seed": 1})
     assert [everywhere[key] for key in ("scale", "lift.scale", "seed", "watch.seed")] == [2, 2, 1, 1]
     apart = chain.checked({"lift.scale": 4, "scale": 2, "dare.seed": 5})
-    assert [apart[key] for key in (".scale", "scale", "lift.scale", "seed", "watch.seed")] == [2, 4, 5, 7]
+    assert [apart[key] for key in ("scale", "lift.scale", "seed", "watch.seed")] == [2, 4, 5, 7]
     assert chain.checked(apart) == apart  # what is recorded means the same when it is read
     assert find_merge("tw-adamerging+++watch").checked({"tw_adamerging++.seed": 5})["watch.seed"] == 7
     found = merge("ta+lift", BASE, EXPERTS, **{"ta.scale": 0.5, "by": 2.0})
