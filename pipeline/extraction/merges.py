@@ -8,6 +8,7 @@ of AdaMerging as `coefficients.json`.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from probsurgery.pipeline.files import broken_seal, replaced, seal, write_json
 from probsurgery.pipeline.merging.coefficients import Coefficients, read_coefficients
 from probsurgery.pipeline.merging.entropy import window
 from probsurgery.pipeline.merging.method import Value
-from probsurgery.pipeline.merging.registry import METHODS, changed, find_merge, is_merge, merge
+from probsurgery.pipeline.merging.registry import METHODS, Chain, changed, find_merge, is_merge, merge
 from probsurgery.pipeline.merging.vectors import ImageStream, Machine, Merged
 from probsurgery.pipeline.models.checkpoints import digest
 from probsurgery.pipeline.models.encoders import Encoder
@@ -45,20 +46,25 @@ class MergeRequest:
     coefficients: Coefficients | None = None
     """Coefficients that are given and not to be learned."""
 
+    @cached_property
+    def chain(self) -> Chain | None:
+        """What the name stands for; None for the path of a merged checkpoint."""
+        return find_merge(self.name) if is_merge(self.name) else None
+
     @property
     def learns(self) -> bool:
         """Whether images are needed."""
-        return is_merge(self.name) and find_merge(self.name).learns and self.coefficients is None
+        return self.chain is not None and self.chain.learns and self.coefficients is None
 
     @property
     def is_kept(self) -> bool:
         """Whether the result depends on the machine, to float noise, so that the cache keeps it."""
-        return is_merge(self.name) and (self.learns or find_merge(self.name).varies)
+        return self.chain is not None and (self.learns or self.chain.varies)
 
     @property
     def classifies(self) -> bool:
         """Whether predictions are needed."""
-        return self.learns and find_merge(self.name).classifies
+        return self.chain is not None and self.learns and self.chain.classifies
 
     @property
     def splits(self) -> list[str]:
@@ -200,8 +206,8 @@ def _recorded(request: MergeRequest, record: MergeRecord, names: Sequence[str]) 
 
 def _first(request: MergeRequest) -> tuple[str, dict[str, Value]]:
     """The method that coefficients are of, without the followers, and its settings."""
-    chain = find_merge(request.name)
-    return chain.first, chain.own(chain.first, request.identity.settings)
+    assert request.chain is not None, "a checkpoint has no coefficients"
+    return request.chain.first, request.chain.own(request.chain.first, request.identity.settings)
 
 
 def _manifest(request: MergeRequest) -> Manifest | None:
@@ -239,9 +245,9 @@ def make_merge(
 ) -> MergedModel:
     """Merge, or read the merged checkpoint. Raises `InputError` if the models or coefficients do not fit."""
     begun = time.perf_counter()
-    if not is_merge(request.name):
+    if request.chain is None:
         merged = Merged(weights.merged(Path(request.name)))
-    elif find_merge(request.name).is_checkpoint:
+    elif request.chain.is_checkpoint:
         merged = Merged(weights.own(request.name))
     else:
         stream, experts = open_stream() if request.learns else None, weights.experts(tasks)

@@ -18,7 +18,6 @@ from probsurgery.pipeline.device import choose_device
 from probsurgery.pipeline.errors import InputError
 from probsurgery.pipeline.extraction.distributed import Ranks
 from probsurgery.pipeline.extraction.merges import MergeRequest, merge_requests
-from probsurgery.pipeline.merging.registry import find_merge, is_merge
 from probsurgery.pipeline.models.checkpoints import StateDict, digest
 from probsurgery.pipeline.models.encoders import Encoder, get_encoder
 from probsurgery.pipeline.models.sources import Weights
@@ -123,9 +122,9 @@ def plan_run(config: ExtractConfig, ranks: Ranks, progress: Progress = no_progre
     pretrained = weights.pretrained()
     checkpoints = {"pretrained": digest(pretrained)}
     for request in requests:  # before another merge of this run learns, which takes long
-        if not is_merge(request.name):
+        if request.chain is None:
             weights.merged(Path(request.name))
-        elif find_merge(request.name).is_checkpoint:
+        elif request.chain.is_checkpoint:
             weights.own(request.name)
     begin("making classifiers")
     # A merge that learns needs the classifiers of all tasks.

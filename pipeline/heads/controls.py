@@ -8,7 +8,7 @@ from torch import Tensor
 
 from probsurgery.pipeline.errors import ProbsurgeryError
 from probsurgery.pipeline.heads.kinds import Params
-from probsurgery.pipeline.heads.ridge import row_blocks
+from probsurgery.pipeline.heads.ridge import row_blocks, row_means
 
 
 def solve_affine(
@@ -24,10 +24,7 @@ def solve_affine(
     read in blocks, as for ridge.
     """
     rows = len(merged if seen is None else seen)
-    x_mean, y_mean = (
-        reduce(torch.add, (torch.stack([x.sum(0), y.sum(0)]) for x, y in row_blocks(merged, expert, device, seen)))
-        / rows
-    )
+    x_mean, y_mean = row_means(row_blocks(merged, expert, device, seen), rows)
     centred = ((x - x_mean, y - y_mean) for x, y in row_blocks(merged, expert, device, seen))
     variance, covariance = reduce(torch.add, (torch.stack([(x * x).sum(0), (x * y).sum(0)]) for x, y in centred))
     scale = torch.where(variance > 0, covariance / variance, 1)

@@ -1,7 +1,7 @@
 """Ridge regression from merged to expert features: a baseline in closed form, with nothing to tune."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import reduce
 
 import torch
@@ -28,6 +28,11 @@ def row_blocks(
         yield merged[block].to(device, torch.float64), expert[block].to(device, torch.float64)
 
 
+def row_means(blocks: Iterable[tuple[Tensor, Tensor]], rows: int) -> Tensor:
+    """Means (2, d) of the merged and of the expert features in blocks of `rows` rows in all."""
+    return reduce(torch.add, (torch.stack([x.sum(0), y.sum(0)]) for x, y in blocks)) / rows
+
+
 def solve_ridge(
     merged: Float[Tensor, "N d"],
     expert: Float[Tensor, "N d"],
@@ -47,7 +52,7 @@ def solve_ridge(
     def blocks() -> Iterator[tuple[Tensor, Tensor]]:
         return row_blocks(merged, expert, device, seen)
 
-    x_mean, y_mean = reduce(torch.add, (torch.stack([x.sum(0), y.sum(0)]) for x, y in blocks())) / rows
+    x_mean, y_mean = row_means(blocks(), rows)
     gram = reduce(torch.add, ((x - x_mean).T @ (x - x_mean) for x, _ in blocks()))
     eigenvalues, vectors = torch.linalg.eigh(gram)
     eigenvalues = eigenvalues.clamp(min=0)

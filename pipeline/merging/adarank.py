@@ -25,8 +25,8 @@ def adarank(pretrained: StateDict, experts: Experts, stream: ImageStream, *, ini
     tau_t. Masks begin with every direction, and get the gradient of sigmoid(logit / temperature), straight through.
     Departure: 500 steps by default; the paper takes 10,000. lambdas are not clamped, as in the authors' code.
     """
-    masked = {n for n, theta in pretrained.items() if theta.ndim == 2 and block_of(n)}
-    masked = masked or {n for n, theta in pretrained.items() if theta.ndim == 2}
+    matrices = {name for name, theta in pretrained.items() if theta.ndim == 2}
+    masked = set(filter(block_of, matrices)) or matrices
     theta = stream.on_device(pretrained)
     layers = {}
     for done, (name, taus) in enumerate(by_tensor(pretrained, experts)):

@@ -41,7 +41,7 @@ def featcal(
     with the same prior. Layers outside the numbered blocks stay as they were merged, unless `outside` includes them.
     """
     state = stream.on_device(merged)
-    batches = {t: [batch.cpu() for batch, _ in stream.take(t, split, images, seed)] for t in experts}
+    batches = stream.kept(experts, split, images, seed)
     order = blocks(stream, state, next(iter(batches.values()))[0][:1].to(stream.device))
     order = [block for block in order if outside or block.number] or order
     for index, block in enumerate(order):

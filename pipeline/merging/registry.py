@@ -289,10 +289,10 @@ def find_merge(name: str, *others: str) -> Chain:
     rest: str | None = name
     while rest is not None:
         part = next((m for m in by_length if rest == m or rest.startswith(f"{m}+")), None)
-        first, plus, last = name.rpartition("+")
-        if part is None and not parts and plus and last in FOLLOWERS and Path(first).suffix:
-            raise InputError(f"{first} is a merged checkpoint, and nothing can follow it; leave +{last} out")
         if part is None and not parts:
+            first, _, last = name.rpartition("+")
+            if last in FOLLOWERS and Path(first).suffix:
+                raise InputError(f"{first} is a merged checkpoint, and nothing can follow it; leave +{last} out")
             raise unknown("merge", name, [*(m for m in METHODS if m not in FOLLOWERS), *others])
         before = "+".join(parts)
         allowed = f"behind {before}+ can stand: {', '.join(FOLLOWERS)}"

@@ -74,7 +74,7 @@ def regmean_plus_plus(
         for name, mean in means.items():
             mean += expert[name].float() / len(experts)
     merged = stream.on_device(means)
-    batches = {t: [batch.cpu() for batch, _ in stream.take(t, split, images, seed)] for t in experts}
+    batches = stream.kept(experts, split, images, seed)
     order = blocks(stream, merged, next(iter(batches.values()))[0][:1].to(stream.device))
     for index, block in enumerate(order):
         grams: StateDict = {}

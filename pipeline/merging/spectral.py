@@ -173,7 +173,7 @@ def svc(
         state[name], theta = merged[name], pretrained[name].double()
         if taus.ndim == 3 and "embed" not in name:
             update = (merged[name].double() - theta).to(machine.device)
-            count = 3 if qkv == "apart" and _is_stacked(name) else 1
+            count = _part_count(name, qkv)
             parts = zip(update.chunk(count), taus.to(machine.device).chunk(count, 1), strict=True)
             state[name] = (theta + torch.cat([calibrated(*part) for part in parts]).cpu()).float()
     return Merged(state)
@@ -195,7 +195,7 @@ def _merge(
         theta = pretrained[name].float()
         update = taus.mean(0)
         if taus.ndim == 3 and is_merged(name):
-            count = 3 if qkv == "apart" and _is_stacked(name) else 1
+            count = _part_count(name, qkv)
             parts = []
             for part, own in zip(taus.chunk(count, 1), theta.chunk(count), strict=True):
                 noise = [_rounding(own, tau) for tau in part]
@@ -205,9 +205,10 @@ def _merge(
     return Merged(state)
 
 
-def _is_stacked(name: str) -> bool:
-    """Whether a matrix holds q, k and v, one below the other: torch's own attention, or timm's."""
-    return name.endswith(("in_proj_weight", "qkv.weight"))
+def _part_count(name: str, qkv: str) -> int:
+    """Into how many matrices one is cut: 3 if q, k and v are "apart" and lie one below the other, as torch's and timm's
+    attention have them."""
+    return 3 if qkv == "apart" and name.endswith(("in_proj_weight", "qkv.weight")) else 1
 
 
 def _in_block(name: str) -> bool:

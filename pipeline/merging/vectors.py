@@ -48,6 +48,10 @@ class ImageStream:
             if count <= 0:
                 return
 
+    def kept(self, tasks: Iterable[str], split: str, count: int, seed: int) -> dict[str, list[Tensor]]:
+        """The images that `take` gives for each task, on the CPU, to be passed through a model several times."""
+        return {task: [images.cpu() for images, _ in self.take(task, split, count, seed)] for task in tasks}
+
     def on_device(self, state: Mapping[str, Tensor]) -> StateDict:
         """Weights in float32 on the device, copied only where needed."""
         return {name: tensor.to(self.device, torch.float32) for name, tensor in state.items()}

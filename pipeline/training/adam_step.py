@@ -53,7 +53,7 @@ class Stack:
         batch, outputs = self.settings.batch_size, self.weights[1].shape[1]
         self.loss_sums = torch.zeros(heads, **like)
         """Each head's losses, summed over the steps with `note_loss`."""
-        self._adam = _Adam(self.weights, self.settings.lr)
+        self._adam = Adam(self.weights, self.settings.lr)
         self._places, self._others = places or [0] * heads, tasks_in_round - 1
         self._no_gradients = [torch.zeros_like(w) for w in self.weights] if self._others else []
 
@@ -140,7 +140,7 @@ class Stack:
         return {first: w_in} | dict(zip(others, (w.clone() for w in w_out.split(self.dim, dim=1)), strict=True))
 
 
-class _Adam:
+class Adam:
     """Adam, which updates weights in place, with its state in the open.
 
     It calls torch's fused kernel without the optimiser around it, whose overhead is as long as a small step. The kernel

@@ -16,6 +16,7 @@ from torch import Tensor
 from probsurgery.pipeline.classifier import Classifier
 from probsurgery.pipeline.config import ClassifierSettings
 from probsurgery.pipeline.heads.kinds import Params
+from probsurgery.pipeline.training.adam_step import Adam
 
 _MIN_NORM = 1e-12
 """Least norm that features are divided by, as in `torch.nn.functional.normalize`."""
@@ -41,10 +42,7 @@ class ClassifierStack:
         self.weights = [weight / self._unit, bias / self._unit]
         """W (K, C, d) and b (K, 1, C), in those units."""
         self.gradients = [torch.zeros_like(values) for values in self.weights]
-        for values, gradient in zip(self.weights, self.gradients, strict=True):
-            values.grad = gradient
-        on_cuda = weight.device.type == "cuda"
-        self._adam = torch.optim.Adam(self.weights, settings.lr, fused=True, capturable=on_cuda)
+        self._adam = Adam(self.weights, settings.lr)
         self._weight_t = self.weights[0].mT
         normalises = torch.tensor([expert.normalise for expert in experts], device=device)
         self._divides = normalises.view(-1, 1, 1)
@@ -54,7 +52,7 @@ class ClassifierStack:
     def step(self, z: Tensor, expert: Tensor, noise: Tensor | None, note_loss: bool = True) -> None:
         """Update every classifier by one step of Adam. The arguments are those of `backward`; there is no noise."""
         self.backward(z, expert, note_loss)
-        self._adam.step()
+        self._adam.step(self.gradients)
 
     def backward(self, z: Float[Tensor, "K B d"], expert: Float[Tensor, "K B d"], note_loss: bool = True) -> None:
         """Write the gradient of each head's loss into `gradients`; with `note_loss`, add the losses to `loss_sums`."""

@@ -157,22 +157,26 @@ def _stack_of(
     settings = jobs[0].settings
     if isinstance(settings, ClassifierSettings):
         stack = ClassifierStack(settings, [job.classifier for job in jobs], device)
-        return stack, partial(_each_update, _GraphedStep(stack) if graph else stack.step)
+        return stack, _step_by_step(stack, graph)
     starts = [initial_params(job.settings, job.dim, generator(job.label, job.seed, "init")) for job in jobs]
     return make_stack(kernel, jobs, starts, device, graph)
 
 
 def make_stack(
     kernel: str, jobs: Sequence[Job], starts: Sequence[Params], device: torch.device, graph: bool
-) -> tuple[Stack | CompiledStack, Callable[[Feed, int, int], None]]:
-    """Heads to train, and a function that takes updates of the feed's block, from the first to the last (exclusive)."""
+) -> tuple[Stack | CompiledStack, _Run]:
+    """Heads to train, and the function that takes updates."""
     settings, places = [job.settings for job in jobs], [job.place for job in jobs]
     if kernel != TORCH:
         rounds = [job.tasks_in_round for job in jobs]
         compiled = CompiledStack(kernel, settings, starts, LOSS_EVERY, places=places, rounds=rounds)
         return compiled, compiled.run
     stack = Stack(settings, starts, device, places=places, tasks_in_round=jobs[0].tasks_in_round)
-    return stack, partial(_each_update, _GraphedStep(stack) if graph else stack.step)
+    return stack, _step_by_step(stack, graph)
+
+
+def _step_by_step(stack: Stack | ClassifierStack, graph: bool) -> _Run:
+    return partial(_each_update, _GraphedStep(stack) if graph else stack.step)
 
 
 def _each_update(step: Callable[..., None], feed: Feed, first: int, last: int) -> None:
